@@ -1,0 +1,352 @@
+"""Every setting of a run, as frozen dataclasses: the command line, config files and run headers are made from them.
+
+Imports no torch, so that `--help` and a mistyped flag are answered at once. `check(config)` says what must hold.
+A run is a pure function of its RunConfig (on one machine, with one number of threads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+
+READOUTS = ("instruction_end", "prompt_end", "mean")
+LABEL_KINDS = ("task", "grammar", "instruction", "input", "output")
+UNSEEN_SPLITS = ("unseen_pair", "unseen_instruction", "unseen_grammar")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The synthetic instruction-following task."""
+
+    n_tasks: int = 20
+    """Tasks; each is a function from inputs to outputs."""
+    n_grammars: int = 4
+    """Grammars (regular expressions) per task that training sees."""
+    n_unseen_grammars: int = 1
+    """Further grammars per task, kept for the split unseen_grammar."""
+    n_instructions: int = 40
+    """Distinct training instructions per grammar."""
+    n_unseen_instructions: int = 10
+    """Further instructions per grammar, kept for the splits unseen_instruction and unseen_grammar."""
+    n_inputs: int = 8
+    """Inputs, shared by all tasks: the instruction alone tells the tasks apart."""
+    n_outputs: int = 64
+    """Output symbols in the pool that every task maps into."""
+    unseen_pair_share: float = 0.05
+    """Share of the (training instruction, input) pairs kept for the split unseen_pair."""
+    alphabet: str = "abcdefghijkl"
+    """Letters that generated grammars and inputs are made of."""
+    input_length: int = 2
+    """Letters per input."""
+    min_instruction_length: int = 4
+    """Shortest instruction of a generated grammar, in letters."""
+    max_instruction_length: int = 12
+    """Longest instruction, in letters; own grammars are cut off there too."""
+    sampling: Literal["uniform", "branch", "enumerate"] = "uniform"
+    """How instructions are drawn: every string, or every branch of the expression, equally likely; or in order."""
+    grammars: tuple[tuple[str, ...], ...] = ()
+    """Own regular expressions, one row per task; the last n_unseen_grammars of a row are the unseen ones."""
+    allow_overlap: bool = False
+    """Accept grammars that share strings; their labels are then ambiguous."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The causal Transformer: decoder only, pre-norm, learned positions, GELU."""
+
+    n_layers: int = 6
+    """Blocks; layer 0 of every measure is the embedding."""
+    width: int = 128
+    """Size of the hidden state."""
+    n_heads: int = 4
+    """Attention heads; must divide width."""
+    mlp_ratio: int = 4
+    """MLP width over model width."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections of a block get it over sqrt(2 n_layers)."""
+    tie_head: bool = True
+    """Use the token embedding as output matrix."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AdamW on the output symbol."""
+
+    batch: int = 128
+    """Sequences per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_final_share: float = 0.1
+    """Learning rate at the last step over the peak (cosine decay); 1 keeps it constant."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices (not of biases, norms and embeddings)."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    loss_on: Literal["output", "all"] = "output"
+    """Predict the output symbol only, or every token."""
+    validate_every: int = 20
+    """Steps between validations."""
+    n_validation: int = 512
+    """Validation examples, from the split unseen_instruction."""
+    patience: int = 5
+    """Validations without a better accuracy after which early stopping picks the best step so far."""
+    stop_early: bool = False
+    """End training there; by default the step is only marked and training goes on."""
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured, and how often."""
+
+    readouts: tuple[str, ...] = ("instruction_end", "prompt_end")
+    """Positions that stand for a sequence: instruction_end, prompt_end, mean."""
+    window: int = 2048
+    """Training states in the ring that the window estimator measures."""
+    unseen_per_step: int = 8
+    """Unseen examples that ride along with every step, in a forward pass of their own."""
+    unseen_window: int = 128
+    """Unseen states in their ring."""
+    probe_every: int = 50
+    """Steps between probes; 0 measures without the probe."""
+    probe_train: int = 2048
+    """Training states of a probe, at most."""
+    probe_unseen: int = 512
+    """Unseen states of a probe, per split, at most."""
+    probe_splits: tuple[str, ...] = ("unseen_instruction",)
+    """Unseen splits that a probe classifies by their neighbours."""
+    k: int = 10
+    """Neighbours."""
+    n_init: int = 4
+    """k-means++ restarts of a probe."""
+    max_iter: int = 100
+    """Lloyd iterations, at most."""
+    cold_every: int = 16
+    """Window k-means continues from the last step's centroids; every so many steps k-means++ competes with them."""
+    n_snapshots: int = 8
+    """Probes that also keep a 2-D projection of every layer."""
+    n_shuffles: int = 20
+    """Shuffles of the labels behind the null band."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train a small Transformer on an instruction-following task and measure its clusters, every layer, every step."""
+
+    seed: int = 0
+    """Seed of everything: tasks, weights, batches, k-means."""
+    steps: int = 1000
+    """Training steps."""
+    measure_every: int = 1
+    """Steps between window measurements; 0 turns all measuring off."""
+    device: str = "cpu"
+    """Where to train and measure."""
+    threads: int = 0
+    """CPU threads; 0 takes all cores that this process may use."""
+    out: str = ""
+    """Run directory, must not exist yet; by default a new one under runs/."""
+    resume_every: int = 100
+    """Steps between the saved states that --resume starts from; 0 saves none."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+
+# `paper` is a reconstruction, as the full protocol is not public in a form we could read. Known from the paper: six
+# layers, five mappings per task (n_inputs), several regular expressions per task. Assumed: everything else.
+PRESETS: dict[str, RunConfig] = {
+    "tiny": RunConfig(),
+    "paper": RunConfig(
+        steps=3000,
+        task=TaskConfig(
+            n_tasks=10, n_grammars=5, n_instructions=20, n_unseen_instructions=5, n_inputs=5, max_instruction_length=16
+        ),
+        model=ModelConfig(n_layers=6, width=256, n_heads=8),
+        measure=MeasureConfig(probe_train=1000, probe_unseen=250),
+    ),
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one line that says what must hold and what came."""
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError unless every setting is possible by itself and beside the others."""
+    task, model, train, measure = config.task, config.model, config.train, config.measure
+
+    def need(holds: bool, what: str, got: object) -> None:
+        if not holds:
+            raise ConfigError(f"{what}, got {got}")
+
+    for owner, section in (("", config), ("task.", task), ("model.", model), ("train.", train), ("measure.", measure)):
+        for name, value in vars(section).items():
+            if isinstance(value, float):
+                need(math.isfinite(value), f"{owner}{name} must be a finite number", value)
+    for owner, section, names in (
+        ("task.", task, "n_tasks n_grammars n_instructions n_inputs n_outputs input_length min_instruction_length"),
+        ("model.", model, "n_layers width n_heads mlp_ratio"),
+        ("train.", train, "batch n_validation validate_every patience"),
+        ("measure.", measure, "window unseen_per_step unseen_window probe_train probe_unseen k n_init max_iter"),
+        ("measure.", measure, "cold_every n_shuffles"),
+        ("", config, "steps"),
+    ):
+        for name in names.split():
+            need(getattr(section, name) >= 1, f"{owner}{name} must be at least 1", getattr(section, name))
+    for owner, section, names in (
+        ("task.", task, "n_unseen_grammars n_unseen_instructions"),
+        ("train.", train, "warmup_steps weight_decay"),
+        ("measure.", measure, "probe_every n_snapshots"),
+        ("", config, "seed measure_every threads resume_every"),
+    ):
+        for name in names.split():
+            need(getattr(section, name) >= 0, f"{owner}{name} must be at least 0", getattr(section, name))
+    need(config.seed < 2**63, "seed must be less than 2**63", config.seed)
+    need(task.n_tasks >= 2, "task.n_tasks must be at least 2", task.n_tasks)
+    need(task.n_unseen_instructions >= 1, "task.n_unseen_instructions must be at least 1 (validation needs them)", 0)
+    need(task.n_outputs >= 2, "task.n_outputs must be at least 2", task.n_outputs)
+    need(0 <= task.unseen_pair_share < 1, "task.unseen_pair_share must be in [0, 1)", task.unseen_pair_share)
+    need(
+        len(set(task.alphabet)) == len(task.alphabet) >= 2,
+        "task.alphabet must be two or more different letters",
+        repr(task.alphabet),
+    )
+    need(
+        task.n_inputs <= len(task.alphabet) ** task.input_length,
+        f"task.n_inputs must be at most alphabet ** input_length = {len(task.alphabet) ** task.input_length}",
+        task.n_inputs,
+    )
+    need(
+        task.min_instruction_length <= task.max_instruction_length,
+        f"task.max_instruction_length must be at least min_instruction_length = {task.min_instruction_length}",
+        task.max_instruction_length,
+    )
+    if task.grammars:
+        need(
+            len(task.grammars) == task.n_tasks,
+            f"task.grammars must have one row per task, {task.n_tasks}",
+            len(task.grammars),
+        )
+        for i, row in enumerate(task.grammars):
+            n = task.n_grammars + task.n_unseen_grammars
+            need(
+                len(row) == n,
+                f"row {i} of task.grammars must have n_grammars + n_unseen_grammars = {n} expressions",
+                len(row),
+            )
+    need(
+        model.width % model.n_heads == 0,
+        f"model.n_heads must divide model.width = {model.width}",
+        model.n_heads,
+    )
+    need(model.init_std > 0, "model.init_std must be positive", model.init_std)
+    need(train.lr > 0, "train.lr must be positive", train.lr)
+    need(train.clip_norm > 0, "train.clip_norm must be positive", train.clip_norm)
+    need(0 <= train.lr_final_share <= 1, "train.lr_final_share must be in [0, 1]", train.lr_final_share)
+    for name in ("beta1", "beta2"):
+        need(0 <= getattr(train, name) < 1, f"train.{name} must be in [0, 1)", getattr(train, name))
+    need(len(measure.readouts) > 0, "measure.readouts must name at least one readout", "none")
+    for name, allowed, got in (
+        ("measure.readouts", READOUTS, measure.readouts),
+        ("measure.probe_splits", UNSEEN_SPLITS, measure.probe_splits),
+    ):
+        for value in got:
+            need(value in allowed, f"{name} must be from {', '.join(allowed)}", value)
+        need(len(set(got)) == len(got), f"{name} must be different", ", ".join(got))
+    if config.measure_every:
+        for name in ("window", "probe_train"):
+            n_points = getattr(measure, name)
+            need(measure.k < n_points, f"measure.k must be less than measure.{name} = {n_points}", measure.k)
+            need(
+                task.n_tasks <= n_points,
+                f"measure.{name} must be at least task.n_tasks = {task.n_tasks} (k-means looks for as many clusters)",
+                n_points,
+            )
+        need(
+            measure.window % train.batch == 0,
+            f"measure.window must be a multiple of train.batch = {train.batch}",
+            measure.window,
+        )
+        need(
+            measure.unseen_window % measure.unseen_per_step == 0,
+            f"measure.unseen_window must be a multiple of measure.unseen_per_step = {measure.unseen_per_step}",
+            measure.unseen_window,
+        )
+        if "unseen_grammar" in measure.probe_splits:
+            need(task.n_unseen_grammars >= 1, "task.n_unseen_grammars must be at least 1 to probe unseen_grammar", 0)
+        if "unseen_pair" in measure.probe_splits:
+            need(task.unseen_pair_share > 0, "task.unseen_pair_share must be positive to probe unseen_pair", 0)
+
+
+def closest(word: str, known: list[str]) -> str:
+    """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def from_file(path: str | Path, base: RunConfig) -> RunConfig:
+    """`base` with the settings of a TOML or JSON file on top: tables task, model, train, measure as in RunConfig.
+
+    Unknown keys and wrong types raise ConfigError. A run's own config.json is such a file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        given = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"config file {path} must be readable: {error.strerror}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} must be TOML or, if named .json, JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"config file {path} must hold a table of settings, got {type(given).__name__}")
+    return _from_dict(given, base, str(path))
+
+
+def _from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
+    merged = dataclasses.asdict(base)
+    for key, value in given.items():
+        if key not in merged:
+            raise ConfigError(f"{where}: unknown setting {key}{closest(key, list(merged))}")
+        if isinstance(merged[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {key} must be a table of settings, got {value!r}")
+            for name in value:
+                if name not in merged[key]:
+                    raise ConfigError(f"{where}: unknown setting {key}.{name}{closest(name, list(merged[key]))}")
+            merged[key].update(value)
+        else:
+            merged[key] = value
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    for section in ("task", "model", "train", "measure"):
+        merged[section] = {name: tuples(value) for name, value in merged[section].items()}
+    try:
+        return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, type_hooks={float: _number}))
+    except dacite.DaciteError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """TOML writes 1 where 1.0 is meant."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain data for JSON; `from_file` reads it back."""
+    return dataclasses.asdict(config)

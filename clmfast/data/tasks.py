@@ -1,0 +1,367 @@
+"""The synthetic instruction-following task: a TaskSet and its splits, all from one config and one seed.
+
+A task is a function from inputs to output symbols. Its instructions are drawn from several grammars (regular
+expressions). A sequence is
+
+    BOS instruction SEP input ARROW output EOS
+
+in characters; the inputs are shared by all tasks, so the instruction alone tells which output is right. An *example*
+is a pair of an instruction and an input, numbered `instruction * n_inputs + input`, so that every label of an example
+follows from its number and no table of examples exists.
+
+Splits, disjoint by construction:
+    train               training instructions with inputs
+    unseen_pair         instruction and input both in training, but never together
+    unseen_instruction  a new string of a grammar that is in training, with every input
+    unseen_grammar      a string of a grammar that is not in training, with every input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from clmfast.config import ConfigError, TaskConfig
+from clmfast.data.grammar import Grammar, GrammarError, common_string
+
+Ids = NDArray[np.int64]
+
+SPECIALS = ("PAD", "BOS", "SEP", "ARROW", "EOS")
+PAD, BOS, SEP, ARROW, EOS = range(len(SPECIALS))
+
+# One random stream per purpose: a change in how one of them draws leaves the others as they were.
+STREAMS = {name: i for i, name in enumerate(("grammars", "instructions", "inputs", "functions", "pairs"))}
+BATCH_STREAMS = {name: i for i, name in enumerate(("train", "unseen", "validation", "probe", "null"))}
+
+End = Literal["instruction_end", "prompt_end", "sequence_end"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences. `tokens` [B, T] int64; all others [B] int64.
+
+    `length` counts the real tokens; `instruction_end` and `prompt_end` are positions (of SEP and of ARROW), prompt_end
+    -1 where the sequence was cut before it; `target` is the token of the right output.
+    """
+
+    tokens: Ids
+    length: Ids
+    instruction_end: Ids
+    prompt_end: Ids
+    target: Ids
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """All instructions, inputs and outputs, as tokens and as labels; see the head of this file.
+
+    Instructions are stored back to back: instruction i is `letters[offset[i]:offset[i + 1]]`.
+    """
+
+    vocabulary: tuple[str, ...]  # token -> text
+    patterns: tuple[str, ...]  # grammar -> regular expression
+    language_size: tuple[int, ...]  # grammar -> strings in its language, up to the longest allowed instruction
+    grammar_task: Ids  # [n_grammars_total]
+    letters: Ids  # [sum of instruction lengths] tokens
+    offset: Ids  # [n_instructions_total + 1]
+    instruction_grammar: Ids  # [n_instructions_total]
+    input_tokens: Ids  # [n_inputs, input_length]
+    output: Ids  # [n_tasks, n_inputs] output symbol, 0 <= symbol < n_outputs
+    splits: Mapping[str, Ids]  # name -> example numbers, ascending
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self.output)
+
+    @property
+    def n_inputs(self) -> int:
+        return len(self.input_tokens)
+
+    @property
+    def first_output(self) -> int:
+        """Token of output symbol 0."""
+        return len(self.vocabulary) - self.n_outputs
+
+    @property
+    def n_outputs(self) -> int:
+        return sum(token.startswith("output") for token in self.vocabulary)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest whole sequence: BOS instruction SEP input ARROW output EOS."""
+        return int(np.diff(self.offset).max()) + self.input_tokens.shape[1] + 5
+
+    def labels(self, examples: Ids) -> dict[str, Ids]:
+        """Every label of the examples [N]: task, grammar, instruction, input, output; each [N] int64."""
+        instruction, i_input = np.divmod(examples, self.n_inputs)
+        grammar = self.instruction_grammar[instruction]
+        task = self.grammar_task[grammar]
+        return {
+            "task": task,
+            "grammar": grammar,
+            "instruction": instruction,
+            "input": i_input,
+            "output": self.output[task, i_input],
+        }
+
+    def label_counts(self) -> dict[str, int]:
+        """Number of values that each label can take."""
+        return {
+            "task": self.n_tasks,
+            "grammar": len(self.patterns),
+            "instruction": len(self.instruction_grammar),
+            "input": self.n_inputs,
+            "output": self.n_outputs,
+        }
+
+    def instruction_text(self, instruction: int) -> str:
+        """The instruction as the string that its grammar made."""
+        return "".join(
+            self.vocabulary[t] for t in self.letters[self.offset[instruction] : self.offset[instruction + 1]]
+        )
+
+    def instructions(self, split: str) -> Ids:
+        """Distinct instructions of a split, ascending."""
+        return np.unique(self.splits[split] // self.n_inputs)
+
+    def pack(self, examples: Ids, end: End = "prompt_end") -> Batch:
+        """The examples' sequences up to and including `end`, right-padded to the longest of them."""
+        length, instruction_end, prompt_end, target = (np.empty(len(examples), np.int64) for _ in range(4))
+        labels = self.labels(examples)
+        stage = ("instruction_end", "prompt_end", "sequence_end").index(end)
+        n_letters = np.diff(self.offset)[labels["instruction"]]
+        n_more = (2, 3 + self.input_tokens.shape[1], 5 + self.input_tokens.shape[1])[stage]
+        tokens = np.full((len(examples), int(n_letters.max(initial=0)) + n_more), PAD, np.int64)
+        target[:] = self.first_output + labels["output"]
+        _pack(
+            labels["instruction"], labels["input"], target, self.letters, self.offset, self.input_tokens, stage,
+            tokens, length, instruction_end, prompt_end,
+        )  # fmt: skip
+        return Batch(tokens, length, instruction_end, prompt_end, target)
+
+
+@njit(cache=True)
+def _pack(
+    instruction: Ids,
+    i_input: Ids,
+    target: Ids,
+    letters: Ids,
+    offset: Ids,
+    input_tokens: Ids,
+    stage: int,
+    tokens: Ids,
+    length: Ids,
+    instruction_end: Ids,
+    prompt_end: Ids,
+) -> None:
+    """Fill the last four; stage 0 ends at SEP, 1 at ARROW, 2 at EOS."""
+    for b in range(len(instruction)):
+        row = tokens[b]
+        row[0] = BOS
+        t = 1
+        for i in range(offset[instruction[b]], offset[instruction[b] + 1]):
+            row[t] = letters[i]
+            t += 1
+        row[t] = SEP
+        instruction_end[b] = t
+        prompt_end[b] = -1
+        if stage >= 1:
+            for i in range(input_tokens.shape[1]):
+                t += 1
+                row[t] = input_tokens[i_input[b], i]
+            t += 1
+            row[t] = ARROW
+            prompt_end[b] = t
+        if stage == 2:
+            row[t + 1] = target[b]
+            row[t + 2] = EOS
+            t += 2
+        length[b] = t + 1
+
+
+def draw(examples: Ids, n: int, seed: int, step: int, stream: str) -> Ids:
+    """n of the examples, drawn with replacement: a pure function of (seed, step, stream), so a resumed run needs no
+    state to draw the batches that it would have drawn."""
+    key = np.array([seed, (step << 8) | BATCH_STREAMS[stream]], np.uint64)
+    return examples[np.random.Generator(np.random.Philox(key=key)).integers(len(examples), size=n)]
+
+
+def choose(examples: Ids, n: int, seed: int, stream: str) -> Ids:
+    """min(n, all) different ones of the examples, ascending: a pure function of (seed, stream)."""
+    key = np.array([seed, BATCH_STREAMS[stream]], np.uint64)
+    pick = np.random.Generator(np.random.Philox(key=key)).permutation(len(examples))[:n]
+    return examples[np.sort(pick)]
+
+
+def make_tasks(config: TaskConfig, seed: int) -> TaskSet:
+    """The TaskSet of a config and a seed.
+
+    ConfigError if a grammar has too few strings, grammars overlap without `allow_overlap`, or there are fewer
+    different functions than tasks.
+    """
+    rng = {name: np.random.default_rng([seed, stream]) for name, stream in STREAMS.items()}
+    if config.n_outputs**config.n_inputs < config.n_tasks:
+        raise ConfigError(
+            f"task.n_tasks must be at most n_outputs ** n_inputs = {config.n_outputs**config.n_inputs} different "
+            f"functions, got {config.n_tasks}"
+        )
+    grammars = _own_grammars(config) if config.grammars else _random_grammars(config, rng["grammars"])
+    per_task = config.n_grammars + config.n_unseen_grammars
+    grammar_task = np.repeat(np.arange(config.n_tasks), per_task)
+    is_unseen_grammar = np.arange(len(grammars)) % per_task >= config.n_grammars
+
+    # All training strings are drawn first, and the unseen ones without them: no string is both, even where languages
+    # overlap. The order of the instructions is that of their grammars, training strings before unseen ones.
+    def sample(i_grammar: int, n: int, without: set[str]) -> list[str]:
+        try:
+            sample_seed = int(rng["instructions"].integers(2**62))
+            return grammars[i_grammar].sample(n, sample_seed, config.sampling, without)
+        except GrammarError as error:
+            raise ConfigError(f"task.grammars: {error}") from None
+
+    known = {g: sample(g, config.n_instructions, set()) for g in np.flatnonzero(~is_unseen_grammar).tolist()}
+    in_training = {text for texts in known.values() for text in texts}
+    new = {g: sample(g, config.n_unseen_instructions, in_training) for g in range(len(grammars))}
+    texts: list[str] = []
+    instruction_grammar: list[int] = []
+    split_of: list[str] = []
+    for g in range(len(grammars)):
+        for split, strings in (
+            ("train", known.get(g, [])),
+            ("unseen_grammar" if is_unseen_grammar[g] else "unseen_instruction", new[g]),
+        ):
+            texts += strings
+            instruction_grammar += [g] * len(strings)
+            split_of += [split] * len(strings)
+
+    letters_used = sorted({letter for text in texts for letter in text} | set(config.alphabet))
+    outputs = tuple(f"output{i}" for i in range(config.n_outputs))
+    vocabulary = (*SPECIALS, *letters_used, *outputs)
+    token = {letter: len(SPECIALS) + i for i, letter in enumerate(letters_used)}
+    n_letters = len(config.alphabet)
+    ranks = rng["inputs"].choice(n_letters**config.input_length, size=config.n_inputs, replace=False)
+    places = n_letters ** np.arange(config.input_length)[::-1]
+    alphabet_tokens = np.array([token[letter] for letter in config.alphabet])
+    return TaskSet(
+        vocabulary=vocabulary,
+        patterns=tuple(g.pattern for g in grammars),
+        language_size=tuple(g.size for g in grammars),
+        grammar_task=grammar_task.astype(np.int64),
+        letters=np.array([token[letter] for text in texts for letter in text], np.int64),
+        offset=np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64),
+        instruction_grammar=np.array(instruction_grammar, np.int64),
+        input_tokens=alphabet_tokens[ranks[:, None] // places % n_letters].astype(np.int64),
+        output=_different_functions(config, rng["functions"]),
+        splits=_splits(config, np.array(split_of), rng["pairs"]),
+    )
+
+
+def _different_functions(config: TaskConfig, rng: np.random.Generator) -> Ids:
+    """[n_tasks, n_inputs] output symbols; no two rows equal, or two tasks would be one."""
+    rows: dict[tuple[int, ...], None] = {}
+    while len(rows) < config.n_tasks:
+        rows[tuple(rng.integers(config.n_outputs, size=config.n_inputs).tolist())] = None
+    return np.array(list(rows), np.int64)
+
+
+def _splits(config: TaskConfig, split_of: NDArray[np.str_], rng: np.random.Generator) -> dict[str, Ids]:
+    def examples(split: str) -> Ids:
+        instruction = np.flatnonzero(split_of == split)
+        return (instruction[:, None] * config.n_inputs + np.arange(config.n_inputs)).ravel().astype(np.int64)
+
+    known = examples("train")
+    # Every instruction and every input must stay in training: example 0 of instruction i keeps input i mod n_inputs.
+    i_instruction = np.arange(len(known)) // config.n_inputs
+    may_leave = np.flatnonzero(known % config.n_inputs != i_instruction % config.n_inputs)
+    n_pairs = round(config.unseen_pair_share * len(known))
+    if n_pairs > len(may_leave):
+        raise ConfigError(
+            f"task.unseen_pair_share must leave every instruction one input: at most "
+            f"{len(may_leave) / len(known):.3f} with {config.n_inputs} inputs, got {config.unseen_pair_share}"
+        )
+    is_pair = np.zeros(len(known), bool)
+    is_pair[rng.permutation(may_leave)[:n_pairs]] = True
+    return {
+        "train": known[~is_pair],
+        "unseen_pair": known[is_pair],
+        "unseen_instruction": examples("unseen_instruction"),
+        "unseen_grammar": examples("unseen_grammar"),
+    }
+
+
+def _own_grammars(config: TaskConfig) -> list[Grammar]:
+    grammars = []
+    for row in config.grammars:
+        for pattern in row:
+            try:
+                grammars.append(Grammar(pattern, config.max_instruction_length))
+            except GrammarError as error:
+                raise ConfigError(f"task.grammars: {error}") from None
+    if not config.allow_overlap:
+        for i, a in enumerate(grammars):
+            for b in grammars[:i]:
+                if (witness := common_string(a, b)) is not None:
+                    raise ConfigError(
+                        f"task.grammars must not share strings (allow_overlap accepts it): "
+                        f"{b.pattern!r} and {a.pattern!r} both have {witness!r}"
+                    )
+    return grammars
+
+
+def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Grammar]:
+    """Grammars whose languages are pairwise disjoint and large enough, at random."""
+    n = config.n_tasks * (config.n_grammars + config.n_unseen_grammars)
+    # Twice what is needed, so that unseen strings are not simply "the rest".
+    min_size = 2 * (config.n_instructions + config.n_unseen_instructions)
+    grammars: list[Grammar] = []
+    n_tries = 0
+    while len(grammars) < n:
+        n_tries += 1
+        if n_tries > 200 * n:
+            raise ConfigError(
+                f"task: no {n} disjoint grammars of {min_size} or more strings, {config.min_instruction_length} to "
+                f"{config.max_instruction_length} letters long, were found over the alphabet {config.alphabet!r}: "
+                f"allow longer instructions or more letters, or ask for fewer, got {len(grammars)}"
+            )
+        pieces = [random_piece(config.alphabet, rng) for _ in range(rng.integers(3, 7))]
+        low, high = (sum(lengths) for lengths in zip(*(lengths for _, lengths in pieces), strict=True))
+        if low < config.min_instruction_length or high > config.max_instruction_length:
+            continue
+        grammar = Grammar("".join(text for text, _ in pieces), config.max_instruction_length)
+        if grammar.size < min_size:
+            continue
+        if config.allow_overlap or all(common_string(grammar, other) is None for other in grammars):
+            grammars.append(grammar)
+    return grammars
+
+
+def random_piece(alphabet: str, rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
+    """A random piece of a regular expression, and the fewest and most letters that it stands for."""
+
+    def word(n: int) -> str:
+        return "".join(rng.choice(list(alphabet), size=n))
+
+    def letters(n: int) -> str:
+        return "".join(sorted(rng.choice(list(alphabet), size=min(n, len(alphabet)), replace=False)))
+
+    match int(rng.integers(5)):
+        case 0:
+            n = int(rng.integers(1, 4))
+            return word(n), (n, n)
+        case 1:
+            return f"[{letters(int(rng.integers(2, 5)))}]", (1, 1)
+        case 2:
+            low = int(rng.integers(1, 3))
+            high = low + int(rng.integers(1, 3))
+            return f"[{letters(int(rng.integers(2, 4)))}]{{{low},{high}}}", (low, high)
+        case 3:
+            lengths = rng.integers(1, 4, size=int(rng.integers(2, 4))).tolist()
+            return f"({'|'.join(word(n) for n in lengths)})", (min(lengths), max(lengths))
+        case _:
+            n = int(rng.integers(1, 3))
+            return f"({word(n)})?", (0, n)

@@ -1,0 +1,187 @@
+"""The probe estimator: a fixed set of training and unseen examples, run through the model as it is now.
+
+Exact for its step, at the cost of a forward pass. At `instruction_end` all examples of an instruction have one state,
+so a probe holds every chosen instruction once; at the other readouts it holds whole input sets of chosen instructions.
+A query's own instruction is always barred from its neighbours.
+
+`examples_of` and `probe_measures` need no model: the controls (letters, an untrained model, shuffled labels) go
+through the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clmfast import ops
+from clmfast.capture import Recorder
+from clmfast.config import LABEL_KINDS, MeasureConfig
+from clmfast.data.tasks import Batch, End, Ids, TaskSet, choose
+from clmfast.measure.catalogue import Column, layer_columns
+from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, neighbour_purity
+from clmfast.measure.partition import PARTITION_MEASURES, partition_measures, partition_scores_of
+
+MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "neighbour_purity", "n_points")
+MEASURES_OF_UNSEEN = (
+    "ari_task_assigned",
+    "ari_task_refit",
+    "knn_accuracy",
+    "knn_macro_f1",
+    "cross_grammar_knn_accuracy",
+    "n_queries",
+)
+# Sequences per forward pass. Fixed, as the last bits of a state depend on the batch that it was computed in.
+CHUNK = 256
+
+Forward = Callable[[Batch, Recorder | None], Tensor]
+"""forward(batch, tap) runs the model without gradient and returns the logits at prompt_end [B, V], or at
+instruction_end where the batch ends there."""
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Examples of one readout: `train` [N] and, by split, `unseen` [Q]; labels of each as tensors by kind."""
+
+    readout: str
+    train: Ids
+    unseen: Mapping[str, Ids]
+    train_labels: Mapping[str, Tensor]
+    unseen_labels: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Label kinds that a state of this readout can carry: at instruction_end no input has been read."""
+        return LABEL_KINDS[:3] if self.readout == "instruction_end" else LABEL_KINDS
+
+
+def examples_of(tasks: TaskSet, split: str, readout: str, n: int, seed: int) -> Ids:
+    """At most n examples of a split for a probe of `readout`; see the head of this file."""
+    instructions = tasks.instructions(split)
+    if readout == "instruction_end":
+        examples = tasks.splits[split]
+        first = np.searchsorted(examples, choose(instructions, n, seed, "probe") * tasks.n_inputs)
+        return examples[first]  # the instruction's first example in the split; which one makes no difference
+    chosen = choose(instructions, max(1, n // tasks.n_inputs), seed, "probe")
+    examples = tasks.splits[split]
+    return examples[np.isin(examples // tasks.n_inputs, chosen)]
+
+
+def make_probe_sets(tasks: TaskSet, config: MeasureConfig, seed: int) -> list[ProbeSet]:
+    """One ProbeSet for each readout."""
+
+    def labels(examples: Ids) -> dict[str, Tensor]:
+        return {kind: torch.from_numpy(label) for kind, label in tasks.labels(examples).items()}
+
+    sets = []
+    for readout in config.readouts:
+        train = examples_of(tasks, "train", readout, config.probe_train, seed)
+        unseen = {s: examples_of(tasks, s, readout, config.probe_unseen, seed) for s in config.probe_splits}
+        sets.append(
+            ProbeSet(readout, train, unseen, labels(train), {split: labels(ids) for split, ids in unseen.items()})
+        )
+    return sets
+
+
+def columns_of(sets: list[ProbeSet], n_layers: int) -> list[Column]:
+    """Names of what `probe_measures` returns for each set, concatenated."""
+    return [
+        column
+        for probe_set in sets
+        for measures, split in (
+            (MEASURES_OF_TRAINING, ""),
+            *((MEASURES_OF_UNSEEN, split) for split in probe_set.unseen),
+        )
+        for column in layer_columns("probe", probe_set.readout, n_layers, measures, split)
+    ]
+
+
+def probe_measures(
+    probe_set: ProbeSet,
+    points: Tensor,
+    queries: Mapping[str, Tensor],
+    n_labels: Mapping[str, int],
+    config: MeasureConfig,
+    seed: int,
+) -> Tensor:
+    """[n_columns] float64 in the order of `columns_of`, of training states [S, N, D] and unseen states [S, Q, D] by
+    split; S is usually the layers."""
+    truth, n_tasks, k = probe_set.train_labels, n_labels["task"], config.k
+    fit = ops.kmeans(points, n_tasks, n_init=config.n_init, max_iter=config.max_iter, seed=seed)
+    near = ops.knn(points, k, barred=(truth["instruction"], truth["instruction"]))
+
+    def everywhere(value: float) -> Tensor:
+        return torch.full((len(points),), value, dtype=torch.float64)
+
+    values = [
+        *partition_measures(points, fit, truth, n_labels, probe_set.kinds),
+        neighbour_purity(near.index, truth["task"], truth["task"]),
+        everywhere(points.shape[1]),
+    ]
+    for split, query in queries.items():
+        of_query = probe_set.unseen_labels[split]
+        assigned = ops.knn(fit.centroid, 1, query.float()).index[..., 0]
+        ari_assigned = partition_scores_of(of_query["task"], n_tasks, assigned, n_tasks).ari
+        ari_refit = everywhere(torch.nan)
+        if query.shape[1] >= n_tasks:
+            refit = ops.kmeans(query, n_tasks, n_init=config.n_init, max_iter=config.max_iter, seed=seed)
+            ari_refit = partition_scores_of(of_query["task"], n_tasks, refit.label, n_tasks).ari
+        voted, voted_across = (
+            majority_vote(ops.knn(points, k, query, (of_query[kind], truth[kind])).index, truth["task"])
+            for kind in ("instruction", "grammar")
+        )
+        values += [
+            ari_assigned,
+            ari_refit,
+            knn_accuracy(voted, of_query["task"]),
+            macro_f1(voted, of_query["task"], n_tasks),
+            knn_accuracy(voted_across, of_query["task"]),
+            everywhere(query.shape[1]),
+        ]
+    return torch.cat(values)
+
+
+class Probe:
+    """Runs the probe sets through a model and measures them."""
+
+    def __init__(
+        self, tasks: TaskSet, config: MeasureConfig, n_layers: int, width: int, seed: int, device: str = "cpu"
+    ) -> None:
+        self.tasks, self.config, self.seed = tasks, config, seed
+        self.sets = make_probe_sets(tasks, config, seed)
+        self.columns = columns_of(self.sets, n_layers)
+        self.recorders = [Recorder(n_layers, (s.readout,), len(self._order(s)[0]), width, device) for s in self.sets]
+
+    def _order(self, probe_set: ProbeSet) -> tuple[Ids, list[str]]:
+        """All examples of a set, training first, and the unseen splits in the order that they follow."""
+        splits = list(probe_set.unseen)
+        return np.concatenate([probe_set.train, *(probe_set.unseen[s] for s in splits)]), splits
+
+    def states(self, forward: Forward) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """For each set (training states [L, N, D], unseen states [L, Q, D] by split); views, overwritten next time."""
+        found = []
+        for probe_set, recorder in zip(self.sets, self.recorders, strict=True):
+            examples, splits = self._order(probe_set)
+            end: End = "instruction_end" if probe_set.readout == "instruction_end" else "prompt_end"
+            for first in range(0, len(examples), CHUNK):
+                chunk = examples[first : first + CHUNK]
+                batch = self.tasks.pack(chunk, end)
+                recorder.aim(batch)
+                forward(batch, recorder)
+                recorder.advance(torch.from_numpy(chunk))
+            sizes = [len(probe_set.train), *(len(probe_set.unseen[s]) for s in splits)]
+            train, *unseen = recorder.points.split(sizes, dim=1)
+            found.append((train, dict(zip(splits, unseen, strict=True))))
+        return found
+
+    def measure(self, forward: Forward) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
+        """(values of `columns` [n_columns] float64, the states that they were measured on)."""
+        states = self.states(forward)
+        values = [
+            probe_measures(s, train, unseen, self.tasks.label_counts(), self.config, self.seed)
+            for s, (train, unseen) in zip(self.sets, states, strict=True)
+        ]
+        return torch.cat(values), states

@@ -1,0 +1,138 @@
+"""The window estimator: measures what the last training batches produced anyway, at every step.
+
+Two rings of states: of the training batches, whose forward pass happens in any case, and of a few unseen examples that
+ride along in a forward pass of their own. The states in a ring come from the model as it was up to `window / batch`
+steps ago: that is the price of measuring every step without a further pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clmfast import ops
+from clmfast.capture import Recorder
+from clmfast.config import MeasureConfig
+from clmfast.data.tasks import TaskSet
+from clmfast.measure.catalogue import Column, layer_columns
+from clmfast.measure.neighbours import knn_accuracy, label_purity, majority_vote, neighbour_purity
+from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
+from clmfast.measure.ring_neighbours import RingNeighbours
+
+MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
+MEASURES_OF_UNSEEN = ("knn_accuracy", "cross_grammar_knn_accuracy")
+SPLIT = "unseen_instruction"
+
+
+class Window:
+    """`train` and `unseen` are the taps of the two forward passes; after both have advanced, `measure` reads them."""
+
+    def __init__(
+        self, tasks: TaskSet, config: MeasureConfig, n_layers: int, width: int, seed: int, device: str = "cpu"
+    ) -> None:
+        self.tasks, self.config, self.seed = tasks, config, seed
+        self.n_layers = n_layers
+        self.train = Recorder(n_layers, config.readouts, config.window, width, device)
+        self.unseen = Recorder(n_layers, config.readouts, config.unseen_window, width, device)
+        self.near = RingNeighbours(config.k)  # of training states, own instruction barred
+        self.near_unseen = RingNeighbours(config.k)  # of unseen states among training states
+        self.near_cross_grammar = RingNeighbours(config.k)  # the same, own grammar barred
+        self.centroid = torch.empty(0)
+        self._n_seen = {self.train: 0, self.unseen: 0}
+
+    @property
+    def columns(self) -> list[Column]:
+        """What `measure` returns, in its order."""
+        of = [(MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT)]
+        return [
+            column
+            for measures, split in of
+            for measure in measures
+            for layer in range(self.n_layers)
+            for readout in self.config.readouts
+            for column in layer_columns("window", readout, self.n_layers, (measure,), split)[layer : layer + 1]
+        ]
+
+    @property
+    def per_task_shape(self) -> tuple[int, ...]:
+        return (self.n_layers, len(self.config.readouts), self.tasks.n_tasks)
+
+    def measure(self, step: int) -> tuple[Tensor, Tensor]:
+        """(values of `columns` [n_columns] float64, neighbour purity of each task [L, R, n_tasks] float64).
+
+        All NaN while the ring holds no more than k states or fewer than there are clusters.
+        """
+        n, n_unseen = self.train.n_filled, self.unseen.n_filled
+        changed, changed_unseen = self._changed(self.train), self._changed(self.unseen)
+        if n <= self.config.k or n < self.tasks.n_tasks:
+            self._n_seen[self.train] = 0
+            nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
+            return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
+        points, queries = self.train.points[:, :n], self.unseen.points[:, :n_unseen]
+        labels = _labels(self.tasks, self.train.example[:n])
+        of_unseen = _labels(self.tasks, self.unseen.example[:n_unseen])
+
+        instruction, grammar = labels["instruction"], labels["grammar"]
+        self.near.update(points, changed, points, changed, instruction, instruction)
+        self.near_unseen.update(points, changed, queries, changed_unseen, of_unseen["instruction"], instruction)
+        self.near_cross_grammar.update(points, changed, queries, changed_unseen, of_unseen["grammar"], grammar)
+        fit, is_cold = self._kmeans(points, step)
+
+        task, task_unseen, n_tasks = labels["task"], of_unseen["task"], self.tasks.n_tasks
+        near = self.near.index
+        of_training = [
+            *partition_measures(points, fit, labels, self.tasks.label_counts()),
+            is_cold.double(),
+            neighbour_purity(near, task, task),
+        ]
+        of_queries = [
+            knn_accuracy(majority_vote(neighbours.index, task), task_unseen)
+            for neighbours in (self.near_unseen, self.near_cross_grammar)
+        ]
+        per_task = label_purity(near, task, task, n_tasks).view(self.per_task_shape)
+        return torch.cat([*of_training, *of_queries]), per_task
+
+    def _changed(self, ring: Recorder) -> Tensor:
+        """Rows written since the last measurement, ascending."""
+        n_new = min(ring.n_written - self._n_seen[ring], ring.n_points)
+        rows = (ring.n_written - n_new + torch.arange(n_new)) % ring.n_points
+        self._n_seen[ring] = ring.n_written
+        return rows.sort().values
+
+    def _kmeans(self, points: Tensor, step: int) -> tuple[ops.KMeans, Tensor]:
+        """(fit, is_cold [S]): warm from the last centroids; every `cold_every` steps k-means++ competes with that, and
+        the lower inertia wins, so that a run cannot stay for ever in an optimum that it fell into early."""
+        config, n_tasks = self.config, self.tasks.n_tasks
+        is_first = self.centroid.numel() == 0
+        if is_first or step % config.cold_every == 0:
+            cold = ops.kmeans(points, n_tasks, max_iter=config.max_iter, seed=self.seed)
+        if is_first:
+            fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool)
+        else:
+            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.max_iter)
+            is_cold = torch.zeros(len(points), dtype=torch.bool)
+            if step % config.cold_every == 0:
+                is_cold = cold.inertia < fit.inertia
+                fit = ops.KMeans(
+                    *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
+                )
+        self.centroid = fit.centroid
+        return fit, is_cold
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs; neighbour lists are not in it, as they follow from the rings."""
+        return {
+            **{f"train.{name}": tensor for name, tensor in self.train.state().items()},
+            **{f"unseen.{name}": tensor for name, tensor in self.unseen.state().items()},
+            "centroid": self.centroid,
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, ring in (("train", self.train), ("unseen", self.unseen)):
+            ring.load_state({key: state[f"{name}.{key}"] for key in ring.state()})
+        self.centroid = state["centroid"].clone()
+
+
+def _labels(tasks: TaskSet, example: Tensor) -> dict[str, Tensor]:
+    return {kind: torch.from_numpy(label) for kind, label in tasks.labels(example.numpy()).items()}

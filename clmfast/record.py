@@ -1,0 +1,300 @@
+"""The run directory: what is written while a run goes on, and how it is read.
+
+    config.json       the resolved config; a config file for a further run
+    meta.json         columns with their units and meaning, machine, versions, automatic choices with their reasons
+    steps.npy         float64 [steps + 1, 1 + columns]: column 0 is step + 1 (0: not written yet), NaN = not measured
+    timing.npy        the same layout for milliseconds, apart, because no two runs agree on them
+    per_task.npy      float64 [steps + 1, layers, readouts, tasks]: neighbour purity of each task in the window
+    events.jsonl      start, resume, early_stop, checkpoint, anomaly, end
+    controls.json     the measures on letters alone and with shuffled labels
+    projections/      2-D projections of the probe's states at a few steps
+    checkpoints/      weights at steps 0, 1, 2, 4, ..., 512, then every 500
+    resume/           the two newest states that --resume can start from
+    report.html       the pictures
+
+Everything is readable while the run goes on. `load(path)` reads a run without torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clmfast.config import RunConfig, from_file, to_dict
+from clmfast.files import RowFile, append_line, write_checkpoint, write_file, write_json
+from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+
+if TYPE_CHECKING:
+    from clmfast.train import Step, Training
+
+KEPT_RESUME_STATES = 2
+
+
+def is_checkpoint_step(step: int, n_steps: int) -> bool:
+    """Log-spaced while things change fast (0, 1, 2, 4, ..., 512), then every 500, and the end."""
+    return step == n_steps or (step & (step - 1) == 0 if step <= 512 else step % 500 == 0)
+
+
+def disk_bytes(training: Training) -> int:
+    """About how much a run directory will take, before anything is written."""
+    config = training.config
+    rows = config.steps + 1
+    tensors, _ = training.state()
+    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    state = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights  # two moments of AdamW to come
+    n_checkpoints = sum(is_checkpoint_step(step, config.steps) for step in range(rows))
+    per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
+    report = 6_000_000
+    return (
+        rows * 8 * (len(training.columns) + 8 + per_task)
+        + n_checkpoints * weights
+        + (KEPT_RESUME_STATES + 1) * state * (config.resume_every > 0)
+        + report
+    )
+
+
+class RunWriter:
+    """Writes the records of one run; only this class writes into a run directory, but for the report."""
+
+    def __init__(self, path: Path, training: Training, timing_columns: tuple[str, ...]) -> None:
+        """Make the directory's row files, or open those of a run that is resumed."""
+        self.path, self.training, self.timing_columns = path, training, timing_columns
+        rows = training.config.steps + 1
+        path.mkdir(parents=True, exist_ok=True)
+        self.steps = RowFile(path / "steps.npy", rows, (1 + len(training.columns),), np.float64)
+        self.timing = RowFile(path / "timing.npy", rows, (1 + len(timing_columns),), np.float64)
+        self.per_task = None
+        if training.window:
+            self.per_task = RowFile(path / "per_task.npy", rows, training.window.per_task_shape, np.float64)
+
+    def write_header(self, meta: dict[str, Any]) -> None:
+        """config.json and meta.json; `meta` holds what the caller knows of machine, versions and choices."""
+        training, config = self.training, self.training.config
+        tasks = training.tasks
+        write_json(self.path / "config.json", to_dict(config))
+        write_json(
+            self.path / "meta.json",
+            {
+                "measurement_version": MEASUREMENT_VERSION,
+                **meta,
+                "n_parameters": training.model.n_parameters,
+                "n_layers": training.model.n_taps,
+                "n_tasks": tasks.n_tasks,
+                "readouts": list(config.measure.readouts) if training.window else [],
+                "estimators": _estimators(training),
+                "measures": {name: vars(m) for name, m in MEASURES.items()},
+                "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in training.columns)],
+                "timing_columns": ["step_plus_1", *self.timing_columns],
+                "splits": {name: len(examples) for name, examples in tasks.splits.items()},
+                "grammars": [
+                    {"task": int(task), "pattern": pattern, "language_size": str(size)}
+                    for task, pattern, size in zip(tasks.grammar_task, tasks.patterns, tasks.language_size, strict=True)
+                ],
+            },
+        )
+
+    def write(self, step: Step) -> None:
+        """Record a step: its rows, events, snapshots and, where due, checkpoints."""
+        row = step.step
+        written = self.steps.read(row)
+        values = np.concatenate([[row + 1], step.values])
+        if written[0] == row + 1 and not np.array_equal(written, values, equal_nan=True):
+            # A resumed run computes rows again that are on disk; equality is a free proof, a difference an event.
+            self.event("resume_mismatch", step=row)
+        self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.timing_columns)]))
+        if self.per_task is not None and step.per_task is not None:
+            self.per_task.write(row, step.per_task)
+        elif self.per_task is not None:
+            self.per_task.write(row, np.full(self.per_task.row_shape, np.nan))
+        self.steps.write(row, values)
+        for snapshot in step.snapshots:
+            folder = self.path / "projections"
+            folder.mkdir(exist_ok=True)
+            name = f"{row:08d}-{snapshot.readout}.npz"
+            content = io.BytesIO()
+            arrays: dict[str, Any] = {"plane": snapshot.plane, "share": snapshot.share, **snapshot.labels}
+            np.savez(content, **arrays)
+            write_file(folder / name, content.getvalue())
+        for event in step.events:
+            self.event(**event)
+
+    def checkpoint(self) -> None:
+        """Write the checkpoints that are due for the model as it is between two steps."""
+        training, config = self.training, self.training.config
+        step = training.next_step  # updates made: the model that row `step` will describe
+        if is_checkpoint_step(step, config.steps):
+            tensors, _ = training.state()
+            weights = {name: t for name, t in tensors.items() if name.startswith("model.")}
+            write_checkpoint(self.path / "checkpoints" / f"{step:08d}", weights, {"step": step})
+            self.event("checkpoint", step=step)
+        if config.resume_every and step % config.resume_every == 0 and 0 < step <= config.steps:
+            folder = self.path / "resume"
+            write_checkpoint(folder / f"{step:08d}", *training.state())
+            for old in sorted(folder.glob("[0-9]*"))[:-KEPT_RESUME_STATES]:
+                shutil.rmtree(old)
+
+    def event(self, event: str, **values: Any) -> None:
+        """Add a line to events.jsonl."""
+        append_line(self.path / "events.jsonl", {"event": event, "unix_time_s": round(time.time(), 3), **values})
+
+    def write_controls(self, controls: list[dict[str, Any]]) -> None:
+        write_json(self.path / "controls.json", controls)
+
+    def close(self) -> None:
+        for file in (self.steps, self.timing, self.per_task):
+            if file is not None:
+                file.close()
+
+
+def _estimators(training: Training) -> dict[str, Any]:
+    """The parameters that the measures depend on, by estimator, for the header."""
+    measure = training.config.measure
+    k_means = {"n_clusters": training.tasks.n_tasks, "max_iter": measure.max_iter, "tol": 1e-4, "distance": "euclidean"}
+    knn = {"k": measure.k, "distance": "squared euclidean", "vote": "majority, ties to the nearest"}
+    found: dict[str, Any] = {}
+    if training.window:
+        found["window"] = {
+            "train_states": measure.window,
+            "unseen_states": measure.unseen_window,
+            "every": training.config.measure_every,
+            "kmeans": {**k_means, "init": "warm", "cold_every": measure.cold_every},
+            "knn": knn,
+        }
+    if training.probe:
+        found["probe"] = {
+            "every": measure.probe_every,
+            "kmeans": {**k_means, "init": "k-means++", "n_init": measure.n_init},
+            "knn": knn,
+            "points": {
+                s.readout: {"train": len(s.train), **{split: len(ids) for split, ids in s.unseen.items()}}
+                for s in training.probe.sets
+            },
+        }
+    return found
+
+
+class NotARun(ValueError):
+    """A folder that is no run directory, or one of another measurement version."""
+
+
+class Run:
+    """A run directory, read. Arrays hold the rows written so far; NaN = not measured."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            table = np.load(self.path / "steps.npy")
+            timing = np.load(self.path / "timing.npy")
+            self.columns = [Column(**{k: v for k, v in c.items() if k not in ("name", "unit")})
+                            for c in self.meta["columns"][1:]]  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NotARun(
+                f"{self.path} must be a run directory with meta.json, steps.npy and timing.npy: {error}"
+            ) from None
+        if self.meta.get("measurement_version") != MEASUREMENT_VERSION or table.shape[1] != 1 + len(self.columns):
+            raise NotARun(
+                f"{self.path} must have measurement version {MEASUREMENT_VERSION} and as many columns as its header, "
+                f"got version {self.meta.get('measurement_version')} and {table.shape[1] - 1} of {len(self.columns)}"
+            )
+        is_written = table[:, 0] > 0
+        self.step: NDArray[np.int64] = table[is_written, 0].astype(np.int64) - 1
+        self.values: NDArray[np.float64] = table[is_written, 1:]
+        self.timing = dict(zip(self.meta["timing_columns"][1:], timing[is_written, 1:].T, strict=True))
+        self._is_written = is_written
+        self._at = {column.name: i for i, column in enumerate(self.columns)}
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return from_file(self.path / "config.json", RunConfig())
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        path = self.path / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @cached_property
+    def controls(self) -> list[dict[str, Any]]:
+        path = self.path / "controls.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    @cached_property
+    def per_task(self) -> NDArray[np.float64] | None:
+        """Neighbour purity of each task in the window [rows, layers, readouts, tasks]."""
+        path = self.path / "per_task.npy"
+        return np.load(path)[self._is_written] if path.exists() else None
+
+    @property
+    def layers(self) -> range:
+        """0 is the embedding."""
+        return range(self.meta["n_layers"])
+
+    @property
+    def readouts(self) -> list[str]:
+        return self.meta["readouts"]
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One column [rows] by its name, for example 'probe/instruction_end/layer6/ari_task'."""
+        if name not in self._at:
+            raise KeyError(f"no column {name}; Run.columns lists them")
+        return self.values[:, self._at[name]]
+
+    def by_layer(self, estimator: str, readout: str, measure: str, split: str = "") -> NDArray[np.float64]:
+        """One measure [rows, layers]."""
+        names = [Column(estimator, measure, readout, layer, split).name for layer in self.layers]
+        return np.stack([self.column(name) for name in names], axis=1)
+
+    def has(self, estimator: str) -> bool:
+        """Was anything of this estimator recorded?"""
+        return any(c.estimator == estimator and np.isfinite(self.column(c.name)).any() for c in self.columns)
+
+    def snapshots(self, readout: str) -> dict[int, dict[str, NDArray]]:
+        """Projections by step: `plane` [layers, points, 2], `share` [layers] and the labels of the points."""
+        found = {}
+        for path in sorted((self.path / "projections").glob(f"[0-9]*-{readout}.npz")):
+            with np.load(path) as arrays:
+                found[int(path.name.split("-")[0])] = dict(arrays)
+        return found
+
+    def long(self) -> dict[str, NDArray]:
+        """The whole record as columns of a long table: one row per number that was measured."""
+        row, i_column = np.nonzero(np.isfinite(self.values))
+
+        def of(name: str) -> NDArray:
+            return np.array([getattr(c, name) for c in self.columns])[i_column]
+
+        return {
+            "step": self.step[row],
+            "estimator": of("estimator"),
+            "readout": of("readout"),
+            "layer": of("layer"),
+            "split": of("split"),
+            "measure": of("measure"),
+            "value": self.values[row, i_column],
+        }
+
+    def table(self) -> Any:
+        """`long` as a pandas or, without pandas, polars DataFrame."""
+        try:
+            import pandas
+
+            return pandas.DataFrame(self.long())
+        except ImportError:
+            try:
+                import polars
+            except ImportError:
+                raise ImportError("Run.table needs pandas or polars; Run.long gives the same as numpy arrays") from None
+            return polars.DataFrame(self.long())
+
+
+def load(path: str | Path) -> Run:
+    """Read a run directory, also while the run goes on; NotARun if it is none."""
+    return Run(path)

@@ -1,0 +1,195 @@
+"""report.html: one self-contained page about a run. Reads the run directory, draws, computes no measure.
+
+python -m clmfast.report DIR        # draw it anew
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io
+
+from clmfast import plot
+from clmfast.files import write_file
+from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, best_layer, findings
+from clmfast.measure.catalogue import MEASURES
+from clmfast.record import NotARun, Run
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; }
+h1 { margin-bottom: 0.1em; } h2 { margin-top: 2.2em; }
+table { border-collapse: collapse; } td, th { padding: 0.3em 0.9em 0.3em 0; text-align: left; vertical-align: top;
+border-bottom: 1px solid #ddd; }
+.holds { color: #18793a; font-weight: 600; } .fails { color: #b3261e; font-weight: 600; }
+.unmeasured, .quiet { color: #666; } pre { background: #f6f6f6; padding: 1em; overflow: auto; font-size: 13px; }
+"""
+
+
+def _table(rows: list[list[str]], head: list[str]) -> str:
+    """Cells are HTML already."""
+    return (
+        "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
+        + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows) + "</table>"
+    )  # fmt: skip
+
+
+def cost_text(run: Run) -> str:
+    """One sentence: what measuring cost on top of training."""
+    total = {name: float(ms.sum()) for name, ms in run.timing.items()}
+    training = total["step_ms"]
+    if training <= 0:
+        return "No step was timed."
+    window = total["capture_ms"] + total["ride_along_ms"] + total["window_ms"]
+    return (
+        f"A training step took {training / max(1, len(run.step) - 1):.0f} ms. Measuring every layer cost "
+        f"{window / training:.0%} on top of that for the window (capture, unseen examples that ride along, measures) "
+        f"and {total['probe_ms'] / training:.0%} for the probe."
+    )
+
+
+def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
+    """(title, explanation, figure) of every picture that the run has the records for."""
+    found: list[tuple[str, str, go.Figure]] = []
+    has_window, has_probe = run.has("window"), run.has("probe")
+    headline = HEADLINE_READOUT if HEADLINE_READOUT in run.readouts else (run.readouts or [""])[0]
+    top = best_layer(run, headline) if has_probe else (run.layers[-1] if has_window else None)
+    if has_window:
+        found.append(
+            (
+                "Clusters by task form layer by layer",
+                "k-means with as many clusters as tasks, compared with the true tasks by the adjusted Rand index "
+                "(1 = the same partition, 0 = chance), at every step. Labels are never shown to the model or to "
+                "k-means. The dashed line is what letter counts alone give; the grey band what shuffled labels give.",
+                plot.curves_by_layer(run, [("ari_task", "", "ARI (task)")]),
+            )
+        )
+        found.append(
+            (
+                "Unseen instructions fall near training instructions of their task",
+                "Share of unseen examples whose nearest training states vote for the right task. Above: all training "
+                "states but those of the query's own instruction may vote. Below: those of its own grammar are barred "
+                "too, so that only states of differently worded instructions for the same task can be right. Letters "
+                "alone do not get there.",
+                plot.curves_by_layer(
+                    run,
+                    [
+                        ("knn_accuracy", HEADLINE_SPLIT, "kNN accuracy"),
+                        ("cross_grammar_knn_accuracy", HEADLINE_SPLIT, "cross-grammar kNN accuracy"),
+                    ],
+                ),
+            )
+        )
+    found.append(
+        (
+            "Learning and clustering on one axis",
+            "Early stopping picks the step with the best validation accuracy; training goes on to show what follows. "
+            "Clustering saturates at the first step from which the smoothed ARI stays above 95 % of its plateau.",
+            plot.learning(run, top if has_window and headline == HEADLINE_READOUT else None),
+        )
+    )
+    if has_probe:
+        found.append(
+            (
+                "What do the states cluster by?",
+                "The same clusters at the end of training, compared with every kind of label. Before the input is read "
+                "only task, grammar and instruction exist; afterwards the output competes.",
+                plot.kinds_by_layer(run),
+            )
+        )
+        figure = plot.projections(run, headline)
+        if figure is not None:
+            found.append(
+                (
+                    "The states themselves",
+                    f"Training states {plot.READOUT_TEXT[headline]}, one point per instruction, coloured by task, in "
+                    "the plane in which they vary most (principal components, computed anew for every picture, without "
+                    "labels). The menu picks the layer.",
+                    figure,
+                )
+            )
+    if has_window and top is not None:
+        figure = plot.task_timeline(run, top, headline)
+        if figure is not None:
+            found.append(
+                (
+                    "Task by task",
+                    f"Share of each training state's nearest neighbours that belong to its task, layer {top}, "
+                    f"{plot.READOUT_TEXT[headline]}.",
+                    figure,
+                )
+            )
+    found.append(("What measuring cost", cost_text(run), plot.cost(run)))
+    return found
+
+
+def page(run: Run) -> str:
+    """The whole page as HTML, with plotly inlined once; loads nothing from anywhere."""
+    config, meta = run.config, run.meta
+    rows = [
+        [html.escape(f.claim), html.escape(f.number), html.escape(f.bar), f"<span class='{f.kind}'>{f.verdict}</span>"]
+        for f in findings(run)
+    ]
+    n_done = int(run.step[-1]) if len(run.step) else 0
+    facts = (
+        f"{meta['n_tasks']} tasks, {config.task.n_grammars} grammars each; {config.model.n_layers} layers of width "
+        f"{config.model.width}, {meta['n_parameters']:,} weights; {n_done:,} of {config.steps:,} steps, "
+        f"seed {config.seed}; {meta['machine']['cpu']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
+    )
+    parts = [
+        f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(facts)}</p>",
+        "<p>A causal Transformer learns to follow instructions. Each row is a claim of Wu &amp; Varshney "
+        "(arXiv 2402.12151), read from this run: the states at the end of the instruction, after the last step.</p>",
+        _table(rows, ["claim (finding of the paper)", "this run", "bar", ""]),
+    ]
+    if n_done < config.steps:
+        parts.append(f"<p class='fails'>This run ended at step {n_done:,}; the rest was not trained.</p>")
+    for i, (title, text, figure) in enumerate(sections(run)):
+        picture = plotly.io.to_html(
+            figure, full_html=False, include_plotlyjs=i == 0, div_id=f"picture{i}",
+            config={"displaylogo": False, "responsive": True},
+        )  # fmt: skip
+        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{picture}")
+    used = sorted({column.measure for column in run.columns})
+    meanings = [[f"<code>{m}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used]
+    settings = {
+        "config": json.loads((run.path / "config.json").read_text()),
+        "estimators": meta["estimators"],
+        "choices": meta["choices"],
+        "grammars": meta["grammars"],
+    }
+    parts.append("<h2>Every number in the record</h2>" + _table(meanings, ["measure", "meaning", "chance level"]))
+    parts.append(
+        "<h2>Settings</h2><details><summary>config, estimators, automatic choices, grammars</summary>"
+        f"<pre>{html.escape(json.dumps(settings, indent=1, ensure_ascii=False))}</pre></details>"
+    )
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>clmfast run</title>"
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+
+
+def write_report(path: Path) -> Path:
+    """Draw the report of a run directory into it; returns the page's path."""
+    target = path / "report.html"
+    write_file(target, page(Run(path)))
+    return target
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m clmfast.report DIR        draw DIR/report.html anew", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    try:
+        print(write_report(Path(arguments[0])))
+    except (NotARun, OSError) as error:
+        print(f"clmfast.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

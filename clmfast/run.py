@@ -1,0 +1,273 @@
+"""The command line: train, measure every layer at every step, record, draw. The only place that knows everything.
+
+    python -m clmfast.run                    # a new directory under runs/, the report's path at the end
+    python -m clmfast.run --preset paper --seed 3 --out runs/three
+    python -m clmfast.run --resume runs/three
+
+torch is imported only once the arguments are known to be good, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from clmfast import __version__
+from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
+
+if TYPE_CHECKING:
+    from clmfast.progress import Progress
+    from clmfast.record import RunWriter
+    from clmfast.train import Training
+
+DIVERGED, BAD_INPUT = 3, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """Train a small Transformer to follow instructions and measure, in every layer and at every step, how its hidden
+    states cluster by task. Everything is recorded in a run directory, with a page of pictures: report.html."""
+
+    preset: Literal["tiny", "paper"] = "tiny"
+    """Where the settings start from: tiny runs in minutes on two cores, paper is a reconstruction of the paper's."""
+    config: str = ""
+    """A TOML or JSON file with settings on top of the preset, such as the config.json of an earlier run."""
+    resume: str = ""
+    """Go on with the run in this directory from its last saved state; takes no other flag."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
+
+
+def parse(arguments: list[str]) -> CommandLine:
+    """The command line as a checked config; ConfigError or SystemExit (help, unknown flag) otherwise."""
+    base = RunConfig()
+    preset, file = _value_of(arguments, "--preset"), _value_of(arguments, "--config")
+    if preset in PRESETS:
+        base = PRESETS[preset]
+    if file:
+        base = from_file(file, base)
+    resume = _value_of(arguments, "--resume")
+    if resume:
+        if len(arguments) > (1 if "=" in arguments[0] else 2):
+            raise ConfigError(
+                f"--resume takes no other flag (the run's own config.json holds), got {' '.join(arguments)}"
+            )
+        path = Path(resume) / "config.json"
+        if not path.exists():
+            raise ConfigError(f"--resume must name a run directory, {resume} has no config.json")
+        return CommandLine(resume=resume, run=dataclasses.replace(from_file(path, RunConfig()), out=resume))
+    asked = tyro.cli(
+        CommandLine,
+        args=arguments,
+        prog="python -m clmfast.run",
+        default=CommandLine(run=base),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes[CommandLine]),
+    )
+    check(asked.run)
+    if asked.run.device != "cpu":
+        raise ConfigError(f"device must be cpu: this version measures on the CPU only, got {asked.run.device}")
+    n_cores = len(os.sched_getaffinity(0))
+    if asked.run.threads > n_cores:
+        raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {asked.run.threads}")
+    return asked
+
+
+def _value_of(arguments: list[str], flag: str) -> str:
+    """The value of one flag, looked up before the others can be parsed, because their defaults depend on it."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.split("=", 1)[1]
+    return ""
+
+
+def new_directory(config: RunConfig) -> Path:
+    """The run directory, checked but not yet made: it must not exist, and its parent must be writable."""
+    path = (
+        Path(config.out)
+        if config.out
+        else _free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}")
+    )
+    if path.exists():
+        raise ConfigError(f"--out must name a new directory, {path} exists (--resume goes on with a run)")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out must be in a directory that can be written to, {parent} cannot")
+    return path
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    taken = {path.name for path in folder.glob(f"{name}*")}
+    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes: 0 the run finished (whatever the claims) or was ended by Ctrl-C, 2 bad input, 3 the loss diverged."""
+    try:
+        asked = parse(arguments)
+        path = Path(asked.resume) if asked.resume else new_directory(asked.run)
+        return run(asked.run, path, is_resumed=bool(asked.resume))
+    except ConfigError as error:
+        print(f"clmfast: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        pass  # whoever read our output has seen enough
+    except OSError as error:
+        print(f"clmfast: {error.filename or 'the run directory'} must be writable: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("clmfast: stopped before the first step, nothing was written", file=sys.stderr)
+    return BAD_INPUT
+
+
+def run(config: RunConfig, path: Path, is_resumed: bool = False) -> int:
+    """Train, measure and draw into `path`; returns the exit code."""
+    import torch
+
+    from clmfast.data.tasks import make_tasks
+    from clmfast.files import DamagedCheckpoint, newest_checkpoint
+    from clmfast.progress import Progress
+    from clmfast.record import RunWriter, disk_bytes
+    from clmfast.train import TIMING_COLUMNS, Training
+
+    choices = set_up_torch(config)
+    training = Training(config, make_tasks(config.task, config.seed))
+    if is_resumed:
+        try:
+            training.load_state(*newest_checkpoint(path / "resume"))
+        except DamagedCheckpoint as error:
+            raise ConfigError(f"--resume: {error}") from None
+    else:
+        check_disk(path, disk_bytes(training))
+    writer = RunWriter(path, training, TIMING_COLUMNS)
+    if is_resumed:
+        writer.event("resume", step=training.next_step)
+    else:
+        writer.write_header(header(choices, torch.__version__))
+        writer.event("start", step=0)
+        writer.checkpoint()
+    with Progress(training, path) as progress:
+        exit_code = follow(training, writer, progress)
+        progress.note("measuring the controls and drawing the report")
+        finish(training, writer)
+    writer.close()
+    progress.summary(path)
+    return exit_code
+
+
+def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
+    """Record every step. Ctrl-C ends the run between two steps with everything recorded; a second one at once."""
+    from clmfast.train import TrainingDiverged
+
+    with _PoliteInterrupt(progress.note) as interrupt:
+        try:
+            for step in training:
+                writer.write(step)
+                writer.checkpoint()
+                progress.update(step)
+                if interrupt.came:
+                    writer.event("interrupted", step=step.step)
+                    progress.note(f"stopped by Ctrl-C after step {step.step}; --resume {writer.path} goes on")
+                    return 0
+        except TrainingDiverged as error:
+            progress.note(str(error))
+            return DIVERGED
+    writer.event("end", step=training.next_step - 1)
+    return 0
+
+
+class _PoliteInterrupt:
+    """The first Ctrl-C is noted and waits for the step to end; the second one interrupts as usual."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.came, self.note = False, note
+
+    def __enter__(self) -> _PoliteInterrupt:
+        import signal
+
+        def first(*_: object) -> None:
+            self.came = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.note("stopping after this step (Ctrl-C again: at once)")
+
+        self.before = signal.signal(signal.SIGINT, first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.signal(signal.SIGINT, self.before)
+
+
+def finish(training: Training, writer: RunWriter) -> None:
+    """Controls and report of what was recorded."""
+    from clmfast.report import write_report
+
+    writer.write_controls(training.controls())
+    write_report(writer.path)
+
+
+def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Threads and determinism; returns the automatic choices with their reasons for the header."""
+    import torch
+
+    n_cores = len(os.sched_getaffinity(0))
+    threads = config.threads or n_cores
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
+    return {
+        "threads": {"value": threads, "reason": reason},
+        "device": {"value": config.device, "reason": "asked for or default: the only device of this version"},
+        "attention": {"value": "torch SDPA", "reason": "the CPU implementation of this version"},
+        "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
+    }
+
+
+def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, Any]:
+    """Machine, versions and choices for meta.json: no path and no host name."""
+    import platform
+    from importlib.metadata import version
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not every system says; the architecture has to do
+    return {
+        "versions": {
+            "clmfast": __version__,
+            "torch": torch_version,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "numba", "safetensors")},
+        },
+        "machine": {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.system()},
+        "threads": choices["threads"]["value"],
+        "choices": choices,
+    }
+
+
+def check_disk(path: Path, n_bytes: int) -> None:
+    """ConfigError if the disk has no room for the run."""
+    import shutil
+
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < n_bytes:
+        raise ConfigError(
+            f"the disk of {parent} must have {n_bytes / 1e6:.0f} MB free for this run, got {free / 1e6:.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

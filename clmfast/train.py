@@ -1,0 +1,367 @@
+"""Training: a generator of Step records, one per update and one for the finished model. Knows nothing of files.
+
+Row t of a run describes the model after t updates: the loss of batch t, the window over the states up to batch t, and,
+where they are due, a validation and a probe of exactly that model. Then update t + 1 follows. The last row has no
+batch. Measuring draws nothing from a random stream that training uses and changes no state of it, so the losses are
+bit for bit those of an unmeasured run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from clmfast.capture import Recorder
+from clmfast.config import UNSEEN_SPLITS, RunConfig
+from clmfast.data.tasks import PAD, Batch, TaskSet, choose, draw, make_tasks
+from clmfast.measure.catalogue import Column
+from clmfast.measure.controls import raw_string_control, shuffled_label_control
+from clmfast.measure.probe import CHUNK, Probe
+from clmfast.measure.projection import principal_plane
+from clmfast.measure.window import Window
+from clmfast.model import Tap, Transformer
+
+TRAIN_MEASURES = ("loss", "accuracy", "lr", "grad_norm")
+TIMING_COLUMNS = ("step_ms", "capture_ms", "ride_along_ms", "window_ms", "probe_ms", "validation_ms")
+MEASURING_COLUMNS = ("capture_ms", "ride_along_ms", "window_ms", "probe_ms")
+VALIDATION_SPLIT = "unseen_instruction"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number; `step` says where."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"training stopped at step {step}: the loss must be finite, got {loss}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A probe's training states in their principal plane: `plane` [L, N, 2], `share` [L], labels [N] by kind."""
+
+    readout: str
+    plane: NDArray[np.float32]
+    share: NDArray[np.float64]
+    labels: dict[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the run: `values` in the order of Training.columns, NaN = not measured."""
+
+    step: int
+    values: NDArray[np.float64]
+    per_task: NDArray[np.float64] | None  # neighbour purity [L, R, n_tasks] of the window
+    timing: dict[str, float]  # ms by TIMING_COLUMNS
+    events: list[dict[str, Any]]
+    snapshots: list[Snapshot]
+
+
+@dataclass
+class EarlyStopping:
+    """Picks the step of the best validation accuracy once `patience` validations have brought nothing better."""
+
+    patience: int
+    best_accuracy: float = -1.0
+    best_step: int = -1
+    n_without_gain: int = 0
+    picked_step: int = -1
+
+    def update(self, step: int, accuracy: float) -> bool:
+        """Take in a validation; True when this one makes the pick (once)."""
+        if self.picked_step >= 0:
+            return False
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step, self.n_without_gain = accuracy, step, 0
+            return False
+        self.n_without_gain += 1
+        if self.n_without_gain < self.patience:
+            return False
+        self.picked_step = self.best_step
+        return True
+
+
+@dataclass
+class Stopwatch:
+    """Adds up milliseconds by name."""
+
+    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_COLUMNS, 0.0))
+
+    def time(self, name: str) -> _Lap:
+        return _Lap(self, name)
+
+
+class _Lap:
+    def __init__(self, watch: Stopwatch, name: str) -> None:
+        self.watch, self.name = watch, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.ms[self.name] += 1e3 * (time.perf_counter() - self.start)
+
+
+class Training:
+    """Owns everything that a run changes: weights, optimizer, rings, early stopping. Iterate over it to train.
+
+    `state()` and `load_state()` write and read all of it between two steps.
+    """
+
+    def __init__(self, config: RunConfig, tasks: TaskSet) -> None:
+        self.config, self.tasks = config, tasks
+        self.model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed)
+        decayed = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        is_decayed = {id(p) for p in decayed}
+        others = [p for p in self.model.parameters() if id(p) not in is_decayed]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.train.lr,
+            betas=(config.train.beta1, config.train.beta2),
+        )
+        self.next_step = 0
+        self.early_stopping = EarlyStopping(config.train.patience)
+        self.validation = {
+            split: choose(examples, config.train.n_validation, config.seed, "validation")
+            for split, examples in ((s, tasks.splits[s]) for s in UNSEEN_SPLITS)
+            if len(examples)
+        }
+        measure, n_layers, width = config.measure, self.model.n_taps, config.model.width
+        self.window = self.probe = None
+        if config.measure_every:
+            self.window = Window(tasks, measure, n_layers, width, config.seed, config.device)
+            if measure.probe_every:
+                self.probe = Probe(tasks, measure, n_layers, width, config.seed, config.device)
+        self.columns = [
+            *(Column("train", measure) for measure in TRAIN_MEASURES),
+            *(Column("validation", m, split=split) for split in self.validation for m in ("accuracy", "loss")),
+            *(self.window.columns if self.window else []),
+            *(self.probe.columns if self.probe else []),
+        ]
+        self._at = {column.name: i for i, column in enumerate(self.columns)}
+        self.snapshot_steps = snapshot_steps(config)
+
+    def __iter__(self) -> Iterator[Step]:
+        """Train from `next_step` on, one Step per update and one for the finished model.
+
+        Raises TrainingDiverged after the step whose loss is not finite.
+        """
+        config = self.config
+        while self.next_step <= config.steps:
+            step = self.next_step
+            watch, events = Stopwatch(), list[dict[str, Any]]()
+            values = np.full(len(self.columns), np.nan)
+            snapshots: list[Snapshot] = []
+            is_last = step == config.steps
+            every = config.measure.probe_every
+            probe_due = self.probe is not None and (is_last or step % every == 0)
+            if is_last or step % config.train.validate_every == 0 or (every and step % every == 0):
+                with watch.time("validation_ms"):
+                    self._validate(step, values, events, is_last or bool(every and step % every == 0))
+            if probe_due:
+                with watch.time("probe_ms"):
+                    snapshots = self._probe(step, values)
+            per_task = None
+            loss = 0.0
+            if not is_last:
+                loss, per_task = self._update(step, values, watch)
+            self.next_step += 1
+            if not math.isfinite(loss):
+                events.append({"event": "anomaly", "step": step, "loss": str(loss)})
+            yield Step(step, values, per_task, watch.ms, events, snapshots)
+            if not math.isfinite(loss):
+                raise TrainingDiverged(step, loss)
+            if config.train.stop_early and self.early_stopping.picked_step >= 0:
+                return
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to lr_final_share of the peak."""
+        train, n_steps = self.config.train, self.config.steps
+        if step < train.warmup_steps:
+            return train.lr * (step + 1) / train.warmup_steps
+        progress = (step - train.warmup_steps) / max(1, n_steps - train.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return train.lr * (train.lr_final_share + (1 - train.lr_final_share) * cosine)
+
+    def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
+        """One training step; fills `values`, returns (loss, per-task purity)."""
+        config, tasks = self.config, self.tasks
+        with watch.time("step_ms"):
+            examples = draw(tasks.splits["train"], config.train.batch, config.seed, step, "train")
+            batch = tasks.pack(examples, "prompt_end" if config.train.loss_on == "output" else "sequence_end")
+            tap: Tap | None = None
+            if self.window is not None:
+                ring = self.window.train
+                ring.aim(batch)
+
+                def tap(layer: int, x: Tensor) -> None:
+                    with watch.time("capture_ms"):
+                        ring(layer, x)
+
+            lr = self.lr(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, accuracy = self._loss(batch, tap)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
+        per_task = None
+        if self.window is not None:
+            # The unseen examples must see the weights that the batch saw: before the update.
+            with watch.time("ride_along_ms"):
+                self.window.train.advance(torch.from_numpy(examples))
+                n = config.measure.unseen_per_step
+                unseen = draw(tasks.splits[VALIDATION_SPLIT], n, config.seed, step, "unseen")
+                unseen_batch = tasks.pack(unseen)
+                self.window.unseen.aim(unseen_batch)
+                self._forward(unseen_batch, self.window.unseen)
+                self.window.unseen.advance(torch.from_numpy(unseen))
+        with watch.time("step_ms"):
+            self.optimizer.step()
+        watch.ms["step_ms"] -= watch.ms["capture_ms"]
+        if self.window is not None and step % config.measure_every == 0:
+            with watch.time("window_ms"):
+                measured, task_purity = self.window.measure(step)
+                names = [column.name for column in self.window.columns]
+                values[[self._at[name] for name in names]] = measured.numpy()
+                per_task = task_purity.numpy()
+        for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
+            values[self._at[f"train/{measure}"]] = value
+        return loss.item(), per_task
+
+    def _loss(self, batch: Batch, tap: Tap | None) -> tuple[Tensor, float]:
+        """(loss in nats, share of right outputs) of a training batch."""
+        tokens, length = torch.from_numpy(batch.tokens), torch.from_numpy(batch.length)
+        prompt_end, target = torch.from_numpy(batch.prompt_end), torch.from_numpy(batch.target)
+        if self.config.train.loss_on == "output":
+            logits = self.model(tokens, length, prompt_end, tap)
+            loss = F.cross_entropy(logits, target)
+        else:
+            all_logits = self.model(tokens, length, None, tap)
+            loss = F.cross_entropy(all_logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
+            logits = all_logits[torch.arange(len(tokens)), prompt_end].detach()
+        return loss, (logits.argmax(-1) == target).double().mean().item()
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch, tap: Recorder | None) -> Tensor:
+        """Logits at the last prompt position, without gradient."""
+        at = batch.prompt_end if batch.prompt_end[0] >= 0 else batch.instruction_end
+        return self.model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.length), torch.from_numpy(at), tap)
+
+    def _validate(self, step: int, values: NDArray[np.float64], events: list[dict[str, Any]], all_splits: bool) -> None:
+        for split, examples in self.validation.items():
+            if split != VALIDATION_SPLIT and not all_splits:
+                continue
+            n_right, loss = 0, 0.0
+            for first in range(0, len(examples), CHUNK):
+                batch = self.tasks.pack(examples[first : first + CHUNK])
+                logits, target = self._forward(batch, None), torch.from_numpy(batch.target)
+                n_right += int((logits.argmax(-1) == target).sum())
+                loss += F.cross_entropy(logits, target, reduction="sum").item()
+            accuracy = n_right / len(examples)
+            values[self._at[f"validation/{split}/accuracy"]] = accuracy
+            values[self._at[f"validation/{split}/loss"]] = loss / len(examples)
+            if split == VALIDATION_SPLIT and self.early_stopping.update(step, accuracy):
+                events.append(
+                    {
+                        "event": "early_stop",
+                        "step": step,
+                        "picked_step": self.early_stopping.picked_step,
+                        "accuracy": self.early_stopping.best_accuracy,
+                    }
+                )
+
+    def _probe(self, step: int, values: NDArray[np.float64]) -> list[Snapshot]:
+        assert self.probe is not None
+        measured, states = self.probe.measure(self._forward)
+        values[[self._at[column.name] for column in self.probe.columns]] = measured.numpy()
+        if step not in self.snapshot_steps:
+            return []
+        snapshots = []
+        for probe_set, (train, _) in zip(self.probe.sets, states, strict=True):
+            plane, share = principal_plane(train)
+            labels = {kind: probe_set.train_labels[kind].numpy() for kind in probe_set.kinds}
+            snapshots.append(Snapshot(probe_set.readout, plane.numpy(), share.numpy(), labels))
+        return snapshots
+
+    def controls(self) -> list[dict[str, Any]]:
+        """Letters alone and shuffled labels on the probe sets, for the model as it is: one entry per measure, readout
+        and (for the labels) layer, with mean and range. The untrained model is the probe of row 0."""
+        if self.probe is None:
+            return []
+        measure, seed = self.config.measure, self.config.seed
+        found: list[dict[str, Any]] = []
+
+        def add(kind: str, readout: str, name: str, layer: int, mean: float, low: float, high: float) -> None:
+            split, _, what = name.rpartition("/")
+            if math.isfinite(mean):
+                found.append(
+                    {"control": kind, "readout": readout, "split": split, "measure": what, "layer": layer}
+                    | {"mean": mean, "low": low, "high": high}
+                )
+
+        for probe_set, (points, queries) in zip(self.probe.sets, self.probe.states(self._forward), strict=True):
+            for name, value in raw_string_control(self.tasks, probe_set, measure, seed).items():
+                add("raw_strings", probe_set.readout, name, -1, value, value, value)
+            shuffled = shuffled_label_control(probe_set, points, queries, self.tasks.n_tasks, measure, seed)
+            for name, rounds in shuffled.items():
+                for layer in range(rounds.shape[1]):
+                    values = rounds[:, layer]
+                    mean, low, high = (stat(values).item() for stat in (torch.mean, torch.min, torch.max))
+                    add("shuffled_labels", probe_set.readout, name, layer, mean, low, high)
+        return found
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, plain values): all that the steps from `next_step` on depend on."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.config.model.tie_head:
+            del tensors["model.head.weight"]  # the same tensor as the embedding
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()})
+        if self.window is not None:
+            tensors.update({f"window.{name}": tensor for name, tensor in self.window.state().items()})
+        return tensors, {"next_step": self.next_step, "early_stopping": vars(self.early_stopping).copy()}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        weights = under("model.")
+        if self.config.model.tie_head:
+            weights["head.weight"] = weights["token_embedding.weight"]
+        self.model.load_state_dict(weights)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in under("optimizer.").items():
+            i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.window is not None:
+            self.window.load_state(under("window."))
+        self.next_step = values["next_step"]
+        self.early_stopping = EarlyStopping(**values["early_stopping"])
+
+
+def snapshot_steps(config: RunConfig) -> set[int]:
+    """Probe steps that keep a projection: the first and the last, and log-spaced ones between, n_snapshots in all."""
+    every, n = config.measure.probe_every, config.measure.n_snapshots
+    if not (config.measure_every and every and n):
+        return set()
+    probes = np.array([*range(0, config.steps, every), config.steps])
+    wanted = np.concatenate([[0], np.geomspace(every, max(every, config.steps), max(1, n - 1))])
+    return {int(probes[np.abs(probes - w).argmin()]) for w in wanted} | {config.steps}
+
+
+def train(config: RunConfig, tasks: TaskSet | None = None) -> Iterator[Step]:
+    """The Step records of a whole run; the task set follows from the config unless one is given."""
+    return iter(Training(config, tasks or make_tasks(config.task, config.seed)))
