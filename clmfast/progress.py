@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clmfast.train import Step, Training
 
 SECONDS_BETWEEN_LINES = 15.0
+PLAIN_WIDTH = 160  # columns of the table where there is no terminal to ask
 REFRESHES_PER_SECOND = 4
 
 
@@ -25,7 +26,7 @@ class Progress:
 
     def __init__(self, training: Training, path: Path) -> None:
         self.training, self.path = training, path
-        self.console = Console(stderr=False, highlight=False)
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self.is_live = self.console.is_terminal
         readouts = training.config.measure.readouts
         readout = "instruction_end" if "instruction_end" in readouts else readouts[0]

@@ -110,6 +110,19 @@ def _free_name(folder: Path, name: str) -> Path:
     return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
+def share_the_cores() -> str:
+    """Make OpenMP's threads go to sleep after about half a millisecond of waiting; returns the reason.
+
+    By default they burn some 15 ms waiting, and where another process wants a core the scheduler makes up for that at
+    the next barrier: with one busy process beside it, a step of the default run took 4.6 s instead of 0.5 s. Where the
+    cores are free, this costs nothing. Must come before torch is imported; an environment that says otherwise wins.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return "as the environment says"
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+    return "short: a process beside this one must not stall every step"
+
+
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 the run finished (whatever the claims) or was ended by Ctrl-C, 2 bad input, 3 the loss diverged."""
     try:
@@ -129,6 +142,7 @@ def main(arguments: list[str]) -> int:
 
 def run(config: RunConfig, path: Path, is_resumed: bool = False) -> int:
     """Train, measure and draw into `path`; returns the exit code."""
+    waiting = share_the_cores()
     import torch
 
     from clmfast.data.tasks import make_tasks
@@ -138,6 +152,7 @@ def run(config: RunConfig, path: Path, is_resumed: bool = False) -> int:
     from clmfast.train import TIMING_COLUMNS, Training
 
     choices = set_up_torch(config)
+    choices["openmp_waiting"] = {"value": os.environ.get("GOMP_SPINCOUNT", ""), "reason": waiting}
     training = Training(config, make_tasks(config.task, config.seed))
     if is_resumed:
         try:

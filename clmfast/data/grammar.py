@@ -13,7 +13,7 @@ the float64 uniforms of numpy's PCG64, and probabilities are ratios of exact int
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -30,7 +30,6 @@ MAX_DEPTH = 100  # groups inside each other: stays clear of Python's recursion l
 BRANCH_BATCHES = 20  # batches of `branch` draws before sample() fills up uniformly
 MIN_FIT = 100  # `branch` gives up when fewer than about 1 in MIN_FIT draws keep to max_length
 
-Ranges = list[tuple[int, int]]  # code points (low, high), both inclusive
 Edge = tuple[int, int, int, int]  # (weight, low, width, target): one of `width` characters from `low` on; width 0: none
 Move = tuple[int, int, int]  # (low, width, target) in a DFA, sorted by low, not overlapping
 
@@ -43,7 +42,7 @@ class GrammarError(ValueError):
 
 
 class _Chars(NamedTuple):
-    ranges: Ranges
+    spans: list[tuple[int, int]]  # (low, width): `width` characters from code point `low` on; sorted, with gaps between
 
 
 class _Sequence(NamedTuple):
@@ -76,27 +75,21 @@ _REFUSED_GROUPS = {
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([^0-9A-Za-z]))", re.DOTALL)
 _CONTROL = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "a": 7}
 
+_PRINTABLE = frozenset(range(0x20, 0x7F))
+_SETS = {"d": frozenset(b"0123456789"), "s": frozenset(b" \t\n\v\f\r")}
+_SETS["w"] = frozenset(code for code in _PRINTABLE if chr(code).isalnum() or chr(code) == "_")
+_SETS |= {name.upper(): _PRINTABLE - codes for name, codes in _SETS.items()}
 
-def _merged(ranges: Ranges) -> Ranges:
-    """The same characters as sorted ranges that neither overlap nor touch."""
-    out: Ranges = []
-    for low, high in sorted(ranges):
-        if out and low <= out[-1][1] + 1:
-            out[-1] = (out[-1][0], max(high, out[-1][1]))
+
+def _chars(codes: Set[int]) -> _Chars:
+    """The piece that matches one character out of `codes`."""
+    spans: list[tuple[int, int]] = []
+    for code in sorted(codes):
+        if spans and sum(spans[-1]) == code:
+            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
         else:
-            out.append((low, high))
-    return out
-
-
-def _printable_without(ranges: Ranges) -> Ranges:
-    """Printable ASCII less `ranges`, which are as _merged() returns them."""
-    starts, ends = [0x20, *(high + 1 for _, high in ranges)], [*(low - 1 for low, _ in ranges), 0x7E]
-    gaps = [(max(start, 0x20), min(end, 0x7E)) for start, end in zip(starts, ends, strict=True)]
-    return [(low, high) for low, high in gaps if low <= high]
-
-
-_SETS: dict[str, Ranges] = {"d": [(48, 57)], "w": [(48, 57), (65, 90), (95, 95), (97, 122)], "s": [(9, 13), (32, 32)]}
-_SETS |= {name.upper(): _printable_without(ranges) for name, ranges in _SETS.items()}
+            spans.append((code, 1))
+    return _Chars(spans)
 
 
 class _Parser:
@@ -172,11 +165,11 @@ class _Parser:
         if char == "[":
             return self.char_class()
         if char == "\\":
-            return _Chars(self.escape())
+            return _chars(self.escape())
         if char in "^$":
             raise self.refuse(start, start + 1, "an anchor must be at the very start or end of the pattern")
         self.at += 1
-        return _Chars(_printable_without([]) if char == "." else [(ord(char), ord(char))])
+        return _chars(_PRINTABLE if char == "." else {ord(char)})
 
     def group(self) -> _Piece:
         start = self.at
@@ -203,24 +196,25 @@ class _Parser:
         start = self.at
         negated = self.pattern.startswith("[^", start)
         first = self.at = start + 1 + negated
-        ranges: Ranges = []
+        codes: Set[int] = frozenset()
         while self.peek() != "]" or self.at == first:  # a `]` in first place is a member
             i_member = self.at
             member = self.member(start)
             if self.peek() == "-" and self.pattern[self.at + 1 : self.at + 2] not in ("", "]"):
                 self.at += 1
                 last = self.member(start)
-                if any(low != high for low, high in member + last) or member > last:
+                if len(member) > 1 or len(last) > 1 or min(member) > min(last):
                     raise self.refuse(i_member, self.at, "a range must go from one character up to another")
-                member = [(member[0][0], last[0][0])]
-            ranges += member
+                member = frozenset(range(min(member), min(last) + 1))
+            codes |= member
         self.at += 1
-        ranges = _printable_without(_merged(ranges)) if negated else _merged(ranges)
-        if not ranges:
+        if negated:
+            codes = _PRINTABLE - codes
+        if not codes:
             raise self.refuse(start, self.at, "a negated class must leave a printable ASCII character")
-        return _Chars(ranges)
+        return _chars(codes)
 
-    def member(self, start: int) -> Ranges:
+    def member(self, start: int) -> Set[int]:
         """Reads one character or escape of the class that opened at `start`."""
         char = self.peek()
         if not char:
@@ -228,9 +222,9 @@ class _Parser:
         if char == "\\":
             return self.escape(in_class=True)
         self.at += 1
-        return [(ord(char), ord(char))]
+        return {ord(char)}
 
-    def escape(self, in_class: bool = False) -> Ranges:
+    def escape(self, in_class: bool = False) -> Set[int]:
         start, char = self.at, self.pattern[self.at + 1 : self.at + 2]
         self.at += 2
         if char in _SETS:
@@ -250,7 +244,7 @@ class _Parser:
             code = -1
         if not 0 <= code <= 0x10FFFF:
             raise self.refuse(start, self.at, "not an escape that stands for a character")
-        return [(code, code)]
+        return {code}
 
 
 # ---------------------------------------------------------------------------------------------------- automata
@@ -270,7 +264,7 @@ def _add_nodes(nodes: list[list[Edge]], piece: _Piece, then: int) -> int:
         return len(nodes) - 1
 
     if isinstance(piece, _Chars):
-        return add([(high - low + 1, low, high - low + 1, then) for low, high in piece.ranges])
+        return add([(width, low, width, then) for low, width in piece.spans])
     if isinstance(piece, _Sequence):
         for part in reversed(piece.parts):
             then = _add_nodes(nodes, part, then)

@@ -45,9 +45,7 @@ def partition_measures(
     nan_S = torch.full((len(points),), torch.nan, dtype=torch.float64)
     by_kind = {kind: partition_scores_of(labels[kind], n_labels[kind], fit.label, n_clusters) for kind in kinds}
     task = by_kind["task"]
-    x_SND = points.double()
-    total_S = (x_SND - x_SND.mean(1, keepdim=True)).square().sum((1, 2))
-    silhouette_S, scatter_ratio_S = separation(points, labels["task"], n_labels["task"])
+    silhouette_S, scatter_ratio_S, total_S = separation(points, labels["task"], n_labels["task"])
     return torch.stack(
         [
             *(by_kind[kind].ari if kind in by_kind else nan_S for kind in LABEL_KINDS),

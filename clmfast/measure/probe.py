@@ -153,28 +153,29 @@ class Probe:
         self.tasks, self.config, self.seed = tasks, config, seed
         self.sets = make_probe_sets(tasks, config, seed)
         self.columns = columns_of(self.sets, n_layers)
-        self.recorders = [Recorder(n_layers, (s.readout,), len(self._order(s)[0]), width, device) for s in self.sets]
-
-    def _order(self, probe_set: ProbeSet) -> tuple[Ids, list[str]]:
-        """All examples of a set, training first, and the unseen splits in the order that they follow."""
-        splits = list(probe_set.unseen)
-        return np.concatenate([probe_set.train, *(probe_set.unseen[s] for s in splits)]), splits
+        self.examples = [np.concatenate([s.train, *s.unseen.values()]) for s in self.sets]
+        self.recorders = [
+            Recorder(n_layers, (s.readout,), len(examples), width, device)
+            for s, examples in zip(self.sets, self.examples, strict=True)
+        ]
 
     def states(self, forward: Forward) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """For each set (training states [L, N, D], unseen states [L, Q, D] by split); views, overwritten next time."""
+        """For each set (training states [L, N, D], unseen states [L, Q, D] by split)."""
         found = []
-        for probe_set, recorder in zip(self.sets, self.recorders, strict=True):
-            examples, splits = self._order(probe_set)
+        for probe_set, examples, recorder in zip(self.sets, self.examples, self.recorders, strict=True):
             end: End = "instruction_end" if probe_set.readout == "instruction_end" else "prompt_end"
+            # Batches of equal length hold no padding, which would be computed for nothing.
+            by_length = np.argsort(self.tasks.pack(examples, end).length, kind="stable")
             for first in range(0, len(examples), CHUNK):
-                chunk = examples[first : first + CHUNK]
+                chunk = examples[by_length[first : first + CHUNK]]
                 batch = self.tasks.pack(chunk, end)
                 recorder.aim(batch)
                 forward(batch, recorder)
                 recorder.advance(torch.from_numpy(chunk))
-            sizes = [len(probe_set.train), *(len(probe_set.unseen[s]) for s in splits)]
-            train, *unseen = recorder.points.split(sizes, dim=1)
-            found.append((train, dict(zip(splits, unseen, strict=True))))
+            states = recorder.points[:, torch.from_numpy(np.argsort(by_length))]
+            sizes = [len(probe_set.train), *(len(unseen) for unseen in probe_set.unseen.values())]
+            train, *unseen = states.split(sizes, dim=1)
+            found.append((train, dict(zip(probe_set.unseen, unseen, strict=True))))
         return found
 
     def measure(self, forward: Forward) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:

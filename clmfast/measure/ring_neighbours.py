@@ -75,10 +75,14 @@ class RingNeighbours:
         else:
             is_gone = torch.zeros(points.shape[1], dtype=torch.bool)
             is_gone[changed_points] = True
-            # As many candidates as usually lie within the bound, twice over; if there are more, the bound shrinks.
+            # Usually few new points lie within a query's bound; if there are more than k, the bound shrinks.
             n_new = min(len(changed_points), self.k)
             near = ops.knn(
-                points[:, changed_points], n_new, queries, (query_group, point_group[changed_points].contiguous())
+                points[:, changed_points],
+                n_new,
+                queries,
+                (query_group, point_group[changed_points].contiguous()),
+                within=self._within(),
             )
             new_index = torch.where(near.index >= 0, changed_points[near.index.clamp(min=0)], -1)
             has_all = len(changed_points) <= n_new
@@ -97,6 +101,11 @@ class RingNeighbours:
             rows = short[i_set].nonzero()[:, 0]
             self.n_recomputed += len(rows)
             self._recompute(points, queries, rows, query_group, point_group, [i_set])
+
+    def _within(self) -> Tensor:
+        """[S, Q] float32: dist2 of each query's bound; inf where the list holds all there is."""
+        dist2 = (self._bound >> 32).int().view(torch.float32)
+        return dist2.masked_fill(self._bound == NO_KEY, torch.inf)
 
     def _recompute(
         self,

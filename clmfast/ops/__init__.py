@@ -1,0 +1,26 @@
+"""The measuring ops and attention: one contract, one Python function and one reference (reference.py) each.
+
+The set axis comes first, `[S, N, D]`, and all sets are one call. Everything but attention is compiled from csrc/; wrong
+arguments are refused there, once, and arrive as ValueError. Results do not depend on the number of threads, bit for
+bit; attention alone is torch's own kernel and makes no such promise.
+"""
+
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+if not _LIBRARY.is_file():
+    raise ImportError(
+        "clmfast's compiled ops are missing. Build them with `pip install .`, or in a checkout with `pip install -e .` "
+        "or `python setup.py build_ext --inplace`"
+    )
+torch.ops.load_library(_LIBRARY)
+
+from clmfast.ops.attention import attention  # noqa: E402  the library comes first: these modules add to what it registers
+from clmfast.ops.capture import capture_rows  # noqa: E402
+from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
+from clmfast.ops.knn import KNN, knn  # noqa: E402
+from clmfast.ops.partition import PartitionScores, partition_scores  # noqa: E402
+
+__all__ = ["KNN", "KMeans", "PartitionScores", "attention", "capture_rows", "kmeans", "knn", "partition_scores"]

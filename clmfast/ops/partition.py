@@ -1,0 +1,53 @@
+"""partition_scores: six measures of how well a clustering recovers known classes. The contract is csrc/partition.h."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PartitionScores(NamedTuple):
+    ari: Tensor  # each [S] float64
+    nmi: Tensor
+    homogeneity: Tensor
+    completeness: Tensor
+    v_measure: Tensor
+    purity: Tensor
+
+
+def partition_scores(
+    truth: Tensor, label: Tensor, *, n_truth: int | None = None, n_label: int | None = None
+) -> PartitionScores:
+    """Agreement of two labelings of the same N points, for each of S sets.
+
+    With n_ij the number of points of class i in cluster j, a_i and b_j its row and column sums, N the number of points:
+
+        ari          = (pairs together in both - expected) / (mean of pairs together in each - expected)     [-0.5, 1]
+        H(truth)     = -sum_i a_i/N log(a_i/N)            H(label) = -sum_j b_j/N log(b_j/N)
+        MI           = sum_ij n_ij/N log(N n_ij / (a_i b_j))
+        nmi          = MI / ((H(truth) + H(label)) / 2)                                                      [0, 1]
+        homogeneity  = MI / H(truth)        completeness = MI / H(label)                                     [0, 1]
+        v_measure    = harmonic mean of homogeneity and completeness (equal to nmi but where an entropy is 0) [0, 1]
+        purity       = 1/N sum_j max_i n_ij                                                                  (0, 1]
+
+    truth, label: [N] or [S, N] int64; a labeling of shape [N] is shared by all sets, and two of them are one set (S =
+    1).
+    n_truth, n_label: promise that values lie in [0, n_truth) and [0, n_label), which are then counted in a dense
+    table; a value outside, -1 included, is an error. Without them any values are allowed, each a class of its own,
+    counted by sorting.
+
+    Chance: for independent labelings ari is 0 on average, and only ari. MI then exceeds 0 by about
+    (classes - 1)(clusters - 1) / (2 N), and with it nmi, homogeneity and completeness; purity is at least the share
+    of the largest class. Many small clusters raise homogeneity and purity for nothing.
+    No points, or one class and one cluster, count as full agreement: 1.0 in all six.
+
+    ari: Hubert & Arabie 1985. homogeneity, completeness, v_measure: Rosenberg & Hirschberg 2007. purity: Manning,
+    Raghavan & Schuetze 2008, section 16.3. Special cases are scikit-learn's.
+    """
+    return PartitionScores(*torch.ops.clmfast.partition_scores(truth, label, n_truth, n_label).unbind(0))
+
+
+@torch.library.register_fake("clmfast::partition_scores")
+def _(truth: Tensor, label: Tensor, n_truth: int | None, n_label: int | None) -> Tensor:
+    S = truth.shape[0] if truth.dim() == 2 else label.shape[0] if label.dim() == 2 else 1
+    return truth.new_empty((6, S), dtype=torch.float64)

@@ -1,0 +1,147 @@
+"""The slow, obviously right twin of every op, in float64: what the ops are tested against."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from clmfast.ops.kmeans import KMeans
+from clmfast.ops.knn import KNN
+from clmfast.ops.partition import PartitionScores
+
+
+def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Tensor, Tensor] | None = None) -> KNN:
+    """All pairs, masked, then a stable sort by dist2, which leaves equal ones in the order of their index."""
+    asked = points if queries is None else queries
+    S, Q, _ = asked.shape
+    N = points.shape[1]
+    dist2_SQk = torch.full((S, Q, k), math.inf)
+    index_SQk = torch.full((S, Q, k), -1)
+    for s in range(S):
+        for i in range(Q):
+            dist2_N = (asked[s, i].double() - points[s].double()).square().sum(dim=1).float()
+            is_candidate_N = points[s].isfinite().all(dim=1) & asked[s, i].isfinite().all()
+            if queries is None:
+                is_candidate_N &= torch.arange(N) != i
+            if barred is not None:
+                is_candidate_N &= barred[0][i] != barred[1]
+            candidate = is_candidate_N.nonzero().flatten()
+            nearest = candidate[dist2_N[candidate].argsort(stable=True)][:k]
+            dist2_SQk[s, i, : len(nearest)] = dist2_N[nearest]
+            index_SQk[s, i, : len(nearest)] = nearest
+    return KNN(dist2_SQk, index_SQk)
+
+
+def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4) -> KMeans:
+    """Lloyd's iterations from given centroids, which are rounded to float32 after every move, as the op stores them."""
+    S, N, D = points.shape
+    K = init.shape[1]
+    label_SN = torch.full((S, N), -1)
+    centroid_SKD = torch.empty(S, K, D)
+    inertia_S = torch.zeros(S, dtype=torch.float64)
+    n_iter_S = torch.zeros(S, dtype=torch.int64)
+    for s in range(S):
+        is_finite_N = points[s].isfinite().all(dim=1)
+        x_ND = points[s][is_finite_N].double()
+        centroid_KD = init[s].double()
+        label_N = torch.full((len(x_ND),), -1)
+        bound = tol * float(x_ND.var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
+        for i in range(1, max_iter + 1):
+            n_iter_S[s] = i
+            before_N, before_KD = label_N, centroid_KD
+            label_N = _nearest_centroid(x_ND, centroid_KD)
+            centroid_KD = _move(x_ND, label_N, centroid_KD)
+            if torch.equal(label_N, before_N) or float((centroid_KD - before_KD).square().sum()) <= bound:
+                break
+        label_N = _nearest_centroid(x_ND, centroid_KD)
+        label_SN[s, is_finite_N] = label_N
+        centroid_SKD[s] = centroid_KD
+        inertia_S[s] = (x_ND - centroid_KD[label_N]).square().sum()
+    return KMeans(label_SN, centroid_SKD, inertia_S, n_iter_S)
+
+
+def _nearest_centroid(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:
+    """[N]: the first centroid of smallest squared distance."""
+    return (x_ND[:, None] - centroid_KD).square().sum(dim=2).argmin(dim=1)
+
+
+def _move(x_ND: Tensor, label_N: Tensor, centroid_KD: Tensor) -> Tensor:
+    """The mean of every cluster, after empty clusters took the points farthest from their centroids."""
+    K = len(centroid_KD)
+    dist2_N = (x_ND - centroid_KD[label_N]).square().sum(dim=1)
+    owner_N = label_N.clone()
+    empty = [k for k in range(K) if not (label_N == k).any()]
+    far = [int(i) for i in dist2_N.argsort(descending=True, stable=True) if dist2_N[i] > 0]
+    for k, i in zip(empty, far, strict=False):
+        owner_N[i] = k
+    moved_KD = centroid_KD.clone()
+    for k in range(K):
+        if (owner_N == k).any():
+            moved_KD[k] = x_ND[owner_N == k].mean(dim=0).float().double()
+    return moved_KD
+
+
+def partition_scores(truth: Tensor, label: Tensor) -> PartitionScores:
+    """truth, label [N] or [S, N], any values: the formulas of ops.partition, pairs counted in exact integers."""
+    S = max(len(x) if x.dim() == 2 else 1 for x in (truth, label))
+    rows = [_partition_scores_of_one(t, l) for t, l in zip(_per_set(truth, S), _per_set(label, S), strict=True)]
+    return PartitionScores(*torch.tensor(rows, dtype=torch.float64).reshape(S, 6).unbind(1))
+
+
+def _per_set(labels: Tensor, S: int) -> list[list[int]]:
+    return labels.expand(S, labels.shape[-1]).tolist()
+
+
+def _partition_scores_of_one(truth: list[int], label: list[int]) -> tuple[float, ...]:
+    N = len(truth)
+    if N == 0:
+        return (1.0,) * 6
+    cells = dict.fromkeys(zip(truth, label, strict=True), 0)
+    for pair in zip(truth, label, strict=True):
+        cells[pair] += 1
+    a = {i: sum(n for (row, _), n in cells.items() if row == i) for i in set(truth)}
+    b = {j: sum(n for (_, column), n in cells.items() if column == j) for j in set(label)}
+
+    together, all_pairs = sum(math.comb(n, 2) for n in cells.values()), math.comb(N, 2)
+    in_truth, in_label = (sum(math.comb(n, 2) for n in counts.values()) for counts in (a, b))
+    # (together - expected) / (mean - expected) with expected = in_truth in_label / all_pairs, times 2 all_pairs
+    above = 2 * (together * all_pairs - in_truth * in_label)
+    below = (in_truth + in_label) * all_pairs - 2 * in_truth * in_label
+    ari = 1.0 if in_truth == in_label == together else above / below
+
+    h_truth, h_label = (-math.fsum(n / N * math.log(n / N) for n in counts.values()) for counts in (a, b))
+    mi = math.fsum(n / N * math.log(N * n / (a[i] * b[j])) for (i, j), n in cells.items())
+    mi = max(mi, 0.0) if len(a) > 1 and len(b) > 1 else 0.0
+    nmi = mi / ((h_truth + h_label) / 2) if len(a) > 1 or len(b) > 1 else 1.0
+    homogeneity = mi / h_truth if len(a) > 1 else 1.0
+    completeness = mi / h_label if len(b) > 1 else 1.0
+    total = homogeneity + completeness
+    v_measure = 2 * homogeneity * completeness / total if total > 0 else 0.0
+    purity = sum(max(n for (_, column), n in cells.items() if column == j) for j in b) / N
+    return ari, nmi, homogeneity, completeness, v_measure, purity
+
+
+def capture_rows(x: Tensor, start: Tensor, stop: Tensor, slot: Tensor, bank: Tensor, norm2: Tensor) -> None:
+    """One row at a time; a mean of one token is that token, so the two cases need no distinction here."""
+    R, B = start.shape
+    N = bank.shape[1]
+    for r in range(R):
+        for b in range(B):
+            row = x[b, start[r, b] : stop[r, b]].detach().double().mean(dim=0).float().to(bank.dtype)
+            i = (int(slot) + b) % N
+            bank[r, i] = row
+            norm2[r, i] = row.double().square().sum()
+
+
+def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Dense scores per sequence; positions beyond its length never enter. Any dtype in, float64 out."""
+    B, T, _, H, W = qkv.shape
+    out_BTHW = torch.zeros(B, T, H, W, dtype=torch.float64)
+    for b in range(B):
+        n = T if lengths is None else int(lengths[b])
+        q_nHW, k_nHW, v_nHW = qkv[b, :n].double().unbind(1)
+        scores_Hnn = torch.einsum("thw,shw->hts", q_nHW, k_nHW) / math.sqrt(W)
+        is_later_nn = torch.ones(n, n, dtype=torch.bool).triu(1)
+        weights_Hnn = scores_Hnn.masked_fill(is_later_nn, -math.inf).softmax(dim=2)
+        out_BTHW[b, :n] = torch.einsum("hts,shw->thw", weights_Hnn, v_nHW)
+    return out_BTHW

@@ -1,0 +1,40 @@
+// knn: the k nearest points of every query, exactly.
+//
+//     dist2(q, p) = float32( sum_d (double(q_d) - double(p_d))^2 )        summed as cpu/pair.h says
+//
+//   points  [S, N, D] float32      (bfloat16 and float16 are widened by the torch side, which changes no value)
+//   queries [S, Q, D] float32      or null, the self form: Q = N, every point asks for its neighbours among the others
+//   query_group [Q], point_group [N] int64, or both null: a query and a point of equal group are no neighbours
+//   within  [S, Q] float32         or null: only points with dist2 <= within are neighbours of that query
+//   dist2   [S, Q, k] float32      ascending
+//   index   [S, Q, k] int64        rows of points
+//
+// Order      by dist2, equal dist2 by smaller index. The result is a pure function of the values: no thread count,
+//            chunk size or instruction set shows in it.
+// Overflow   finite points whose dist2 is inf are neighbours still, after all others, by index.
+// Not finite a point with a NaN or an infinity is nobody's neighbour; as a query it has none.
+// Within     a NaN or a negative number leaves no neighbour. A tight one makes the search cheaper.
+// Too few    candidates: index -1, dist2 inf in the places left over.
+// Limits     k >= 1; in the self form k < N; N < 2^31; D < 2^20. Memory O(S N D + S Q k).
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace clmfast {
+
+struct Knn {
+  const float* points;
+  const float* queries;
+  const int64_t* query_group;
+  const int64_t* point_group;
+  const float* within;
+  int64_t S, N, Q, D, k;
+  float* dist2;
+  int64_t* index;
+};
+
+void knn_cpu(const Knn& op, ParallelFor parallel_for);
+
+}  // namespace clmfast

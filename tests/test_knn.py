@@ -1,0 +1,227 @@
+"""ops.knn against all pairs in float64: exact to the bit, whatever the data."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import assert_same_bits, assert_threads_do_not_matter, outputs_full_of_nan
+
+from clmfast import ops
+from clmfast.ops import reference
+
+INF, NAN = float("inf"), float("nan")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_exact(points, k, queries=None, barred=None, within=None):
+    with outputs_full_of_nan():
+        found = ops.knn(points, k, queries, barred, within=within)
+    expected = reference.knn(points, k, queries, barred)
+    if within is not None:
+        is_out = expected.dist2 > within[..., None]
+        expected = reference.KNN(expected.dist2.masked_fill(is_out, INF), expected.index.masked_fill(is_out, -1))
+    assert torch.equal(found.index, expected.index)
+    assert_same_bits([found.dist2], [expected.dist2])
+
+
+# ---- is it right?
+
+
+def test_by_hand():
+    points = torch.tensor([[[0.0], [1.0], [3.0], [7.0]]])
+    found = ops.knn(points, 2)
+    assert found.index.tolist() == [[[1, 2], [0, 2], [1, 0], [2, 1]]]
+    assert found.dist2.tolist() == [[[1, 9], [1, 4], [4, 9], [16, 36]]]
+    asked = ops.knn(points, 3, torch.tensor([[[2.0]]]))
+    assert asked.index.tolist() == [[[1, 2, 0]]]  # 1 and 3 are equally far: the smaller index first
+    assert asked.dist2.tolist() == [[[1, 1, 4]]]
+
+
+@pytest.mark.parametrize(("S", "N", "D"), [(1, 2, 1), (2, 63, 7), (3, 130, 64), (2, 300, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_self_form(S, N, D, dtype):
+    for k in {1, min(5, N - 1), N - 1}:
+        assert_exact(normal(S, N, D).to(dtype), k)
+
+
+@pytest.mark.parametrize(("Q", "N", "k"), [(1, 1, 1), (3, 200, 24), (130, 63, 10), (50, 20, 33), (4, 500, 1)])
+def test_queries(Q, N, k):
+    assert_exact(normal(2, N, 19), k, normal(2, Q, 19, seed=1))
+
+
+DATA = {
+    "offset": lambda x: 1e4 + 1e-2 * x,
+    "far cluster": lambda x: torch.cat([x[:, :40] * 1e-3 + 50, x[:, 40:]], dim=1),
+    "tiny": lambda x: x * 1e-20,
+    "denormal": lambda x: x * 1e-41,
+    "dist2 denormal": lambda x: x * 1e-22,
+    "huge": lambda x: x * 1e18,
+    "dist2 overflows for some": lambda x: x * 4e18,
+    "dist2 overflows for all": lambda x: x * 1e38,
+    "ranges": lambda x: x * torch.logspace(-30, 30, x.shape[2]),
+    "rows of all sizes": lambda x: x * torch.logspace(-36, 36, x.shape[1])[:, None],
+    "duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7],
+    "near duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7] + 1e-7 * x,
+    "identical": lambda x: torch.full_like(x, 0.1),
+    "zeros": torch.zeros_like,
+    "grid": lambda x: x.round(),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_awkward_data(name, k):
+    points = DATA[name](normal(2, 150, 12))
+    assert_exact(points, k)
+    assert_exact(points, k, points[:, :20] * 1.5)
+
+
+@pytest.mark.parametrize("k", [1, 6, 60])
+def test_rows_that_are_not_finite(k):
+    points, queries = normal(2, 70, 5), normal(2, 9, 5, seed=1)
+    points[0, 3, 1], points[0, 40, 4], points[1, 0, 0] = NAN, INF, -INF
+    queries[1, 4, 2] = NAN
+    assert_exact(points, k)
+    assert_exact(points, k, queries)
+    nothing = ops.knn(torch.full_like(points, NAN), k)
+    assert (nothing.index == -1).all() and (nothing.dist2 == INF).all()
+
+
+def test_a_far_query_does_not_spoil_the_others():
+    queries = normal(1, 30, 8, seed=1)
+    queries[0, 7] = 1e30
+    assert_exact(normal(1, 100, 8), 5, queries)
+
+
+@pytest.mark.parametrize("k", [1, 8, 80])
+def test_barred(k):
+    points, queries = normal(2, 90, 6), normal(2, 40, 6, seed=1)
+    group = torch.arange(90) % 11
+    assert_exact(points, k, barred=(group, group))
+    assert_exact(points, k, queries, (torch.arange(40) % 5, group))
+    alone = torch.zeros(90, dtype=torch.int64)
+    assert (ops.knn(points, k, barred=(alone, alone)).index == -1).all()
+
+
+@pytest.mark.parametrize("k", [1, 8, 80])
+def test_within(k):
+    points, queries = normal(2, 90, 6).round(), normal(2, 40, 6, seed=1).round()
+    within = torch.randint(0, 20, (2, 40), generator=torch.Generator().manual_seed(2)).float()
+    within[0, 0], within[0, 1], within[1, 1] = INF, 0.0, 3e38
+    assert_exact(points, k, queries, within=within)
+    closed = ops.knn(points, k, queries, within=torch.tensor([-1.0, NAN])[:, None].expand(2, 40))
+    assert (closed.index == -1).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    S=st.integers(0, 3), N=st.integers(0, 80), Q=st.integers(0, 60), D=st.integers(0, 40), k=st.integers(1, 90),
+    n_values=st.integers(1, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(S, N, Q, D, k, n_values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randint(n_values, (S, N, D), generator=generator).float()
+    queries = torch.randint(n_values, (S, Q, D), generator=generator).float()
+    assert_exact(points, k, queries)
+    if k < N:
+        assert_exact(points, k)
+
+
+def test_views_are_read_as_they_are():
+    wide = normal(40, 12, 2, 3).permute(3, 0, 2, 1)[:, :, 1]  # [3, 40, 12]
+    assert not wide.is_contiguous()
+    group = torch.arange(80)[::2]
+    assert_exact(wide, 5, wide[:, ::3], (group[::3] // 9, group // 9))
+
+
+def test_threads_do_not_matter():
+    points = normal(3, 333, 40)
+    assert_threads_do_not_matter(lambda: ops.knn(points, 7))
+
+
+def test_every_instruction_set_gives_the_same_bits(tmp_path):
+    script = """if True:
+        import sys, torch
+        from clmfast import ops
+        points = torch.randn(2, 300, 37, generator=torch.Generator().manual_seed(0)) + 3
+        torch.save([*ops.knn(points, 9), *ops.kmeans(points, 6, init=points[:, :6])], sys.argv[1])
+    """
+    points = normal(2, 300, 37) + 3
+    best = [*ops.knn(points, 9), *ops.kmeans(points, 6, init=points[:, :6])]
+    for isa in ("baseline", "avx2"):
+        environment = {**os.environ, "CLMFAST_ISA": isa}
+        command = [sys.executable, "-c", script, str(tmp_path / isa)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if "this processor does not have it" not in done.stderr:
+            assert_same_bits(torch.load(tmp_path / isa), best)
+
+
+# ---- is it registered right?
+
+
+def test_opcheck():
+    points, queries = normal(2, 20, 5), normal(2, 6, 5, seed=1)
+    group = torch.arange(20)
+    op = torch.ops.clmfast.knn.default
+    torch.library.opcheck(op, (points, 3, None, None, None, None))
+    torch.library.opcheck(op, (points.bfloat16(), 3, queries.bfloat16(), group[:6], group, torch.ones(2, 6)))
+
+
+def test_compiled():
+    points, queries = normal(2, 20, 5), normal(2, 6, 5, seed=1).requires_grad_()
+    compiled = torch.compile(lambda p, q: ops.knn(p, 3, q), fullgraph=True)
+    found = compiled(points, queries)
+    assert_same_bits(found, ops.knn(points, 3, queries))
+    assert not found.dist2.requires_grad
+
+
+def test_compiled_refusals_arrive_as_they_are():
+    compiled = torch.compile(lambda p: ops.knn(p, p.shape[1]), fullgraph=True)
+    with pytest.raises(ValueError, match=r"^knn: k must be in \[1, N\), got k=4 with N=4$"):
+        compiled(normal(1, 4, 2))
+
+
+# ---- does it refuse what it should?
+
+POINTS = torch.zeros(2, 64, 3)
+GROUP = torch.zeros(64, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((POINTS, 64), r"knn: k must be in [1, N), got k=64 with N=64"),
+        ((POINTS, 0), r"knn: k must be in [1, N), got k=0 with N=64"),
+        ((POINTS, 0, POINTS), r"knn: k must be at least 1, got k=0"),
+        ((POINTS[0], 1), r"knn: points must be [S, N, D], got [64, 3]"),
+        ((POINTS.double(), 1), r"knn: points must be float32, bfloat16 or float16"),
+        ((torch.empty(1, 2, 2**20), 1), r"knn: D must be below 2^20, got D=1048576"),
+        ((torch.empty(1, 2**31, 0), 1), r"knn: N must be below 2^31, got N=2147483648"),
+        ((POINTS, 1, POINTS[0]), r"knn: queries must be [S, N, D], got [64, 3]"),
+        ((POINTS, 1, POINTS[..., :2]), r"knn: queries must be [S, Q, D] with the S and D of points [2, 64, 3], got"),
+        ((POINTS, 1, POINTS.half()), r"knn: queries must have the dtype of points"),
+        ((POINTS, 1, None, (GROUP, GROUP[:3])), r"knn: barred must be [Q] and [N] with Q=64 and N=64, got [64] and [3]"),
+        ((POINTS, 1, POINTS[:, :5], (GROUP, GROUP)), r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [64] and"),
+        ((POINTS, 1, None, (GROUP, None)), r"knn: barred must give the groups of both queries and points"),
+        ((POINTS, 1, None, (GROUP.int(), GROUP)), r"knn: query_group must be int64"),
+        ((POINTS, 1, None, (GROUP, GROUP.float())), r"knn: point_group must be int64"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared as it is, not as a pattern
+        ops.knn(*arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_refusals_of_within():
+    with pytest.raises(ValueError, match="knn: within must be float32"):
+        ops.knn(POINTS, 1, within=torch.zeros(2, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"knn: within must be \[S, Q\] with S=2 and Q=64, got \[64\]"):
+        ops.knn(POINTS, 1, within=torch.zeros(64))

@@ -1,0 +1,158 @@
+"""train.py: measuring changes nothing, the same config gives the same bits, and a resumed run goes on as if never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import changed
+
+from clmfast.data.tasks import make_tasks
+from clmfast.train import EarlyStopping, Training, TrainingDiverged, snapshot_steps, train
+
+
+def losses(steps):
+    return [step.values[:4] for step in steps]
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_measuring_does_not_change_training(small, two_threads):
+    measured = losses(train(small))
+    unmeasured = losses(train(dataclasses.replace(small, measure_every=0)))
+    assert np.array_equal(measured, unmeasured, equal_nan=True)
+    assert np.isfinite(np.array(measured)[:-1]).all()
+
+
+def test_same_config_same_bits_other_seed_other_losses(small, two_threads):
+    a, b = list(train(small)), list(train(small))
+    for x, y in zip(a, b, strict=True):
+        assert np.array_equal(x.values, y.values, equal_nan=True)
+        if x.per_task is not None:
+            assert np.array_equal(x.per_task, y.per_task, equal_nan=True)
+    other = losses(train(dataclasses.replace(small, seed=1)))
+    assert not np.array_equal(losses(a)[:-1], other[:-1])
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(small, small_tasks):
+    whole = list(train(small))
+    first = Training(small, small_tasks)
+    for step in first:
+        if step.step == 4:
+            break
+    tensors, values = first.state()
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    second = Training(small, small_tasks)
+    second.load_state(saved, values)
+    rest = list(second)
+    assert [step.step for step in rest] == list(range(5, small.steps + 1))
+    for x, y in zip(rest, whole[5:], strict=True):
+        assert np.array_equal(x.values, y.values, equal_nan=True), x.step
+        assert x.events == y.events
+
+
+@pytest.mark.parametrize("loss_on", ["output", "all"])
+def test_it_learns(small, loss_on):
+    config = dataclasses.replace(
+        changed(changed(small, "train", lr=3e-3, batch=32, loss_on=loss_on), "task", n_tasks=2),
+        steps=60,
+        measure_every=0,
+    )
+    rows = np.array(losses(train(config)))
+    assert rows[-6:-1, 0].mean() < 0.6 * rows[:5, 0].mean()
+
+
+def test_every_column_is_measured_at_its_cadence(small, small_tasks):
+    training = Training(small, small_tasks)
+    table = np.array([step.values for step in training])
+    assert table.shape == (small.steps + 1, len(training.columns))
+    for i, column in enumerate(training.columns):
+        at = np.flatnonzero(np.isfinite(table[:, i])).tolist()
+        match column.estimator:
+            case "train":
+                expected = list(range(small.steps))
+            case "validation" if column.split == "unseen_instruction":
+                expected = [0, 4, 5, 8, 10, 12]
+            case "validation" | "probe":
+                expected = [0, 5, 10, 12]
+            case _:
+                expected = list(range(small.steps))
+        never = column.readout == "instruction_end" and column.estimator == "probe"
+        if never and column.measure in ("ari_input", "ari_output"):
+            assert at == []
+        elif "ratio" in column.measure or "inertia_share" in column.measure:
+            assert set(at) <= set(expected)  # not a number where all states are equal
+        else:
+            assert at == expected, column.name
+
+
+def test_snapshots_are_taken_at_the_ends_and_between(small):
+    assert snapshot_steps(small) == {0, 5, 12} | snapshot_steps(small)
+    assert {0, 12} <= snapshot_steps(small) <= {0, 5, 10, 12}
+    steps = {step.step for step in train(small) if step.snapshots}
+    assert steps == snapshot_steps(small)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(small, small_tasks):
+    training = Training(changed(small, "train", lr=1e30, warmup_steps=0, clip_norm=1e30), small_tasks)
+    seen = []
+    with pytest.raises(TrainingDiverged, match=r"stopped at step \d+: the loss must be finite, got nan") as error:
+        iter_into(seen, training)
+    assert error.value.step == seen[-1].step
+    assert seen[-1].events[-1]["event"] == "anomaly"
+
+
+def iter_into(seen, training):
+    """Collect the steps that came before an error."""
+    for step in training:
+        seen.append(step)
+
+
+def test_early_stopping_picks_the_best_step_once():
+    stop = EarlyStopping(patience=2)
+    picks = [stop.update(step, accuracy) for step, accuracy in enumerate([0.1, 0.5, 0.4, 0.5, 0.9, 0.1, 0.1])]
+    assert picks == [False, False, False, True, False, False, False]
+    assert stop.picked_step == 1
+
+
+def test_stop_early_ends_the_run(small):
+    config = changed(small, "train", lr=1e-9, validate_every=1, patience=1, stop_early=True)
+    steps = [step.step for step in train(config)]
+    assert steps[-1] < small.steps
+
+
+def test_learning_rate(small, small_tasks):
+    training = Training(dataclasses.replace(changed(small, "train", warmup_steps=4), steps=20), small_tasks)
+    rates = [training.lr(step) for step in range(21)]
+    peak = small.train.lr
+    assert rates[:4] == pytest.approx([peak / 4, peak / 2, peak * 3 / 4, peak])
+    assert rates[20] == pytest.approx(0.1 * peak)
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_only_matrices_of_blocks_decay(small, small_tasks):
+    training = Training(small, small_tasks)
+    decayed, others = training.optimizer.param_groups
+    assert decayed["weight_decay"] == small.train.weight_decay
+    assert others["weight_decay"] == 0
+    assert all(p.dim() == 2 for p in decayed["params"])
+    n_all = sum(1 for _ in training.model.parameters())
+    assert len(decayed["params"]) + len(others["params"]) == n_all
+
+
+def test_mean_readout_runs(small):
+    config = changed(small, "measure", readouts=("mean", "instruction_end"))
+    rows = [step.values for step in train(dataclasses.replace(config, steps=3))]
+    assert len(rows) == 4
+
+
+def test_tasks_follow_from_the_config(small):
+    assert make_tasks(small.task, small.seed).patterns == make_tasks(small.task, small.seed).patterns
