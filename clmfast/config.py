@@ -135,7 +135,7 @@ class MeasureConfig:
     """k-means++ restarts of a probe."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""
-    warm_iter: int = 5
+    warm_iter: int = 3
     """Lloyd iterations of a warm start, at most."""
     cold_every: int = 16
     """Window k-means continues from the last step's centroids; every so many steps k-means++ competes with them."""

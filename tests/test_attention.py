@@ -157,7 +157,11 @@ QKV = torch.zeros(2, 4, 3, 2, 8)
         (QKV.int(), None, "attention: qkv must be floating point, got torch.int32"),
         (QKV, torch.zeros(3, dtype=torch.int64), "attention: lengths must be [B] int64 with B=2, got [3] torch.int64"),
         (QKV, torch.zeros(2), "attention: lengths must be [B] int64 with B=2, got [2] torch.float32"),
-        (QKV, torch.zeros(2, dtype=torch.int64, device="meta"), "attention: lengths must be on qkv's device cpu, got meta"),
+        (
+            QKV,
+            torch.zeros(2, dtype=torch.int64, device="meta"),
+            "attention: lengths must be on qkv's device cpu, got meta",
+        ),
         (QKV, torch.tensor([5, 4]), "attention: lengths must be in [0, T], got 4 to 5 with T=4"),
         (QKV, torch.tensor([-1, 4]), "attention: lengths must be in [0, T], got -1 to 4 with T=4"),
     ],

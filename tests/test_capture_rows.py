@@ -36,19 +36,23 @@ def assert_like_reference(x, start, stop, slot, bank, norm2):
 def test_by_hand():
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], [[-1.0, 0.0], [0.0, 2.0], [7.0, 7.0]]])
     bank, norm2 = torch.full((2, 3, 2), -9.0), torch.full((2, 3), -9.0)
-    ops.capture_rows(
-        x, torch.tensor([[2, 0], [0, 0]]), torch.tensor([[3, 1], [3, 2]]), torch.tensor([2]), bank, norm2
-    )
+    ops.capture_rows(x, torch.tensor([[2, 0], [0, 0]]), torch.tensor([[3, 1], [3, 2]]), torch.tensor([2]), bank, norm2)
     assert bank.tolist() == [[[-1, 0], [-9, -9], [5, 9]], [[-0.5, 1], [-9, -9], [3, 5]]]
     assert norm2.tolist() == [[1, -9, 106], [1.25, -9, 34]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "T", "D", "R", "N", "slot"), [(1, 1, 1, 1, 1, 0), (7, 5, 63, 2, 7, 3), (3, 40, 130, 3, 64, 62)])
+@pytest.mark.parametrize(
+    ("B", "T", "D", "R", "N", "slot"), [(1, 1, 1, 1, 1, 0), (7, 5, 63, 2, 7, 3), (3, 40, 130, 3, 64, 62)]
+)
 def test_against_reference(B, T, D, R, N, slot, dtype):
     x = normal(B, T, D).to(dtype)
     assert_like_reference(
-        x, *spans(R, B, T), torch.tensor(slot), torch.full((R, N, D), torch.nan, dtype=dtype), torch.full((R, N), torch.nan)
+        x,
+        *spans(R, B, T),
+        torch.tensor(slot),
+        torch.full((R, N, D), torch.nan, dtype=dtype),
+        torch.full((R, N), torch.nan),
     )
 
 
@@ -183,8 +187,16 @@ SPANS = "capture_rows: slot must be at least 0 and spans must satisfy 0 <= start
         ("start", torch.zeros(2, 3), "capture_rows: start must be int64"),
         ("stop", torch.zeros(2, 3), "capture_rows: stop must be int64"),
         ("slot", torch.zeros(1), "capture_rows: slot must be int64"),
-        ("start", torch.zeros(2, 4, dtype=torch.int64), "capture_rows: start and stop must be [R, B] with B=3, got [2, 4]"),
-        ("stop", torch.zeros(1, 3, dtype=torch.int64), "capture_rows: start and stop must be [R, B] with B=3, got [2, 3]"),
+        (
+            "start",
+            torch.zeros(2, 4, dtype=torch.int64),
+            "capture_rows: start and stop must be [R, B] with B=3, got [2, 4]",
+        ),
+        (
+            "stop",
+            torch.zeros(1, 3, dtype=torch.int64),
+            "capture_rows: start and stop must be [R, B] with B=3, got [2, 3]",
+        ),
         ("slot", torch.zeros(2, dtype=torch.int64), "capture_rows: slot must be one number, got [2]"),
         ("bank", torch.zeros(2, 6, 4), "capture_rows: bank must be [R, N, D] with R=2 and D=5, got [2, 6, 4]"),
         ("bank", torch.zeros(3, 6, 5), "capture_rows: bank must be [R, N, D] with R=2 and D=5, got [3, 6, 5]"),

@@ -281,7 +281,12 @@ POINTS = torch.zeros(2, 10, 3)
         (POINTS, 2, {"init": "kmeans++"}, 'kmeans: init must be "k-means++", "random" or a tensor, got "kmeans++"'),
         (POINTS, 2, {"init": POINTS}, "kmeans: init must be [S, K, D] = [2, 2, 3], got [2, 10, 3]"),
         (POINTS, 2, {"init": POINTS[:, :2].double()}, "kmeans: init must be float32, bfloat16 or float16"),
-        (POINTS, 2, {"init": POINTS[:, :2], "n_init": 3}, "kmeans: n_init must be 1 when init is a tensor, got n_init=3"),
+        (
+            POINTS,
+            2,
+            {"init": POINTS[:, :2], "n_init": 3},
+            "kmeans: n_init must be 1 when init is a tensor, got n_init=3",
+        ),
     ],
 )
 def test_refusals(points, K, options, message):

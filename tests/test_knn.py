@@ -207,8 +207,14 @@ GROUP = torch.zeros(64, dtype=torch.int64)
         ((POINTS, 1, POINTS[0]), r"knn: queries must be [S, N, D], got [64, 3]"),
         ((POINTS, 1, POINTS[..., :2]), r"knn: queries must be [S, Q, D] with the S and D of points [2, 64, 3], got"),
         ((POINTS, 1, POINTS.half()), r"knn: queries must have the dtype of points"),
-        ((POINTS, 1, None, (GROUP, GROUP[:3])), r"knn: barred must be [Q] and [N] with Q=64 and N=64, got [64] and [3]"),
-        ((POINTS, 1, POINTS[:, :5], (GROUP, GROUP)), r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [64] and"),
+        (
+            (POINTS, 1, None, (GROUP, GROUP[:3])),
+            r"knn: barred must be [Q] and [N] with Q=64 and N=64, got [64] and [3]",
+        ),
+        (
+            (POINTS, 1, POINTS[:, :5], (GROUP, GROUP)),
+            r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [64] and",
+        ),
         ((POINTS, 1, None, (GROUP, None)), r"knn: barred must give the groups of both queries and points"),
         ((POINTS, 1, None, (GROUP.int(), GROUP)), r"knn: query_group must be int64"),
         ((POINTS, 1, None, (GROUP, GROUP.float())), r"knn: point_group must be int64"),

@@ -32,7 +32,9 @@ def assert_right(truth, label, n_truth=None, n_label=None):
     S = len(found.ari)
     expected = [by_sklearn(t, l) for t, l in zip(truth.expand(S, -1).numpy(), label.expand(S, -1).numpy(), strict=True)]
     for scores in (found, reference.partition_scores(truth, label)):
-        torch.testing.assert_close(torch.stack(scores, dim=1), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            torch.stack(scores, dim=1), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+        )
     if n_truth is not None:
         with outputs_full_of_nan():
             dense = ops.partition_scores(truth, label, n_truth=n_truth, n_label=n_label)
@@ -57,7 +59,9 @@ def test_by_hand():
     assert ops.partition_scores(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 5])).purity.item() == 0.5
 
 
-@pytest.mark.parametrize(("n", "n_truth", "n_label"), [(2, 2, 2), (63, 7, 3), (130, 1, 64), (130, 40, 1), (2048, 20, 30)])
+@pytest.mark.parametrize(
+    ("n", "n_truth", "n_label"), [(2, 2, 2), (63, 7, 3), (130, 1, 64), (130, 40, 1), (2048, 20, 30)]
+)
 def test_independent_labelings(n, n_truth, n_label):
     assert_right(draw(n_truth, 3, n), draw(n_label, 3, n, seed=1), n_truth, n_label)
 
@@ -144,7 +148,13 @@ def test_pair_counts_do_not_overflow():
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(0, 60), n_truth=st.integers(1, 9), n_label=st.integers(1, 9), S=st.integers(1, 3), seed=st.integers(0, 999))
+@given(
+    n=st.integers(0, 60),
+    n_truth=st.integers(1, 9),
+    n_label=st.integers(1, 9),
+    S=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
 def test_any_labels(n, n_truth, n_label, S, seed):
     assert_right(draw(n_truth, S, n, seed=seed), draw(n_label, S, n, seed=seed + 1), n_truth, n_label)
 
@@ -182,12 +192,27 @@ RANGE = "partition_scores: truth must be in [0, n_truth) and label in [0, n_labe
         (TRUTH, TRUTH.float(), {}, "partition_scores: label must be int64"),
         (TRUTH[None], TRUTH, {}, "partition_scores: truth and label must be [N] or [S, N], got [1, 3, 8] and [3, 8]"),
         (TRUTH, TRUTH[0, 0], {}, "partition_scores: truth and label must be [N] or [S, N], got [3, 8] and []"),
-        (TRUTH, TRUTH[:, :5], {}, "partition_scores: truth and label must agree in N, and in S where both have it, got"),
+        (
+            TRUTH,
+            TRUTH[:, :5],
+            {},
+            "partition_scores: truth and label must agree in N, and in S where both have it, got",
+        ),
         (TRUTH, TRUTH[:2], {}, "partition_scores: truth and label must agree in N, and in S where both have it, got"),
         (TRUTH[0], TRUTH[:, :5], {}, "partition_scores: truth and label must agree in N, and in S where both have it"),
         (TRUTH, TRUTH, {"n_truth": 2}, "partition_scores: give both n_truth and n_label, or neither"),
-        (TRUTH, TRUTH, {"n_truth": 0, "n_label": 3}, "partition_scores: n_truth and n_label must be at least 1 and their"),
-        (TRUTH, TRUTH, {"n_truth": 2**20, "n_label": 2**20}, "partition_scores: n_truth and n_label must be at least 1"),
+        (
+            TRUTH,
+            TRUTH,
+            {"n_truth": 0, "n_label": 3},
+            "partition_scores: n_truth and n_label must be at least 1 and their",
+        ),
+        (
+            TRUTH,
+            TRUTH,
+            {"n_truth": 2**20, "n_label": 2**20},
+            "partition_scores: n_truth and n_label must be at least 1",
+        ),
         (TRUTH - 1, TRUTH, {"n_truth": 2, "n_label": 3}, RANGE),
         (TRUTH + 2, TRUTH, {"n_truth": 2, "n_label": 3}, RANGE),
         (TRUTH, TRUTH - 1, {"n_truth": 2, "n_label": 3}, RANGE),

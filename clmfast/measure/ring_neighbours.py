@@ -93,37 +93,22 @@ class RingNeighbours:
                 is_gone.numpy(),
                 has_all,
             )
-        self._recompute(points, queries, changed_queries, query_group, point_group, range(shape[0]))
-        short = self._key[..., self.k - 1] >= self._bound
         # A bound of NO_KEY means that the list holds every candidate there is: nothing to gain.
-        short &= self._bound != NO_KEY
-        for i_set in short.any(-1).nonzero()[:, 0].tolist():
-            rows = short[i_set].nonzero()[:, 0]
-            self.n_recomputed += len(rows)
-            self._recompute(points, queries, rows, query_group, point_group, [i_set])
+        is_short = (self._key[..., self.k - 1] >= self._bound) & (self._bound != NO_KEY)
+        anew = is_short.any(0)  # in all sets, as one call of all sets costs less than one of each set that needs it
+        self.n_recomputed += int(anew.sum())
+        anew[changed_queries] = True
+        rows = anew.nonzero()[:, 0]
+        near = ops.knn(points, self.length, queries[:, rows], (query_group[rows], point_group))
+        key = sort_key(near.dist2, near.index)
+        self._key[:, rows] = key
+        # One past the last entry; a list that is not full holds all there is, and NO_KEY says so.
+        self._bound[:, rows] = torch.where(key[..., -1] == NO_KEY, NO_KEY, key[..., -1] + 1)
 
     def _within(self) -> Tensor:
         """[S, Q] float32: dist2 of each query's bound; inf where the list holds all there is."""
         dist2 = (self._bound >> 32).int().view(torch.float32)
         return dist2.masked_fill(self._bound == NO_KEY, torch.inf)
-
-    def _recompute(
-        self,
-        points: Tensor,
-        queries: Tensor,
-        rows: Tensor,
-        query_group: Tensor,
-        point_group: Tensor,
-        sets: range | list[int],
-    ) -> None:
-        i_sets = torch.tensor(list(sets))
-        few = slice(sets[0], sets[-1] + 1)  # consecutive: a view, no copy of the points
-        near = ops.knn(points[few], self.length, queries[few][:, rows], (query_group[rows].contiguous(), point_group))
-        key = sort_key(near.dist2, near.index)
-        at = (i_sets[:, None], rows)
-        self._key[at] = key
-        # One past the last entry; a list that is not full holds all there is, and NO_KEY says so.
-        self._bound[at] = torch.where(key[..., -1] == NO_KEY, NO_KEY, key[..., -1] + 1)
 
 
 @njit(cache=True)

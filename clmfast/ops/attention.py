@@ -47,9 +47,9 @@ def _padding(lengths: Tensor | None, T: int) -> Tensor | None:
 
 
 def _zero_padding(x: Tensor, padding: Tensor | None) -> Tensor:
-    """x [B, T, ...] with zeros in the padding; x itself if there is none."""
+    """x [B, T, ...] with zeros in the padding; dense, because torch's kernel takes the last axis for dense unseen."""
     if padding is None:
-        return x
+        return x.contiguous()
     # Filling whole rows of a copy costs a third of a masked fill, whose broadcast mask is read element by element.
     zeroed = x.clone(memory_format=torch.contiguous_format)
     zeroed.flatten(0, 1).index_fill_(0, padding, 0)
@@ -64,8 +64,8 @@ def _forward(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         return out, lse.zero_()
     q_BHTW, k_BHTW, v_BHTW = _zero_padding(qkv, padding).permute(2, 0, 3, 1, 4)
     out_BHTW, lse_BHT = aten._scaled_dot_product_flash_attention_for_cpu(q_BHTW, k_BHTW, v_BHTW, is_causal=True)
-    # Padding is all zeros by now, and attending to zeros of its own sequence gives it its neighbours' mean: zero it anew.
-    return _zero_padding(out_BHTW.transpose(1, 2).contiguous(), padding), lse_BHT.transpose(1, 2).contiguous()
+    # Padding was read as zeros; by attending to its sequence it got values all the same.
+    return _zero_padding(out_BHTW.transpose(1, 2), padding), lse_BHT.transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("clmfast::attention_backward", mutates_args=(), device_types="cpu")
