@@ -7,15 +7,10 @@ A run is a pure function of its RunConfig (on one machine, with one number of th
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import dacite
 
 READOUTS = ("instruction_end", "prompt_end", "mean")
 LABEL_KINDS = ("task", "grammar", "instruction", "input", "output")
@@ -42,7 +37,7 @@ class TaskConfig:
     """Output symbols in the pool that every task maps into."""
     unseen_pair_share: float = 0.05
     """Share of the (training instruction, input) pairs kept for the split unseen_pair."""
-    alphabet: str = "abcdefghijklmnopqrstuvwxyz"
+    alphabet: str = "abcdefghijkl"
     """Letters that generated grammars and inputs are made of."""
     input_length: int = 1
     """Letters per input."""
@@ -131,7 +126,7 @@ class MeasureConfig:
     """Unseen splits that a probe classifies by their neighbours."""
     k: int = 10
     """Neighbours."""
-    n_init: int = 4
+    n_init: int = 10
     """k-means++ restarts of a probe."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""
@@ -204,8 +199,8 @@ def check(config: RunConfig) -> None:
         ("task.", task, "n_tasks n_grammars n_instructions n_inputs n_outputs input_length min_instruction_length"),
         ("model.", model, "n_layers width n_heads mlp_ratio"),
         ("train.", train, "batch n_validation validate_every patience"),
-        ("measure.", measure, "window unseen_per_step unseen_window probe_train probe_unseen k n_init max_iter warm_iter"),
-        ("measure.", measure, "cold_every n_shuffles"),
+        ("measure.", measure, "window unseen_per_step unseen_window probe_train probe_unseen k n_init max_iter"),
+        ("measure.", measure, "warm_iter cold_every n_shuffles"),
         ("", config, "steps"),
     ):
         for name in names.split():
@@ -297,6 +292,8 @@ def check(config: RunConfig) -> None:
 
 def closest(word: str, known: list[str]) -> str:
     """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
+    import difflib
+
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -306,6 +303,9 @@ def from_file(path: str | Path, base: RunConfig) -> RunConfig:
 
     Unknown keys and wrong types raise ConfigError. A run's own config.json is such a file.
     """
+    import json
+    import tomllib
+
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -320,6 +320,8 @@ def from_file(path: str | Path, base: RunConfig) -> RunConfig:
 
 
 def _from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
+    import dacite  # a twentieth of a second that `--help` need not wait for
+
     merged = dataclasses.asdict(base)
     for key, value in given.items():
         if key not in merged:

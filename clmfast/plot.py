@@ -30,6 +30,7 @@ KIND_COLOURS = dict(
         strict=True)
 )  # fmt: skip
 GREY = "#777777"
+PROJECTED_POINTS = 700  # per picture of a projection: enough to see, few enough for a page with dozens of them
 
 
 def layer_colours(n_layers: int) -> list[str]:
@@ -136,7 +137,7 @@ def learning(run: Run, layer: int | None) -> go.Figure:
             )  # fmt: skip
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text="accuracy, ARI", range=[-0.05, 1.05], secondary_y=False)
-    figure.update_yaxes(title_text="loss (nats)", rangemode="tozero", showgrid=False, secondary_y=True)
+    figure.update_yaxes(title_text="loss (nats)", rangemode="tozero", showgrid=False, nticks=6, secondary_y=True)
     figure.update_layout(legend={"orientation": "h", "y": 1.12})
     return _layout(figure, 430)
 
@@ -175,11 +176,12 @@ def projections(run: Run, readout: str) -> go.Figure | None:
     palette = qualitative.Dark24
     for layer in run.layers:
         for i, snapshot in enumerate(snapshots.values()):
-            plane, task = snapshot["plane"][layer], snapshot["task"]
+            some = slice(None, None, max(1, len(snapshot["task"]) // PROJECTED_POINTS))
+            plane, task, grammar = snapshot["plane"][layer][some], snapshot["task"][some], snapshot["grammar"][some]
             figure.add_scattergl(
                 x=plane[:, 0], y=plane[:, 1], mode="markers", visible=layer == shown, showlegend=False,
                 marker={"size": 3.5, "color": [palette[t % len(palette)] for t in task], "opacity": 0.75},
-                text=[f"task {t}, grammar {g}" for t, g in zip(task, snapshot["grammar"], strict=True)],
+                text=[f"task {t}, grammar {g}" for t, g in zip(task, grammar, strict=True)],
                 hovertemplate="%{text}<extra></extra>", row=i // n_columns + 1, col=i % n_columns + 1,
             )  # fmt: skip
     buttons = [

@@ -3,7 +3,7 @@
 //     dist2(q, p) = float32( sum_d (double(q_d) - double(p_d))^2 )        summed as cpu/pair.h says
 //
 //   points  [S, N, D] float32      (bfloat16 and float16 are widened by the torch side, which changes no value)
-//   queries [S, Q, D] float32      or null, the self form: Q = N, every point asks for its neighbours among the others
+//   queries [S, Q, D] float32      or, with is_self, none: then Q = N, and every point asks among the others
 //   query_group [Q], point_group [N] int64, or both null: a query and a point of equal group are no neighbours
 //   within  [S, Q] float32         or null: only points with dist2 <= within are neighbours of that query
 //   dist2   [S, Q, k] float32      ascending
@@ -27,6 +27,7 @@ namespace clmfast {
 struct Knn {
   const float* points;
   const float* queries;
+  bool is_self;
   const int64_t* query_group;
   const int64_t* point_group;
   const float* within;

@@ -136,6 +136,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
   Knn op;
   op.points = data<float>(dense_points);
   op.queries = queries ? data<float>(*dense_queries) : nullptr;
+  op.is_self = !queries;  // not a null pointer, which an empty tensor has as well
   op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
   op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
   op.within = within ? data<float>(*dense_within) : nullptr;

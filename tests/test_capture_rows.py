@@ -218,5 +218,5 @@ def test_refusals(name, value, message):
 
 def test_refuses_a_batch_larger_than_the_ring():
     arguments = GOOD | {"bank": torch.zeros(2, 2, 5), "norm2": torch.zeros(2, 2)}
-    with pytest.raises(ValueError, match="^capture_rows: the batch must fit the bank, got B=3 with N=2$"):
+    with pytest.raises(ValueError, match=r"^capture_rows: the batch must fit the bank, got B=3 with N=2$"):
         ops.capture_rows(**arguments)

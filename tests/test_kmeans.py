@@ -67,6 +67,14 @@ def test_ties_go_to_the_smaller_cluster():
     assert found.label.tolist() == [[1, 0, 0]]
 
 
+def test_ties_that_rounding_would_break():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randint(-999, 1000, (64, 9, 5), generator=generator).float()
+    step = torch.randint(-999, 1000, (64, 1, 5), generator=generator).float()
+    # The first point of every set is as far from one centroid as from the other, which is exact in float64 only.
+    assert_like_reference(points, torch.cat([points[:, :1] + step, points[:, :1] - step], dim=1), max_iter=1)
+
+
 @pytest.mark.parametrize(("S", "N", "D", "K"), [(1, 2, 1, 1), (2, 63, 7, 5), (3, 130, 64, 20), (1, 300, 3, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_reference(S, N, D, K, dtype):

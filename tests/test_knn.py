@@ -112,8 +112,10 @@ def test_barred(k):
 
 @pytest.mark.parametrize("k", [1, 8, 80])
 def test_within(k):
-    points, queries = normal(2, 90, 6).round(), normal(2, 40, 6, seed=1).round()
-    within = torch.randint(0, 20, (2, 40), generator=torch.Generator().manual_seed(2)).float()
+    points, queries = normal(2, 90, 6), normal(2, 40, 6, seed=1)
+    fifth = reference.knn(points, 5, queries).dist2[..., 4]
+    just_less = torch.nextafter(fifth, torch.tensor(0.0))
+    within = torch.where(torch.arange(40) % 2 == 0, fifth, just_less)
     within[0, 0], within[0, 1], within[1, 1] = INF, 0.0, 3e38
     assert_exact(points, k, queries, within=within)
     closed = ops.knn(points, k, queries, within=torch.tensor([-1.0, NAN])[:, None].expand(2, 40))
@@ -132,6 +134,12 @@ def test_any_shape(S, N, Q, D, k, n_values, seed):
     assert_exact(points, k, queries)
     if k < N:
         assert_exact(points, k)
+
+
+def test_no_coordinates():
+    points = torch.zeros(2, 5, 0)
+    assert_exact(points, 3)
+    assert_exact(points, 3, points)
 
 
 def test_views_are_read_as_they_are():

@@ -42,7 +42,7 @@ def test_accuracy_and_f1_are_those_of_scikit_learn():
     truth, voted = rng.integers(5, size=80), rng.integers(-1, 6, size=(2, 80))
     voted[voted == 5] = 4
     for s in range(2):
-        # To scikit-learn a query without neighbours is a wrong answer of a class of its own, which never occurs in truth.
+        # To scikit-learn a query without neighbours is a wrong answer of a class that never occurs in truth.
         expected = f1_score(truth, voted[s], labels=range(5), average="macro")
         assert macro_f1(torch.from_numpy(voted), torch.from_numpy(truth), 7)[s].item() == pytest.approx(expected)
         accuracy = knn_accuracy(torch.from_numpy(voted), torch.from_numpy(truth))[s].item()

@@ -154,48 +154,43 @@ def test_the_report_escapes_what_comes_from_the_config(config_file, tmp_path):
     assert "&lt;b&gt;&amp;[ab]{9}" in page
 
 
-def test_ctrl_c_ends_cleanly_and_resume_completes_the_same_record(finished, config_file, tmp_path):
-    config = json.loads(Path(config_file).read_text()) | {"steps": 3000}
-    write_json(tmp_path / "long.json", config)
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clmfast.run", "--config", str(tmp_path / "long.json"), "--out", str(out), "--threads", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def started(*arguments):
+    command = [sys.executable, "-m", "clmfast.run", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupted_after(process, out, n_steps):
+    """Ctrl-C once n_steps are on disk; returns what was printed."""
     for _ in range(600):
         time.sleep(0.1)
-        if (out / "steps.npy").exists() and len(Run(out).step) > 30:
+        if (out / "events.jsonl").exists() and len(Run(out).step) > n_steps:
             break
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+    return printed
+
+
+def test_ctrl_c_ends_cleanly_and_resume_goes_on(config_file, tmp_path):
+    config = json.loads(Path(config_file).read_text()) | {"steps": 3000}
+    write_json(tmp_path / "long.json", config)
+    out = tmp_path / "run"
+    printed = interrupted_after(started("--config", str(tmp_path / "long.json"), "--out", str(out)), out, 30)
     assert "stopped by Ctrl-C" in printed
     run = Run(out)
     n = len(run.step)
     assert 30 < n < 3000
     assert run.step.tolist() == list(range(n))
-    assert (out / "report.html").exists()
     assert run.events[-1]["event"] == "interrupted"
-    # The rows up to the end of the short run differ in the learning rate only, so resuming is compared with itself:
-    # rows that are computed again must be those on disk, or the run says so.
-    before = run.values.copy()
-    short = json.loads((out / "config.json").read_text())
-    assert short["steps"] == 3000
-    resumed = subprocess.Popen(
-        [sys.executable, "-m", "clmfast.run", "--resume", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for _ in range(600):
-        time.sleep(0.1)
-        if len(Run(out).step) > n + 5:
-            break
-    resumed.send_signal(signal.SIGINT)
-    assert resumed.wait(120) == 0
-    events = [e["event"] for e in Run(out).events]
+    assert (out / "report.html").exists()
+
+    interrupted_after(started("--resume", str(out)), out, n + 5)
+    # Steps after the last saved state were computed again: they must be those on disk, or the run says so.
+    events = [event["event"] for event in Run(out).events]
     assert "resume" in events
     assert "resume_mismatch" not in events
-    assert np.array_equal(Run(out).values[:n], before, equal_nan=True)
+    assert np.array_equal(Run(out).values[:n], run.values, equal_nan=True)
 
 
 def test_a_diverging_run_keeps_its_records(config_file, tmp_path, capsys):

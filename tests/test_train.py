@@ -1,4 +1,4 @@
-"""train.py: measuring changes nothing, the same config gives the same bits, and a resumed run goes on as if never stopped."""
+"""train.py: measuring changes nothing, the same config gives the same bits, a resumed run goes on bit for bit."""
 
 from __future__ import annotations
 

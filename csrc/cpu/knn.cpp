@@ -140,9 +140,8 @@ CLMFAST_PER_ISA(void, screen,
 
 void search_block(const Knn& op, const PackedSet& set, int64_t s, int64_t first) {
   const int64_t N = op.N, D = op.D, k = op.k;
-  const bool is_self = op.queries == nullptr;
   const float* points = op.points + s * N * D;
-  const float* queries = is_self ? points : op.queries + s * op.Q * D;
+  const float* queries = op.is_self ? points : op.queries + s * op.Q * D;
   const int64_t n_queries = std::min(BLOCK, op.Q - first);
   const int64_t capacity = std::min(std::max<int64_t>(64, 4 * k), N) + TILE_COLS;
 
@@ -177,7 +176,7 @@ void search_block(const Knn& op, const PackedSet& set, int64_t s, int64_t first)
         const int64_t i_query = first + group + r;
         for (uint32_t bits = passed[r]; bits; bits &= bits - 1) {
           const int64_t c = __builtin_ctz(bits), i_point = i_panel * TILE_COLS + c;
-          if (is_self && i_point == i_query) continue;
+          if (op.is_self && i_point == i_query) continue;
           if (op.query_group && op.query_group[i_query] == op.point_group[i_point]) continue;
           query.pending_key[query.n_pending] = key_of(tile[r * TILE_COLS + c]);
           query.pending_index[query.n_pending++] = static_cast<int32_t>(i_point);
@@ -206,8 +205,8 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
   std::vector<PackedSet> sets(op.S);
   for_each(parallel_for, op.S, [&](int64_t s) {
     PackedSet& set = sets[s];
-    const float* queries = op.queries ? op.queries + s * op.Q * D : nullptr;
-    set.frame = frame_of(op.points + s * N * D, N, queries, queries ? op.Q : 0, D);
+    const float* queries = op.is_self ? nullptr : op.queries + s * op.Q * D;
+    set.frame = frame_of(op.points + s * N * D, N, queries, op.is_self ? 0 : op.Q, D);
     set.panels.reset(new float[panels * D * TILE_COLS]);
     set.low_norm2.reset(new float[panels * TILE_COLS]);
     set.panel_norm2.resize(panels);
