@@ -89,7 +89,13 @@ setup(
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
-            extra_compile_args=[*COMPILE_FLAGS, "-isystem", str(torch / "include")],
+            # the prefix map: torch's error messages name its header files, without the folder they were built in
+            extra_compile_args=[
+                *COMPILE_FLAGS,
+                "-isystem",
+                str(torch / "include"),
+                f"-fmacro-prefix-map={torch}=torch",
+            ],
         )
     ],
     cmdclass={"build_ext": BuildOps, "bdist_wheel": PlatformWheel},

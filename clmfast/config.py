@@ -68,6 +68,9 @@ class ModelConfig:
     init_std: float = 0.08
     """Standard deviation of the initial weights, about 1 / sqrt(width); output projections of a block get it over
     sqrt(2 n_layers). GPT-2's 0.02 is meant for its greater width: here it learns a third as fast."""
+    embedding_std: float = 0.4
+    """Standard deviation of the initial token and position embeddings. With 0.08 layers 3 to 6 cluster alike after 750
+    steps; with 0.3 clustering grows layer by layer; with 1.0 it comes late."""
     tie_head: bool = False
     """Use the token embedding as output matrix."""
 
@@ -251,7 +254,8 @@ def check(config: RunConfig) -> None:
         f"model.n_heads must divide model.width = {model.width}",
         model.n_heads,
     )
-    need(model.init_std > 0, "model.init_std must be positive", model.init_std)
+    for name in ("init_std", "embedding_std"):
+        need(getattr(model, name) > 0, f"model.{name} must be positive", getattr(model, name))
     need(train.lr > 0, "train.lr must be positive", train.lr)
     need(train.clip_norm > 0, "train.clip_norm must be positive", train.clip_norm)
     need(0 <= train.lr_final_share <= 1, "train.lr_final_share must be in [0, 1]", train.lr_final_share)

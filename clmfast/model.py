@@ -61,17 +61,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, init_std) for matrices and embeddings, 0 for biases, 1 and 0 for norms. The two projections that
-        add to the residual stream get init_std / sqrt(2 n_layers), so that its variance does not grow with depth
-        (Radford et al. 2019, section 2.3)."""
-        generator = torch.Generator().manual_seed(seed)
+        """Normal(0, init_std) for matrices, Normal(0, embedding_std) for embeddings, 0 for biases, 1 and 0 for norms. The
+        two projections that add to the residual stream get init_std / sqrt(2 n_layers), so that its variance does not
+        grow with depth (Radford et al. 2019, section 2.3)."""
+        config, generator = self.config, torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                adds_to_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-                std = self.config.init_std / math.sqrt(2 * self.config.n_layers if adds_to_residual else 1)
-                p.normal_(0.0, std, generator=generator)
+                continue
+            std = config.embedding_std if "embedding" in name else config.init_std
+            if name.endswith(("attention_out.weight", "mlp_out.weight")):
+                std /= math.sqrt(2 * config.n_layers)
+            p.normal_(0.0, std, generator=generator)
 
     @property
     def n_taps(self) -> int:

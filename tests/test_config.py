@@ -24,7 +24,7 @@ def test_presets_are_possible(name):
         ("model", {"init_std": 0.0}, r"init_std must be positive"),
         ("task", {"n_tasks": 1}, r"task.n_tasks must be at least 2, got 1"),
         ("task", {"alphabet": "aa"}, r"task.alphabet must be two or more different letters, got 'aa'"),
-        ("task", {"n_inputs": 100}, r"task.n_inputs must be at most alphabet \*\* input_length = 64, got 100"),
+        ("task", {"n_inputs": 9}, r"task.n_inputs must be at most alphabet \*\* input_length = 8, got 9"),
         ("task", {"unseen_pair_share": 1.0}, r"unseen_pair_share must be in \[0, 1\)"),
         ("task", {"max_instruction_length": 2}, r"max_instruction_length must be at least min_instruction_length = 4"),
         ("task", {"grammars": (("a", "b", "c"),)}, r"one row per task, 4, got 1"),

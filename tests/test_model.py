@@ -84,6 +84,7 @@ def test_weights_follow_from_the_seed_and_have_the_stated_scale():
     a, b, c = (Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=s) for s in (1, 1, 2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.token_embedding.weight, c.token_embedding.weight)
+    assert a.token_embedding.weight.std().item() == pytest.approx(CONFIG.embedding_std, rel=0.05)
     assert a.blocks[0].mlp_in.weight.std().item() == pytest.approx(0.2, rel=0.05)
     assert a.blocks[0].mlp_out.weight.std().item() == pytest.approx(0.2 / 6**0.5, rel=0.05)
     assert (a.blocks[0].norm_mlp.weight == 1).all()
@@ -100,4 +101,4 @@ def test_parameter_count_by_hand():
         + (width + 1) * 4 * width
         + (4 * width + 1) * width
     )
-    assert model.n_parameters == (VOCABULARY + MAX_LENGTH) * width + 3 * block + 2 * width
+    assert model.n_parameters == (2 * VOCABULARY + MAX_LENGTH) * width + 3 * block + 2 * width
