@@ -61,9 +61,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, init_std) for matrices, Normal(0, embedding_std) for embeddings, 0 for biases, 1 and 0 for norms. The
-        two projections that add to the residual stream get init_std / sqrt(2 n_layers), so that its variance does not
-        grow with depth (Radford et al. 2019, section 2.3)."""
+        """Normal(0, init_std) for matrices, Normal(0, embedding_std) for embeddings, 0 for biases, 1 and 0 for norms.
+        The two projections that add to the residual stream get init_std / sqrt(2 n_layers), so that its variance does
+        not grow with depth (Radford et al. 2019, section 2.3)."""
         config, generator = self.config, torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 1:

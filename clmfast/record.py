@@ -17,6 +17,7 @@ Everything is readable while the run goes on. `load(path)` reads a run without t
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -79,7 +80,8 @@ class RunWriter:
         """config.json and meta.json; `meta` holds what the caller knows of machine, versions and choices."""
         training, config = self.training, self.training.config
         tasks = training.tasks
-        write_json(self.path / "config.json", to_dict(config))
+        # Where a run lies is no setting of it: the file must serve another run, and may be published.
+        write_json(self.path / "config.json", to_dict(dataclasses.replace(config, out="")))
         write_json(
             self.path / "meta.json",
             {

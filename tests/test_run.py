@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def test_the_header_says_what_was_measured_and_how(finished):
 
 
 def test_config_of_a_run_is_a_config_file(finished):
-    assert Run(finished[0]).config == SMALL.__class__(**{**vars(SMALL), "threads": 2})
+    assert Run(finished[0]).config == dataclasses.replace(SMALL, threads=2)
 
 
 def test_reading_a_run(finished):
@@ -126,7 +127,7 @@ def test_export(finished, capsys):
     assert export([str(out), "--csv"]) == 0
     assert capsys.readouterr().out.split() == [str(out / "measurements.parquet"), str(out / "measurements.csv")]
     for name in ("measurements.parquet", "measurements.csv"):
-        assert duckdb.sql(f"select count(*) from '{out / name}'").fetchone() == (n,)
+        assert duckdb.execute(f"select count(*) from '{out / name}'").fetchone() == (n,)
     a, b = polars.read_parquet(out / "measurements.parquet"), pandas.read_csv(out / "measurements.csv")
     assert a.columns == list(b.columns)
     assert np.array_equal(a["value"].to_numpy(), b["value"].to_numpy())

@@ -59,15 +59,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, small_tasks):
         assert x.events == y.events
 
 
-@pytest.mark.parametrize("loss_on", ["output", "all"])
-def test_it_learns(small, loss_on):
+# Of all tokens most are letters that no model can foresee: less of that loss can be learned away.
+@pytest.mark.parametrize(("loss_on", "share_left"), [("output", 0.6), ("all", 0.7)])
+def test_it_learns(small, loss_on, share_left):
     config = dataclasses.replace(
         changed(changed(small, "train", lr=3e-3, batch=32, loss_on=loss_on), "task", n_tasks=2),
         steps=60,
         measure_every=0,
     )
     rows = np.array(losses(train(config)))
-    assert rows[-6:-1, 0].mean() < 0.6 * rows[:5, 0].mean()
+    assert rows[-6:-1, 0].mean() < share_left * rows[:5, 0].mean()
 
 
 def test_every_column_is_measured_at_its_cadence(small, small_tasks):
