@@ -68,9 +68,9 @@ class ModelConfig:
     init_std: float = 0.08
     """Standard deviation of the initial weights, about 1 / sqrt(width); output projections of a block get it over
     sqrt(2 n_layers). GPT-2's 0.02 is meant for its greater width: here it learns a third as fast."""
-    embedding_std: float = 0.4
-    """Standard deviation of the initial token and position embeddings. With 0.08 layers 3 to 6 cluster alike after 750
-    steps; with 0.3 clustering grows layer by layer; with 1.0 it comes late."""
+    embedding_std: float = 0.2
+    """Standard deviation of the initial token and position embeddings. The larger, the more layers it takes to cluster:
+    with 0.08 layers 3 to 6 end up alike, with 0.4 clusters are half as far after 500 steps."""
     tie_head: bool = False
     """Use the token embedding as output matrix."""
 
