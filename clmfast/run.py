@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"clmfast: {error.filename or 'the run directory'} must be writable: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("clmfast: stopped before the first step, nothing was written", file=sys.stderr)
+        print("clmfast: stopped at once; what was recorded before stays", file=sys.stderr)
     return BAD_INPUT
 
 
