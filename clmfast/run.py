@@ -97,12 +97,15 @@ def new_directory(config: RunConfig) -> Path:
     )
     if path.exists():
         raise ConfigError(f"--out must name a new directory, {path} exists (--resume goes on with a run)")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--out must be in a directory that can be written to, {parent} cannot")
     return path
+
+
+def _existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _free_name(folder: Path, name: str) -> Path:
@@ -274,9 +277,7 @@ def check_disk(path: Path, n_bytes: int) -> None:
     """ConfigError if the disk has no room for the run."""
     import shutil
 
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(path)
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise ConfigError(

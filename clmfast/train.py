@@ -148,6 +148,7 @@ class Training:
             *(self.probe.columns if self.probe else []),
         ]
         self._at = {column.name: i for i, column in enumerate(self.columns)}
+        self._window_at = [self._at[column.name] for column in self.window.columns] if self.window else []
         self.snapshot_steps = snapshot_steps(config)
 
     def __iter__(self) -> Iterator[Step]:
@@ -231,8 +232,7 @@ class Training:
         if self.window is not None and step % config.measure_every == 0:
             with watch.time("window_ms"):
                 measured, task_purity = self.window.measure(step)
-                names = [column.name for column in self.window.columns]
-                values[[self._at[name] for name in names]] = measured.numpy()
+                values[self._window_at] = measured.numpy()
                 per_task = task_purity.numpy()
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value

@@ -154,6 +154,8 @@ class Probe:
         self.sets = make_probe_sets(tasks, config, seed)
         self.columns = columns_of(self.sets, n_layers)
         self.examples = [np.concatenate([s.train, *s.unseen.values()]) for s in self.sets]
+        # Batches of equal length hold no padding, which would be computed for nothing.
+        self.by_length = [np.argsort(tasks.pack(examples).length, kind="stable") for examples in self.examples]
         self.recorders = [
             Recorder(n_layers, (s.readout,), len(examples), width, device)
             for s, examples in zip(self.sets, self.examples, strict=True)
@@ -162,10 +164,10 @@ class Probe:
     def states(self, forward: Forward) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """For each set (training states [L, N, D], unseen states [L, Q, D] by split)."""
         found = []
-        for probe_set, examples, recorder in zip(self.sets, self.examples, self.recorders, strict=True):
+        for probe_set, examples, by_length, recorder in zip(
+            self.sets, self.examples, self.by_length, self.recorders, strict=True
+        ):
             end: End = "instruction_end" if probe_set.readout == "instruction_end" else "prompt_end"
-            # Batches of equal length hold no padding, which would be computed for nothing.
-            by_length = np.argsort(self.tasks.pack(examples, end).length, kind="stable")
             for first in range(0, len(examples), CHUNK):
                 chunk = examples[by_length[first : first + CHUNK]]
                 batch = self.tasks.pack(chunk, end)

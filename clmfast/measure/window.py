@@ -14,7 +14,7 @@ from clmfast import ops
 from clmfast.capture import Recorder
 from clmfast.config import MeasureConfig
 from clmfast.data.tasks import TaskSet
-from clmfast.measure.catalogue import Column, layer_columns
+from clmfast.measure.catalogue import Column
 from clmfast.measure.neighbours import knn_accuracy, label_purity, majority_vote, neighbour_purity
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
 from clmfast.measure.ring_neighbours import RingNeighbours
@@ -38,20 +38,14 @@ class Window:
         self.near_unseen = RingNeighbours(config.k)  # of unseen states among training states
         self.near_cross_grammar = RingNeighbours(config.k)  # the same, own grammar barred
         self.centroid = torch.empty(0)
-        self._n_seen = {self.train: 0, self.unseen: 0}
-
-    @property
-    def columns(self) -> list[Column]:
-        """What `measure` returns, in its order."""
-        of = [(MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT)]
-        return [
-            column
-            for measures, split in of
+        self.columns = [  # what `measure` returns, in its order
+            Column("window", measure, readout, layer, split)
+            for measures, split in ((MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT))
             for measure in measures
-            for layer in range(self.n_layers)
-            for readout in self.config.readouts
-            for column in layer_columns("window", readout, self.n_layers, (measure,), split)[layer : layer + 1]
+            for layer in range(n_layers)
+            for readout in config.readouts
         ]
+        self._n_seen = {self.train: 0, self.unseen: 0}
 
     @property
     def per_task_shape(self) -> tuple[int, ...]:
@@ -63,11 +57,10 @@ class Window:
         All NaN while the ring holds no more than k states or fewer than there are clusters.
         """
         n, n_unseen = self.train.n_filled, self.unseen.n_filled
-        changed, changed_unseen = self._changed(self.train), self._changed(self.unseen)
         if n <= self.config.k or n < self.tasks.n_tasks:
-            self._n_seen[self.train] = 0
             nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
             return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
+        changed, changed_unseen = self._changed(self.train), self._changed(self.unseen)
         points, queries = self.train.points[:, :n], self.unseen.points[:, :n_unseen]
         labels = _labels(self.tasks, self.train.example[:n])
         of_unseen = _labels(self.tasks, self.unseen.example[:n_unseen])
