@@ -26,7 +26,9 @@ COMPILE_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    "-ffp-contract=off",  # no value depends on whether the processor has fused multiply-add; csrc/cpu/tile.cpp opts out
+    "-Wno-psabi",  # vectors never leave a function: what takes or returns one is always inlined
+    "-ffp-contract=off",  # no value depends on fused multiply-add; tile.cpp and the model's ops opt out
+    "-fno-math-errno",  # a square root is an instruction
     f"-DTORCH_TARGET_VERSION={STABLE_ABI_OF}",
 ]
 

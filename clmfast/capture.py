@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,22 +16,24 @@ from clmfast.data.tasks import Batch
 
 
 def spans(batch: Batch, readouts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(start, stop), each [R, B] int64: readout r of sequence b is the mean state over tokens start <= t < stop.
+    """(start, stop), each [R, B] int64: readout r of sequence b is the mean state over the rows start <= row < stop.
 
-    instruction_end and prompt_end are spans of one token; `mean` is all real tokens.
+    instruction_end and prompt_end are spans of one token; `mean` is the whole sequence.
     """
-    first = {"mean": batch.length * 0, "instruction_end": batch.instruction_end, "prompt_end": batch.prompt_end}
-    last = {"mean": batch.length - 1, "instruction_end": batch.instruction_end, "prompt_end": batch.prompt_end}
-    start = torch.stack([torch.from_numpy(first[r]) for r in readouts])
-    stop = torch.stack([torch.from_numpy(last[r]) for r in readouts]) + 1
-    return start.to(device), stop.to(device)
+    span = {
+        "mean": (batch.offset[:-1], batch.offset[1:]),
+        "instruction_end": (batch.instruction_end, batch.instruction_end + 1),
+        "prompt_end": (batch.prompt_end, batch.prompt_end + 1),
+    }
+    start, stop = (torch.from_numpy(np.stack([span[r][i] for r in readouts])).to(device) for i in range(2))
+    return start, stop
 
 
 class Recorder:
     """A ring of N states for every layer and readout: `bank` [L, R, N, D], `norm2` [L, R, N] float32.
 
-    `aim` at a batch, run the model with the recorder as its tap, then `advance`: rows `rows` now hold the batch, and
-    `example` [N] says which example each row is (-1: still empty).
+    `aim` at the readouts of a batch, run the model with the recorder as its tap, then `advance`: the rows that it
+    returns now hold the batch, and `example` [N] says which example each row is (-1: still empty).
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Recorder:
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.example = torch.full((n_points,), -1, dtype=torch.int64)
         self.n_written = 0
-        self._start = self._stop = torch.empty(0)
+        self._span = self._span_of_last = (torch.empty(0), torch.empty(0))
 
     @property
     def n_points(self) -> int:
@@ -64,13 +67,18 @@ class Recorder:
         """The bank as point sets [S, N, D], S = layers x readouts, readout fastest; a view."""
         return self.bank.flatten(0, 1)
 
-    def aim(self, batch: Batch) -> None:
-        """Say where in the coming batch the readouts are."""
-        self._start, self._stop = spans(batch, self.readouts, self.bank.device)
+    def aim(self, start: Tensor, stop: Tensor, kept: Tensor | None = None) -> None:
+        """Say where in the coming batch the readouts are, start and stop [R, B] as of `spans`; kept [R] are the rows
+        that the last layer holds, ascending, if not all: every readout has to be among them."""
+        self._span = self._span_of_last = (start, stop)
+        if kept is not None:
+            first = torch.searchsorted(kept, start)
+            self._span_of_last = (first, first + (stop - start))
 
     def __call__(self, layer: int, x: Tensor) -> None:
-        """The tap: copy the readouts of x [B, T, D] behind the rows written last."""
-        ops.capture_rows(x, self._start, self._stop, self.slot, self.bank[layer], self.norm2[layer])
+        """The tap: copy the readouts of x [n, D] behind the rows written last."""
+        start, stop = self._span_of_last if layer == len(self.bank) - 1 else self._span
+        ops.capture_rows(x, start, stop, self.slot, self.bank[layer], self.norm2[layer])
 
     def advance(self, example: Tensor) -> Tensor:
         """After the model ran: note the batch's examples [B]; returns its rows in the bank [B] int64."""

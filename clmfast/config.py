@@ -31,7 +31,7 @@ class TaskConfig:
     """Distinct training instructions per grammar."""
     n_unseen_instructions: int = 10
     """Further instructions per grammar, kept for the splits unseen_instruction and unseen_grammar."""
-    n_inputs: int = 8
+    n_inputs: int = 16
     """Inputs, shared by all tasks: the instruction alone tells the tasks apart."""
     n_outputs: int = 64
     """Output symbols in the pool that every task maps into."""
@@ -68,7 +68,7 @@ class ModelConfig:
     init_std: float = 0.08
     """Standard deviation of the initial weights, about 1 / sqrt(width); output projections of a block get it over
     sqrt(2 n_layers). GPT-2's 0.02 is meant for its greater width: here it learns a third as fast."""
-    embedding_std: float = 0.3
+    embedding_std: float = 0.7
     """Standard deviation of the initial token and position embeddings. The larger, the more layers clustering takes."""
     tie_head: bool = False
     """Use the token embedding as output matrix."""
@@ -80,7 +80,7 @@ class TrainConfig:
 
     batch: int = 128
     """Sequences per step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     lr_final_share: float = 0.1
     """Learning rate at the last step over the peak (cosine decay); 1 keeps it constant."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from clmfast import ops
 from clmfast.config import ModelConfig
 
 Tap = Callable[[int, Tensor], None]
-"""tap(layer, x): x [B, T, D] is the residual stream after `layer`; it must not be changed."""
+"""tap(layer, x): x [n, D] is the residual stream after `layer`; it must not be changed. After the last layer it holds
+the kept rows alone, [R, D]."""
 
 
 class Block(nn.Module):
@@ -33,12 +35,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
 
-    def forward(self, x: Tensor, length: Tensor | None) -> Tensor:
-        """x [B, T, D], length [B] or None -> [B, T, D]."""
-        n_batch, n_tokens, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(n_batch, n_tokens, 3, self.n_heads, width // self.n_heads)
-        x = x + self.attention_out(ops.attention(qkv, length).reshape(n_batch, n_tokens, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
+    def forward(self, x: Tensor, offset: Tensor, kept: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+        """x [n, D] -> [R, D]; the rest as in ops.attention_block."""
+        of_attention = _weights(self.norm_attention, self.qkv, self.attention_out)
+        x = ops.attention_block(x, of_attention, self.n_heads, offset, kept=kept, prefix=prefix)
+        return ops.mlp_block(x, _weights(self.norm_mlp, self.mlp_in, self.mlp_out))
+
+
+def _weights(norm: nn.LayerNorm, linear_in: nn.Linear, linear_out: nn.Linear) -> ops.BlockWeights:
+    return ops.BlockWeights(
+        norm.weight, norm.bias, linear_in.weight, linear_in.bias, linear_out.weight, linear_out.bias
+    )
 
 
 class Transformer(nn.Module):
@@ -84,20 +91,40 @@ class Transformer(nn.Module):
         """Weights, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(
-        self, tokens: Tensor, length: Tensor | None = None, position: Tensor | None = None, tap: Tap | None = None
-    ) -> Tensor:
-        """tokens [B, T] int64, right-padded; length [B] int64 counts the real ones (None: all are).
+    def forward(self, tokens: Tensor, offset: Tensor, **options: Any) -> Tensor:
+        """The logits [R, V] of the kept rows; arguments as of `states`."""
+        return self.logits(self.states(tokens, offset, **options))
 
-        Returns the logits [B, T, V], or [B, V] at one `position` [B] of each sequence. Logits of padding mean nothing.
+    def states(
+        self,
+        tokens: Tensor,
+        offset: Tensor,
+        *,
+        position: Tensor | None = None,
+        kept: Tensor | None = None,
+        prefix: Tensor | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """The residual stream [R, D] after the last block, at the kept rows.
+
+        tokens [n] int64: the tokens of all sequences back to back; sequence b is offset[b] <= row < offset[b + 1].
+        position [n] int64: each token's place in its sequence; by default counted from offset.
+        kept [R] int64, ascending: the rows wanted at the end (None: all). The last block computes no others.
+        prefix [B] int64: see ops.attention_block. `position` then has to count from the start of the prefix.
         """
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        if position is None:
+            position = torch.arange(len(tokens), device=tokens.device)
+            position -= torch.repeat_interleave(offset[:-1], offset.diff())
+        x = F.embedding(tokens, self.token_embedding.weight) + F.embedding(position, self.position_embedding.weight)
         if tap is not None:
             tap(0, x)
+        last = len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, length)
+            x = block(x, offset, kept if layer == last else None, prefix)
             if tap is not None:
                 tap(layer, x)
-        if position is not None:
-            x = x[torch.arange(len(x), device=x.device), position]
-        return self.head(self.norm_out(x))
+        return x
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[R, D] -> [R, V]."""
+        return self.head(self.norm_out(states))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clmfast.capture import Recorder
+from clmfast.capture import Recorder, spans
 from clmfast.config import UNSEEN_SPLITS, RunConfig
-from clmfast.data.tasks import PAD, Batch, TaskSet, choose, draw, make_tasks
+from clmfast.data.tasks import Batch, TaskSet, choose, draw, make_tasks
 from clmfast.measure.catalogue import Column
 from clmfast.measure.controls import raw_string_control, shuffled_label_control
-from clmfast.measure.probe import CHUNK, Probe
+from clmfast.measure.probe import Probe
 from clmfast.measure.projection import principal_plane
 from clmfast.measure.window import Window
 from clmfast.model import Tap, Transformer
@@ -34,6 +35,7 @@ TRAIN_MEASURES = ("loss", "accuracy", "lr", "grad_norm")
 TIMING_COLUMNS = ("step_ms", "capture_ms", "ride_along_ms", "window_ms", "probe_ms", "validation_ms")
 MEASURING_COLUMNS = ("capture_ms", "ride_along_ms", "window_ms", "probe_ms")
 VALIDATION_SPLIT = "unseen_instruction"
+CHUNK = 256  # sequences of a pass without gradient: their activations stay in the cache
 
 
 class TrainingDiverged(RuntimeError):
@@ -96,19 +98,11 @@ class Stopwatch:
 
     ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_COLUMNS, 0.0))
 
-    def time(self, name: str) -> _Lap:
-        return _Lap(self, name)
-
-
-class _Lap:
-    def __init__(self, watch: Stopwatch, name: str) -> None:
-        self.watch, self.name = watch, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.watch.ms[self.name] += 1e3 * (time.perf_counter() - self.start)
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.ms[name] += 1e3 * (time.perf_counter() - start)
 
 
 class Training:
@@ -127,6 +121,7 @@ class Training:
             [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.train.lr,
             betas=(config.train.beta1, config.train.beta2),
+            fused=True,
         )
         self.next_step = 0
         self.early_stopping = EarlyStopping(config.train.patience)
@@ -195,40 +190,26 @@ class Training:
 
     def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
         """One training step; fills `values`, returns (loss, per-task purity)."""
-        config, tasks = self.config, self.tasks
+        config = self.config
         with watch.time("step_ms"):
-            examples = draw(tasks.splits["train"], config.train.batch, config.seed, step, "train")
-            batch = tasks.pack(examples, "prompt_end" if config.train.loss_on == "output" else "sequence_end")
-            tap: Tap | None = None
-            if self.window is not None:
-                ring = self.window.train
-                ring.aim(batch)
-
-                def tap(layer: int, x: Tensor) -> None:
-                    with watch.time("capture_ms"):
-                        ring(layer, x)
-
-            lr = self.lr(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            examples = draw(self.tasks.splits["train"], config.train.batch, config.seed, step, "train")
+            batch = self.tasks.pack(examples, "prompt_end" if config.train.loss_on == "output" else "sequence_end")
+            loss, accuracy = self._loss(batch, self._tap(batch, watch))
             self.optimizer.zero_grad(set_to_none=True)
-            loss, accuracy = self._loss(batch, tap)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.clip_norm)
-        per_task = None
         if self.window is not None:
             # The unseen examples must see the weights that the batch saw: before the update.
             with watch.time("ride_along_ms"):
                 self.window.train.advance(torch.from_numpy(examples))
-                n = config.measure.unseen_per_step
-                unseen = draw(tasks.splits[VALIDATION_SPLIT], n, config.seed, step, "unseen")
-                unseen_batch = tasks.pack(unseen)
-                self.window.unseen.aim(unseen_batch)
-                self._forward(unseen_batch, self.window.unseen)
-                self.window.unseen.advance(torch.from_numpy(unseen))
+                self._ride_along(step, self.window.unseen)
         with watch.time("step_ms"):
+            lr = self.lr(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
         watch.ms["step_ms"] -= watch.ms["capture_ms"]
+        per_task = None
         if self.window is not None and step % config.measure_every == 0:
             with watch.time("window_ms"):
                 measured, task_purity = self.window.measure(step)
@@ -238,38 +219,76 @@ class Training:
             values[self._at[f"train/{measure}"]] = value
         return loss.item(), per_task
 
-    def _loss(self, batch: Batch, tap: Tap | None) -> tuple[Tensor, float]:
-        """(loss in nats, share of right outputs) of a training batch."""
-        tokens, length = torch.from_numpy(batch.tokens), torch.from_numpy(batch.length)
-        prompt_end, target = torch.from_numpy(batch.prompt_end), torch.from_numpy(batch.target)
-        if self.config.train.loss_on == "output":
-            logits = self.model(tokens, length, prompt_end, tap)
-            loss = F.cross_entropy(logits, target)
-        else:
-            all_logits = self.model(tokens, length, None, tap)
-            loss = F.cross_entropy(all_logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
-            logits = all_logits[torch.arange(len(tokens)), prompt_end].detach()
-        return loss, (logits.argmax(-1) == target).double().mean().item()
+    def _tap(self, batch: Batch, watch: Stopwatch) -> Tap | None:
+        """The window's recorder, aimed at the batch and timed; None where nothing is measured."""
+        if self.window is None:
+            return None
+        ring = self.window.train
+        ring.aim(*spans(batch, ring.readouts), self._kept(batch))
 
-    @torch.no_grad()
-    def _forward(self, batch: Batch, tap: Recorder | None) -> Tensor:
-        """Logits at the last prompt position, without gradient."""
-        at = batch.prompt_end if batch.prompt_end[0] >= 0 else batch.instruction_end
-        return self.model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.length), torch.from_numpy(at), tap)
+        def tap(layer: int, x: Tensor) -> None:
+            with watch.time("capture_ms"):
+                ring(layer, x)
+
+        return tap
+
+    def _ride_along(self, step: int, ring: Recorder) -> None:
+        """A few unseen examples into their ring."""
+        config = self.config
+        unseen = draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
+        batch = self.tasks.pack(unseen)
+        ring.aim(*spans(batch, ring.readouts), self._kept(batch))
+        with torch.no_grad():
+            self._states(batch, ring)
+        ring.advance(torch.from_numpy(unseen))
+
+    def _kept(self, batch: Batch) -> Tensor | None:
+        """The rows that the last block has to compute: the same whether anything is measured or not, so that measuring
+        changes no bit of a gradient. None: all, for what reads more than the ends."""
+        if "mean" in self.config.measure.readouts or self.config.train.loss_on == "all":
+            return None
+        return torch.from_numpy(batch.ends)
+
+    def _states(self, batch: Batch, tap: Tap | None) -> Tensor:
+        """States after the last block, at the kept rows."""
+        return self.model.states(
+            torch.from_numpy(batch.tokens),
+            torch.from_numpy(batch.offset),
+            position=torch.from_numpy(batch.position),
+            kept=self._kept(batch),
+            tap=tap,
+        )
+
+    def _loss(self, batch: Batch, tap: Tap | None) -> tuple[Tensor, float]:
+        """(training loss in nats per predicted token, share of right outputs) of a batch."""
+        states = self._states(batch, tap)
+        loss, accuracy = self._loss_of_outputs(states, batch)
+        if self.config.train.loss_on == "all":
+            rows = torch.from_numpy(np.delete(np.arange(len(batch.tokens)), batch.offset[1:] - 1))
+            loss = F.cross_entropy(self.model.logits(states[rows]), torch.from_numpy(batch.tokens)[rows + 1])
+        return loss, accuracy
+
+    def _loss_of_outputs(self, states: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        """(mean loss in nats, share of right ones) of the outputs that follow the prompts."""
+        kept, rows = self._kept(batch), torch.from_numpy(batch.prompt_end)
+        logits = self.model.logits(states[rows if kept is None else torch.searchsorted(kept, rows)])
+        target = torch.from_numpy(batch.target)
+        return F.cross_entropy(logits, target), (logits.detach().argmax(-1) == target).double().mean().item()
 
     def _validate(self, step: int, values: NDArray[np.float64], events: list[dict[str, Any]], all_splits: bool) -> None:
         for split, examples in self.validation.items():
             if split != VALIDATION_SPLIT and not all_splits:
                 continue
-            n_right, loss = 0, 0.0
+            n_right = total = 0.0
             for first in range(0, len(examples), CHUNK):
                 batch = self.tasks.pack(examples[first : first + CHUNK])
-                logits, target = self._forward(batch, None), torch.from_numpy(batch.target)
-                n_right += int((logits.argmax(-1) == target).sum())
-                loss += F.cross_entropy(logits, target, reduction="sum").item()
+                with torch.no_grad():
+                    loss, accuracy = self._loss_of_outputs(self._states(batch, None), batch)
+                n_right += accuracy * len(batch.target)
+                total += loss.item() * len(batch.target)
             accuracy = n_right / len(examples)
             values[self._at[f"validation/{split}/accuracy"]] = accuracy
-            values[self._at[f"validation/{split}/loss"]] = loss / len(examples)
+            values[self._at[f"validation/{split}/loss"]] = total / len(examples)
             if split == VALIDATION_SPLIT and self.early_stopping.update(step, accuracy):
                 events.append(
                     {
@@ -282,7 +301,7 @@ class Training:
 
     def _probe(self, step: int, values: NDArray[np.float64]) -> list[Snapshot]:
         assert self.probe is not None
-        measured, states = self.probe.measure(self._forward)
+        measured, states = self.probe.measure(self.model)
         values[[self._at[column.name] for column in self.probe.columns]] = measured.numpy()
         if step not in self.snapshot_steps:
             return []
@@ -309,7 +328,7 @@ class Training:
                     | {"mean": mean, "low": low, "high": high}
                 )
 
-        for probe_set, (points, queries) in zip(self.probe.sets, self.probe.states(self._forward), strict=True):
+        for probe_set, (points, queries) in zip(self.probe.sets, self.probe.states(self.model), strict=True):
             for name, value in raw_string_control(self.tasks, probe_set, measure, seed).items():
                 add("raw_strings", probe_set.readout, name, -1, value, value, value)
             shuffled = shuffled_label_control(probe_set, points, queries, self.tasks.n_tasks, measure, seed)

@@ -1,6 +1,6 @@
 // capture_rows: copies chosen rows of a batch into a ring of rows, and their squared norms beside them.
 //
-//   x      [B, T, D] float32, bfloat16 or float16, any strides
+//   x      [B, T, D] float32, bfloat16 or float16, any strides; or packed, [n, D]: then T = n, x[b] is all of x
 //   start, stop  [R, B] int64, 0 <= start < stop <= T
 //   slot   one int64 >= 0 on x's device: the row of the ring that the batch's first row goes to
 //   bank   [R, N, D] of x's dtype, norm2 [R, N] float32: written in place, any strides; B <= N

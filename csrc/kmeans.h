@@ -2,6 +2,11 @@
 //
 //   points   [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value)
 //   init     [S, K, D] float32     the initial centroids, or null: drawn, see Start
+//   packed   the points in panels, of a capacity of N or more; or null: packed here. Used only where init fits its frames
+//   known    or null: what the last call found out about points around its centroids, which are `init` now; this call
+//            writes its own over it. Saves work, and changes no result. Each [S, N], rows `stride` apart: label int32;
+//            within and beyond float32, at least the distance to the point's own centroid and at most that to any other.
+//            A point that was not there, or has changed, has within = infinity.
 //   label    [S, N] int64          the nearest centroid by float64 dist2 (cpu/pair.h), of equals the smaller index:
 //                                  a pure function of points and centroid
 //   centroid [S, K, D] float32     mean of the cluster's points, summed in float64 in the order of the points
@@ -24,6 +29,7 @@
 
 #include <cstdint>
 
+#include "packed.h"
 #include "parallel.h"
 
 namespace clmfast {
@@ -33,6 +39,10 @@ enum class KmeansStart { plus_plus, random };
 struct Kmeans {
   const float* points;
   const float* init;
+  const Packed* packed;
+  int32_t* known_label;
+  float *known_within, *known_beyond;
+  int64_t known_stride;
   int64_t S, N, D, K;
   KmeansStart start;
   int64_t n_init, max_iter;

@@ -5,16 +5,25 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
+#include <vector>
 
+#include "attention.h"
+#include "block.h"
 #include "capture.h"
 #include "kmeans.h"
 #include "knn.h"
+#include "packed.h"
 #include "partition.h"
+#include "ring.h"
+#include "separation.h"
+#include "votes.h"
 
 namespace clmfast {
 namespace {
@@ -94,6 +103,17 @@ void copy_strides(const Tensor& x, int64_t* strides) {
   for (int64_t i = 0; i < x.dim(); ++i) strides[i] = x.stride(i);
 }
 
+// The panels of points [S, n, D], with room for N >= n of them.
+Packed packed(const char* op, const Tensor& points, int64_t N, const Tensor& centre, const Tensor& scale,
+              const Tensor& panels, const Tensor& norm2) {
+  const int64_t S = points.size(0), D = points.size(2);
+  require(points.size(1) <= N && has_shape(centre, {S, D}) && has_shape(scale, {S}) &&
+              has_shape(panels, {S, n_panels(N), D, PANEL}) && has_shape(norm2, {S, n_panels(N) * PANEL}),
+          op, ": packed must be made for points ", shape(points));
+  return {S, N, D, mutable_data<float>(centre), mutable_data<float>(scale), mutable_data<float>(panels),
+          mutable_data<double>(norm2)};
+}
+
 // ---- knn
 
 std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTensor& queries,
@@ -151,7 +171,10 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t n_clusters, const MaybeTensor& init,
                                                   bool is_random, int64_t n_init, int64_t max_iter, double tol,
-                                                  int64_t seed) {
+                                                  int64_t seed, const MaybeTensor& centre, const MaybeTensor& scale,
+                                                  const MaybeTensor& panels, const MaybeTensor& norm2,
+                                                  const MaybeTensor& known_label, const MaybeTensor& known_within,
+                                                  const MaybeTensor& known_beyond) {
   require_points("kmeans", "points", points);
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
   require(1 <= K && K <= N, "kmeans: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
@@ -180,8 +203,144 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.centroid = mutable_data<float>(centroid);
   op.inertia = mutable_data<double>(inertia);
   op.n_iter = mutable_data<int64_t>(n_iter);
+  std::optional<Packed> given;
+  if (panels) given = packed("kmeans", points, panels->size(1) * PANEL, *centre, *scale, *panels, *norm2);
+  op.packed = given ? &*given : nullptr;
+  op.known_label = nullptr;
+  if (known_label) {
+    require(init.has_value(), "kmeans: known needs the centroids that it is about, as init");
+    const int64_t stride = known_label->size(known_label->dim() - 1);
+    for (const Tensor* x : {&*known_label, &*known_within, &*known_beyond})
+      require(has_shape(*x, {S, stride}) && stride >= N && x->is_contiguous(),
+              "kmeans: known must be three dense tensors [S, N or more] with S=", S, " and N=", N, ", got ", shape(*x));
+    require(known_label->scalar_type() == ScalarType::Int && known_within->scalar_type() == ScalarType::Float &&
+                known_beyond->scalar_type() == ScalarType::Float,
+            "kmeans: known must be int32, float32 and float32");
+    op.known_label = mutable_data<int32_t>(*known_label);
+    op.known_within = mutable_data<float>(*known_within);
+    op.known_beyond = mutable_data<float>(*known_beyond);
+    op.known_stride = stride;
+  }
   kmeans_cpu(op, parallel_for);
   return {label, centroid, inertia, n_iter};
+}
+
+// ---- rings: clmfast/ops/ring.py documents the arguments and keeps the tensors
+
+Ring ring(const char* op, const Tensor& points, int64_t n, int64_t first, int64_t count) {
+  require_points(op, "points", points);
+  require(points.scalar_type() == ScalarType::Float && points.is_contiguous(), op,
+          ": points must be float32 and contiguous");
+  const int64_t N = points.size(1);
+  require(0 <= n && n <= N && 0 <= first && first < std::max<int64_t>(N, 1) && 0 <= count && count <= N, op,
+          ": a ring of N=", N, " must have 0 <= n <= N, 0 <= first < N and 0 <= count <= N, got n=", n,
+          " first=", first, " count=", count);
+  return {data<float>(points), n, first, count};
+}
+
+void ring_pack(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries, int64_t n_queries,
+               int64_t first_query, int64_t count_queries, const Tensor& centre, const Tensor& scale,
+               const Tensor& panels, const Tensor& norm2, const Tensor& query_panels, const Tensor& query_norm2,
+               bool is_new) {
+  const char* name = "ring_pack";
+  const Ring of_points = ring(name, points, n, first, count);
+  const Ring of_queries = ring(name, queries, n_queries, first_query, count_queries);
+  ring_pack_cpu(of_points, packed(name, points, points.size(1), centre, scale, panels, norm2), of_queries,
+                packed(name, queries, queries.size(1), centre, scale, query_panels, query_norm2), is_new, parallel_for);
+}
+
+int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
+                 int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
+                 const Tensor& scale, const Tensor& panels, const Tensor& norm2, const Tensor& query_panels,
+                 const Tensor& query_norm2, bool is_self, const Tensor& query_group, const Tensor& point_group,
+                 const Tensor& key, const Tensor& bound, const Tensor& index) {
+  const char* name = "ring_knn";
+  RingKnn op;
+  op.points = ring(name, points, n, first, count);
+  op.queries = ring(name, queries, n_queries, first_query, count_queries);
+  const Packed packed_points = packed(name, points, points.size(1), centre, scale, panels, norm2);
+  const Packed packed_queries = packed(name, queries, queries.size(1), centre, scale, query_panels, query_norm2);
+  const std::pair<const char*, const Tensor*> integers[] = {{"query_group", &query_group},
+                                                            {"point_group", &point_group},
+                                                            {"key", &key},
+                                                            {"bound", &bound},
+                                                            {"index", &index}};
+  for (auto [what, x] : integers) {
+    require_int64(name, what, *x, points);
+    require(x->dim() >= 1 && x->is_contiguous(), name, ": ", what, " must be contiguous");
+  }
+  const int64_t S = packed_points.S, N = packed_points.N, Q = packed_queries.N, V = query_group.size(0);
+  op.is_self = is_self;
+  op.V = V, op.k = index.size(index.dim() - 1), op.length = key.size(key.dim() - 1);
+  require(has_shape(query_group, {V, Q}) && has_shape(point_group, {V, N}), name,
+          ": groups must be [V, Q] and [V, N] with Q=", Q, " and N=", N, ", got ", shape(query_group), " and ",
+          shape(point_group));
+  require(has_shape(key, {V, S, Q, op.length}) && has_shape(bound, {V, S, Q}) && has_shape(index, {V, S, Q, op.k}) &&
+              1 <= op.k && op.k <= op.length,
+          name, ": state must be [V, S, Q, length], [V, S, Q] and [V, S, Q, k] with 1 <= k <= length, got ", shape(key),
+          ", ", shape(bound), " and ", shape(index));
+  op.query_group = data<int64_t>(query_group);
+  op.point_group = data<int64_t>(point_group);
+  op.key = mutable_data<int64_t>(key);
+  op.bound = mutable_data<int64_t>(bound);
+  op.index = mutable_data<int64_t>(index);
+  return ring_knn_cpu(op, packed_points, packed_queries, parallel_for);
+}
+
+// ---- separation
+
+Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels, const MaybeTensor& centre,
+                  const MaybeTensor& scale, const MaybeTensor& panels, const MaybeTensor& norm2) {
+  const char* name = "separation";
+  require_points(name, "points", points);
+  require_int64(name, "label", label, points);
+  const int64_t S = points.size(0), N = points.size(1);
+  require(has_shape(label, {N}), name, ": label must be [N] with N=", N, ", got ", shape(label));
+  Tensor out = empty(points, {3, S}, ScalarType::Double);
+  Tensor dense_points = dense_float(points), dense_label = torch::stable::contiguous(label);
+  std::optional<Packed> given;
+  if (panels) given = packed(name, points, panels->size(1) * PANEL, *centre, *scale, *panels, *norm2);
+  Separation op;
+  op.points = data<float>(dense_points);
+  op.label = data<int64_t>(dense_label);
+  op.packed = given ? &*given : nullptr;
+  op.S = S, op.N = N, op.D = points.size(2), op.n_labels = n_labels;
+  op.out = mutable_data<double>(out);
+  require(separation_cpu(op, parallel_for), name, ": label must be in [0, n_labels), with n_labels=", n_labels);
+  return out;
+}
+
+// ---- votes
+
+Neighbours neighbours(const char* op, const Tensor& index, const Tensor& label) {
+  require_int64(op, "index", index, index);
+  require_int64(op, "label", label, index);
+  require(index.dim() == 3 && label.dim() == 1, op, ": index must be [S, Q, k] and label [N], got ", shape(index),
+          " and ", shape(label));
+  return {data<int64_t>(index), data<int64_t>(label), index.size(0), index.size(1), index.size(2), label.size(0)};
+}
+
+Tensor majority_vote(const Tensor& index, const Tensor& label) {
+  const char* name = "majority_vote";
+  Tensor dense_index = torch::stable::contiguous(index), dense_label = torch::stable::contiguous(label);
+  const Neighbours near = neighbours(name, dense_index, dense_label);
+  Tensor voted = empty(index, {near.S, near.Q}, ScalarType::Long);
+  require(majority_vote_cpu(near, mutable_data<int64_t>(voted), parallel_for), name, ": index must be in [-1, N), with N=",
+          near.N);
+  return voted;
+}
+
+Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& truth, int64_t n_labels) {
+  const char* name = "label_shares";
+  Tensor dense_index = torch::stable::contiguous(index), dense_label = torch::stable::contiguous(label);
+  Tensor dense_truth = torch::stable::contiguous(truth);
+  const Neighbours near = neighbours(name, dense_index, dense_label);
+  require_int64(name, "truth", truth, index);
+  require(has_shape(truth, {near.Q}), name, ": truth must be [Q] with Q=", near.Q, ", got ", shape(truth));
+  Tensor out = empty(index, {2, near.S, n_labels}, ScalarType::Double);
+  require(label_shares_cpu(near, data<int64_t>(dense_truth), n_labels, mutable_data<double>(out), parallel_for), name,
+          ": index must be in [-1, N) and truth in [0, n_labels), with N=", near.N, " and n_labels=", n_labels);
+  return out;
 }
 
 // ---- partition_scores
@@ -228,14 +387,17 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
 void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, const Tensor& slot, const Tensor& bank,
                   const Tensor& norm2) {
   const char* name = "capture_rows";
-  require(x.dim() == 3, name, ": x must be [B, T, D], got ", shape(x));
+  require(x.dim() == 2 || x.dim() == 3, name, ": x must be [B, T, D] or [n, D], got ", shape(x));
   require(is_point_type(x.scalar_type()), name, ": x must be float32, bfloat16 or float16");
   require_int64(name, "start", start, x);
   require_int64(name, "stop", stop, x);
   require_int64(name, "slot", slot, x);
-  const int64_t B = x.size(0), D = x.size(2);
-  require(start.dim() == 2 && start.size(1) == B && has_shape(stop, {start.size(0), B}), name,
-          ": start and stop must be [R, B] with B=", B, ", got ", shape(start), " and ", shape(stop));
+  const bool is_packed = x.dim() == 2;
+  require(start.dim() == 2 && has_shape(stop, {start.size(0), start.size(1)}) &&
+              (is_packed || start.size(1) == x.size(0)),
+          name, ": start and stop must be [R, B], with the B of x if that is [B, T, D], got ", shape(start), " and ",
+          shape(stop), " for x ", shape(x));
+  const int64_t B = start.size(1), D = x.size(x.dim() - 1);
   require(slot.numel() == 1 && slot.dim() <= 1, name, ": slot must be one number, got ", shape(slot));
   const int64_t R = start.size(0);
   require(bank.dim() == 3 && bank.size(0) == R && bank.size(2) == D, name, ": bank must be [R, N, D] with R=", R,
@@ -256,8 +418,10 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
   op.slot = data<int64_t>(slot);
   op.bank = bank.mutable_data_ptr();
   op.norm2 = mutable_data<float>(norm2);
-  op.B = B, op.T = x.size(1), op.D = D, op.R = R, op.N = N;
-  copy_strides(x, op.x_stride);
+  op.B = B, op.T = x.size(x.dim() - 2), op.D = D, op.R = R, op.N = N;
+  op.x_stride[0] = is_packed ? 0 : x.stride(0);  // packed: every sequence counts its rows from the first of all
+  op.x_stride[1] = x.stride(x.dim() - 2);
+  op.x_stride[2] = x.stride(x.dim() - 1);
   copy_strides(start, op.start_stride);
   copy_strides(stop, op.stop_stride);
   copy_strides(bank, op.bank_stride);
@@ -266,17 +430,314 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
           ": slot must be at least 0 and spans must satisfy 0 <= start < stop <= T, with T=", op.T);
 }
 
+// ---- attention
+
+void require_qkv(const Tensor& qkv, const MaybeTensor& lengths) {
+  const char* op = "attention";
+  require(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must be [B, T, 3, H, W], got ", shape(qkv));
+  require(is_point_type(qkv.scalar_type()) || qkv.scalar_type() == ScalarType::Double, op,
+          ": qkv must be float32, float64, bfloat16 or float16");
+  if (!lengths) return;
+  require_int64(op, "lengths", *lengths, qkv);
+  require(has_shape(*lengths, {qkv.size(0)}), op, ": lengths must be [B] with B=", qkv.size(0), ", got ",
+          shape(*lengths));
+}
+
+// Every sequence of a padded batch.
+std::vector<Sequence> sequences_of(const Tensor& qkv, const MaybeTensor& lengths) {
+  const int64_t B = qkv.size(0), T = qkv.size(1);
+  MaybeTensor dense;
+  if (lengths) dense = torch::stable::contiguous(*lengths);
+  std::vector<Sequence> found;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = dense ? data<int64_t>(*dense)[b] : T;
+    require(0 <= length && length <= T, "attention: lengths must be in [0, T], got ", length, " with T=", T);
+    found.push_back({b * T, b * T, b * T + length});
+  }
+  return found;
+}
+
+// What the CPU computes in: float32, unless it is float64 anyway.
+ScalarType computing_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor dense_as(const Tensor& x, ScalarType type) { return torch::stable::contiguous(torch::stable::to(x, type)); }
+
+template <class T>
+Attention<T> attention_of(const Tensor& qkv) {
+  const int64_t H = qkv.size(3), W = qkv.size(4);
+  const T* q = data<T>(qkv);
+  return {q, q + H * W, q + 2 * H * W, 3 * H * W, 3 * H * W, nullptr, H, W};
+}
+
+template <class T>
+void attention_into(const Tensor& qkv, const std::vector<Sequence>& sequences, const Tensor& out, const Tensor& lse) {
+  const int64_t n_tokens = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
+  const Attention<T> op = attention_of<T>(qkv);
+  const AttentionOut<T> to{mutable_data<T>(out), H * W, mutable_data<T>(lse)};
+  for_each(parallel_for, sequences.size(), [&](int64_t b) {
+    const Sequence& s = sequences[b];
+    attention_cpu(op, s, to);
+    std::fill(to.out + s.query_end * H * W, to.out + (s.begin + n_tokens) * H * W, T(0));
+    std::fill(to.lse + s.query_end * H, to.lse + (s.begin + n_tokens) * H, T(0));
+  });
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const MaybeTensor& lengths) {
+  require_qkv(qkv, lengths);
+  const int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
+  const ScalarType type = computing_type(qkv);
+  const std::vector<Sequence> sequences = sequences_of(qkv, lengths);
+  Tensor out = empty(qkv, {B, T, H, W}, type), lse = empty(qkv, {B, T, H}, type), dense = dense_as(qkv, type);
+  (type == ScalarType::Double ? attention_into<double> : attention_into<float>)(dense, sequences, out, lse);
+  return {torch::stable::to(out, qkv.scalar_type()), lse};
+}
+
+template <class T>
+void attention_backward_into(const Tensor& qkv, const std::vector<Sequence>& sequences, const Tensor& grad_out,
+                             const Tensor& out, const Tensor& lse, const Tensor& grad) {
+  const int64_t n_tokens = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
+  const Attention<T> op = attention_of<T>(qkv);
+  T* to = mutable_data<T>(grad);
+  for_each(parallel_for, sequences.size(), [&](int64_t b) {
+    const Sequence& s = sequences[b];
+    attention_backward_cpu(op, s, {data<T>(out), H * W, data<T>(lse)},
+                           {data<T>(grad_out), H * W, to, to + H * W, to + 2 * H * W});
+    std::fill(to + s.query_end * 3 * H * W, to + (s.begin + n_tokens) * 3 * H * W, T(0));
+  });
+}
+
+Tensor attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                          const MaybeTensor& lengths) {
+  require_qkv(qkv, lengths);
+  const int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
+  const ScalarType type = computing_type(qkv);
+  Tensor grad = empty(qkv, {B, T, 3, H, W}, type);
+  (type == ScalarType::Double ? attention_backward_into<double> : attention_backward_into<float>)(
+      dense_as(qkv, type), sequences_of(qkv, lengths), dense_as(grad_out, type), dense_as(out, type),
+      torch::stable::contiguous(lse), grad);
+  return torch::stable::to(grad, qkv.scalar_type());
+}
+
+// ---- the halves of a block
+
+// Tensors of a BlockWeights, dense; they keep it alive.
+struct Weights {
+  Tensor norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias;
+
+  Weights(const char* op, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
+          const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, int64_t between)
+      : norm_weight(torch::stable::contiguous(norm_weight)),
+        norm_bias(torch::stable::contiguous(norm_bias)),
+        in_weight(torch::stable::contiguous(in_weight)),
+        in_bias(torch::stable::contiguous(in_bias)),
+        out_weight(torch::stable::contiguous(out_weight)),
+        out_bias(torch::stable::contiguous(out_bias)) {
+    require(x.dim() == 2, op, ": x must be [n, D], got ", shape(x));
+    const int64_t D = x.size(1), F = in_weight.dim() == 2 ? in_weight.size(0) : -1;
+    const int64_t out_in = between ? between : F;
+    require(has_shape(norm_weight, {D}) && has_shape(norm_bias, {D}) && has_shape(in_weight, {F, D}) &&
+                has_shape(in_bias, {F}) && has_shape(out_weight, {D, out_in}) && has_shape(out_bias, {D}),
+            op, ": weights must be [D], [D], [F, D], [F], [D, .], [D] with D=", D, ", got ", shape(norm_weight), ", ",
+            shape(norm_bias), ", ", shape(in_weight), ", ", shape(in_bias), ", ", shape(out_weight), ", ",
+            shape(out_bias));
+    for (const Tensor* w : {&x, &norm_weight, &norm_bias, &in_weight, &in_bias, &out_weight, &out_bias})
+      require(w->scalar_type() == ScalarType::Float, op, ": x and weights must be float32 on the CPU");
+  }
+
+  BlockWeights raw() const {
+    return {in_weight.size(1),       in_weight.size(0),     data<float>(norm_weight), data<float>(norm_bias),
+            data<float>(in_weight),  data<float>(in_bias),  data<float>(out_weight),  data<float>(out_bias)};
+  }
+};
+
+// Gradients of x and of the six weights, in that order.
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Grads empty_grads(const Tensor& x, const Weights& w) {
+  auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
+  return {like(x),         like(w.norm_weight), like(w.norm_bias), like(w.in_weight),
+          like(w.in_bias), like(w.out_weight),  like(w.out_bias)};
+}
+
+BlockGrads raw(const Grads& grads) {
+  return {mutable_data<float>(std::get<1>(grads)), mutable_data<float>(std::get<2>(grads)),
+          mutable_data<float>(std::get<3>(grads)), mutable_data<float>(std::get<4>(grads)),
+          mutable_data<float>(std::get<5>(grads)), mutable_data<float>(std::get<6>(grads))};
+}
+
+// Null for what was not saved.
+float* saved_data(const Tensor& x) { return x.numel() ? mutable_data<float>(x) : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
+    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
+    const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, bool save) {
+  const Weights weights("mlp_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, 0);
+  const Tensor dense = torch::stable::contiguous(x);
+  const MlpBlock op{weights.raw(), x.size(0), data<float>(dense)};
+  const int64_t n = save ? op.n : 0;
+  Tensor y = empty(x, {op.n, op.weights.D}, ScalarType::Float);
+  Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
+  Tensor hidden = empty(x, {n, op.weights.F}, ScalarType::Float), slope = empty(x, {n, op.weights.F}, ScalarType::Float);
+  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
+                parallel_for);
+  return {y, mean, rstd, hidden, slope};
+}
+
+Grads mlp_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                         const Tensor& in_weight, const Tensor& in_bias, const Tensor& out_weight,
+                         const Tensor& out_bias, const Tensor& mean, const Tensor& rstd, const Tensor& hidden,
+                         const Tensor& slope) {
+  const Weights weights("mlp_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, 0);
+  const Tensor dense = torch::stable::contiguous(x), dense_grad = torch::stable::contiguous(grad_y);
+  const MlpBlock op{weights.raw(), x.size(0), data<float>(dense)};
+  Grads grads = empty_grads(dense, weights);
+  mlp_block_backward_cpu(op, {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
+                         data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads), parallel_for);
+  return grads;
+}
+
+// Throws unless `rows` ascends strictly within [0, n).
+void require_ascending(const char* op, const char* name, const Tensor& rows, int64_t n) {
+  const int64_t* row = data<int64_t>(rows);
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    require((i ? row[i - 1] : -1) < row[i] && row[i] < n, op, ": ", name, " must ascend from 0 or more to less than ",
+            n, ", got ", row[i], " at ", i);
+}
+
+// The indices of an AttentionBlock, dense and checked; they keep it alive.
+struct Packed {
+  Tensor x, offset;
+  MaybeTensor kept, prefix;
+
+  Packed(const Tensor& x, const Tensor& offset, const MaybeTensor& kept, const MaybeTensor& prefix)
+      : x(torch::stable::contiguous(x)), offset(torch::stable::contiguous(offset)) {
+    const char* op = "attention_block";
+    const int64_t n = x.size(0);
+    require_int64(op, "offset", offset, x);
+    require(offset.dim() == 1 && offset.numel() >= 1, op, ": offset must be [B + 1], got ", shape(offset));
+    const int64_t* at = data<int64_t>(this->offset);
+    const int64_t B = offset.numel() - 1;
+    require(at[0] == 0 && at[B] == n, op, ": offset must run from 0 to n=", n, ", got ", at[0], " to ", at[B]);
+    for (int64_t b = 0; b < B; ++b)
+      require(at[b] <= at[b + 1], op, ": offset must not descend, got ", at[b], " before ", at[b + 1]);
+    if (kept) {
+      require_int64(op, "kept", *kept, x);
+      require(kept->dim() == 1, op, ": kept must be [R], got ", shape(*kept));
+      this->kept = torch::stable::contiguous(*kept);
+      require_ascending(op, "kept", *this->kept, n);
+    }
+    if (!prefix) return;
+    require_int64(op, "prefix", *prefix, x);
+    require(has_shape(*prefix, {B}), op, ": prefix must be [B] with B=", B, ", got ", shape(*prefix));
+    this->prefix = torch::stable::contiguous(*prefix);
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t of = data<int64_t>(*this->prefix)[b];
+      require(-1 <= of && of < B, op, ": prefix must be -1 or a sequence below ", B, ", got ", of);
+    }
+  }
+
+  AttentionBlock raw(const Weights& weights, int64_t n_heads) const {
+    const BlockWeights w = weights.raw();
+    require(n_heads >= 1 && w.D % n_heads == 0 && w.F == 3 * w.D,
+            "attention_block: in_weight must be [3 D, D] and n_heads must divide D, got n_heads=", n_heads,
+            " with D=", w.D);
+    return {w,
+            x.size(0),
+            kept ? kept->numel() : x.size(0),
+            n_heads,
+            offset.numel() - 1,
+            data<float>(x),
+            kept ? data<int64_t>(*kept) : nullptr,
+            data<int64_t>(offset),
+            prefix ? data<int64_t>(*prefix) : nullptr};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
+    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
+    const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, int64_t n_heads, const Tensor& offset,
+    const MaybeTensor& kept, const MaybeTensor& prefix, bool save) {
+  const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
+                        x.size(x.dim() - 1));
+  const Packed packed(x, offset, kept, prefix);
+  const AttentionBlock op = packed.raw(weights, n_heads);
+  const int64_t n = save ? op.n : 0, D = op.weights.D;
+  Tensor y = empty(x, {op.R, D}, ScalarType::Float);
+  Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
+  Tensor q = empty(x, {op.R, D}, ScalarType::Float), kv = empty(x, {op.n, 2, D}, ScalarType::Float);
+  Tensor mixed = empty(x, {op.R, D}, ScalarType::Float), lse = empty(x, {op.R, n_heads}, ScalarType::Float);
+  attention_block_cpu(op, mutable_data<float>(y),
+                      {saved_data(mean), saved_data(rstd), mutable_data<float>(q), mutable_data<float>(kv),
+                       mutable_data<float>(mixed), mutable_data<float>(lse)},
+                      parallel_for);
+  return {y, mean, rstd, q, kv, mixed, lse};
+}
+
+Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& norm_weight,
+                               const Tensor& norm_bias, const Tensor& in_weight, const Tensor& in_bias,
+                               const Tensor& out_weight, const Tensor& out_bias, int64_t n_heads, const Tensor& offset,
+                               const MaybeTensor& kept, const Tensor& mean, const Tensor& rstd, const Tensor& q,
+                               const Tensor& kv, const Tensor& mixed, const Tensor& lse) {
+  const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
+                        x.size(x.dim() - 1));
+  const Packed packed(x, offset, kept, std::nullopt);
+  const AttentionBlock op = packed.raw(weights, n_heads);
+  const Tensor dense_grad = torch::stable::contiguous(grad_y);
+  Grads grads = empty_grads(packed.x, weights);
+  attention_block_backward_cpu(op,
+                               {mutable_data<float>(mean), mutable_data<float>(rstd), mutable_data<float>(q),
+                                mutable_data<float>(kv), mutable_data<float>(mixed), mutable_data<float>(lse)},
+                               data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads),
+                               parallel_for);
+  return grads;
+}
+
 }  // namespace
 }  // namespace clmfast
 
 STABLE_TORCH_LIBRARY(clmfast, m) {
+  m.def("attention(Tensor qkv, Tensor? lengths) -> (Tensor out, Tensor lse)");
+  m.def("attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? lengths) -> Tensor");
+  m.def(
+      "mlp_block(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, Tensor in_bias, Tensor out_weight, "
+      "Tensor out_bias, bool save) -> (Tensor y, Tensor mean, Tensor rstd, Tensor hidden, Tensor slope)");
+  m.def(
+      "mlp_block_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, Tensor "
+      "in_bias, Tensor out_weight, Tensor out_bias, Tensor mean, Tensor rstd, Tensor hidden, Tensor slope) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_block(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, Tensor in_bias, Tensor "
+      "out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor? prefix, bool save) -> (Tensor y, "
+      "Tensor mean, Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse)");
+  m.def(
+      "attention_block_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, "
+      "Tensor in_bias, Tensor out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor mean, "
+      "Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
-      "seed)"
+      "seed, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? norm2, Tensor(a!)? known_label, Tensor(b!)? "
+      "known_within, Tensor(c!)? known_beyond)"
       " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
+  m.def(
+      "ring_pack(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
+      "count_queries, Tensor(a!) centre, Tensor(b!) scale, Tensor(c!) panels, Tensor(d!) norm2, Tensor(e!) "
+      "query_panels, Tensor(f!) query_norm2, bool is_new) -> ()");
+  m.def(
+      "ring_knn(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
+      "count_queries, Tensor centre, Tensor scale, Tensor panels, Tensor norm2, Tensor query_panels, Tensor "
+      "query_norm2, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) bound, Tensor(c!) "
+      "index) -> int");
+  m.def(
+      "separation(Tensor points, Tensor label, int n_labels, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? "
+      "norm2) -> Tensor");
+  m.def("majority_vote(Tensor index, Tensor label) -> Tensor");
+  m.def("label_shares(Tensor index, Tensor label, Tensor truth, int n_labels) -> Tensor");
   m.def("partition_scores(Tensor truth, Tensor label, int? n_truth, int? n_label) -> Tensor");
   m.def("capture_rows(Tensor x, Tensor start, Tensor stop, Tensor slot, Tensor(a!) bank, Tensor(b!) norm2) -> ()");
 }
@@ -284,6 +745,17 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("knn", TORCH_BOX(&clmfast::knn));
   m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
+  m.impl("ring_pack", TORCH_BOX(&clmfast::ring_pack));
+  m.impl("ring_knn", TORCH_BOX(&clmfast::ring_knn));
+  m.impl("separation", TORCH_BOX(&clmfast::separation));
+  m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
+  m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
   m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
   m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
+  m.impl("attention", TORCH_BOX(&clmfast::attention));
+  m.impl("attention_backward", TORCH_BOX(&clmfast::attention_backward));
+  m.impl("mlp_block", TORCH_BOX(&clmfast::mlp_block));
+  m.impl("mlp_block_backward", TORCH_BOX(&clmfast::mlp_block_backward));
+  m.impl("attention_block", TORCH_BOX(&clmfast::attention_block));
+  m.impl("attention_block_backward", TORCH_BOX(&clmfast::attention_block_backward));
 }

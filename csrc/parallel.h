@@ -10,6 +10,11 @@ namespace clmfast {
 // are done.
 using ParallelFor = void (*)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
+// One thread does it all.
+inline void in_line(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  body(0, n, context);
+}
+
 // Calls task(i) once for every i in [0, n), in no particular order. Whoever finishes a task takes the next one, so
 // tasks of unequal length balance. A result must therefore never depend on which thread ran what: give each task its
 // own output, and add partial results up afterwards in the order of i.

@@ -181,7 +181,7 @@ SPANS = "capture_rows: slot must be at least 0 and spans must satisfy 0 <= start
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("x", torch.zeros(4, 5), "capture_rows: x must be [B, T, D], got [4, 5]"),
+        ("x", torch.zeros(4), "capture_rows: x must be [B, T, D] or [n, D], got [4]"),
         ("x", torch.zeros(3, 4, 5).double(), "capture_rows: x must be float32, bfloat16 or float16"),
         ("x", torch.zeros(3, 4, 5).half(), "capture_rows: bank must have the dtype of x"),
         ("start", torch.zeros(2, 3), "capture_rows: start must be int64"),
@@ -190,12 +190,12 @@ SPANS = "capture_rows: slot must be at least 0 and spans must satisfy 0 <= start
         (
             "start",
             torch.zeros(2, 4, dtype=torch.int64),
-            "capture_rows: start and stop must be [R, B] with B=3, got [2, 4]",
+            "capture_rows: start and stop must be [R, B], with the B of x if that is [B, T, D], got [2, 4]",
         ),
         (
             "stop",
             torch.zeros(1, 3, dtype=torch.int64),
-            "capture_rows: start and stop must be [R, B] with B=3, got [2, 3]",
+            "capture_rows: start and stop must be [R, B], with the B of x if that is [B, T, D], got [2, 3]",
         ),
         ("slot", torch.zeros(2, dtype=torch.int64), "capture_rows: slot must be one number, got [2]"),
         ("bank", torch.zeros(2, 6, 4), "capture_rows: bank must be [R, N, D] with R=2 and D=5, got [2, 6, 4]"),

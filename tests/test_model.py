@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -13,10 +15,14 @@ CONFIG = ModelConfig(n_layers=3, width=48, n_heads=4, init_std=0.2)
 VOCABULARY, MAX_LENGTH = 29, 20
 
 
+LENGTH = torch.tensor([13, 1, 7, 12, 4])
+
+
 def ragged_batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (5, 13), generator=generator)
-    return tokens, torch.tensor([13, 1, 7, 12, 4])
+    """(tokens [5, 13] right-padded, is_real [5, 13], the same sequences back to back [n], their offset [6])"""
+    tokens = torch.randint(VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(seed))
+    is_real = torch.arange(13) < LENGTH[:, None]
+    return tokens, is_real, tokens[is_real], torch.cat([torch.zeros(1, dtype=torch.int64), LENGTH.cumsum(0)])
 
 
 def gpt2_with_weights_of(model: Transformer) -> GPT2LMHeadModel:
@@ -48,36 +54,53 @@ def test_logits_equal_those_of_gpt2(tie_head):
     with torch.no_grad():
         for p in model.parameters():  # biases and norms too, which start as 0 and 1
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    tokens, length = ragged_batch()
-    is_real = torch.arange(tokens.shape[1]) < length[:, None]
+    tokens, is_real, packed, offset = ragged_batch()
+    kept = offset[1:] - 1
     with torch.no_grad():
-        theirs = gpt2_with_weights_of(model)(tokens, attention_mask=is_real.long()).logits
-        ours = model(tokens, length)
-        last = model(tokens, length, position=length - 1)
+        theirs = gpt2_with_weights_of(model)(tokens, attention_mask=is_real.long()).logits[is_real]
+        ours = model(packed, offset)
+        last = model(packed, offset, kept=kept)
     assert theirs.abs().max() > 1
-    assert (ours - theirs)[is_real].abs().max() <= 1e-5
-    assert (last - ours[torch.arange(5), length - 1]).abs().max() <= 1e-5
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (last - ours[kept]).abs().max() <= 1e-5
 
 
-def test_padding_changes_nothing():
+def test_a_sequence_does_not_depend_on_those_beside_it():
     model = Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=1)
-    tokens, length = ragged_batch()
-    other = tokens.clone()
-    other[torch.arange(tokens.shape[1]) >= length[:, None]] = 3
-    is_real = torch.arange(tokens.shape[1]) < length[:, None]
-    assert torch.equal(model(tokens, length)[is_real], model(other, length)[is_real])
+    _, _, packed, offset = ragged_batch()
+    together = model.states(packed, offset)
+    for first, stop in itertools.pairwise(offset):
+        assert torch.equal(model.states(packed[first:stop], torch.tensor([0, stop - first])), together[first:stop])
+
+
+def test_a_tree_of_prompts_equals_the_whole_prompts():
+    model = Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=1)
+    stem, leaves = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([[9, 2], [6, 5], [3, 5]])
+    whole = torch.cat([torch.cat([stem, leaf]) for leaf in leaves])
+    offset = torch.tensor([0, 5, 7, 9, 11])
+    position = torch.tensor([0, 1, 2, 3, 4, *[5, 6] * 3])
+    with torch.no_grad():
+        expected = model.states(whole, torch.tensor([0, 7, 14, 21])).view(3, 7, -1)
+        tree = model.states(
+            torch.cat([stem, leaves.ravel()]), offset, position=position, prefix=torch.tensor([-1, 0, 0, 0])
+        )
+    assert torch.equal(tree[5:].view(3, 2, -1), expected[:, 5:])
+    assert torch.equal(tree[:5], expected[0, :5])
 
 
 def test_the_tap_sees_every_layer_and_changes_no_bit():
     model = Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=1)
-    tokens, length = ragged_batch()
+    _, _, packed, offset = ragged_batch()
     seen = {}
-    tapped = model(tokens, length, tap=lambda layer, x: seen.update({layer: x.detach().clone()}))
+    tapped = model(packed, offset, tap=lambda layer, x: seen.update({layer: x.detach().clone()}))
     assert list(seen) == list(range(model.n_taps)) == [0, 1, 2, 3]
-    embedded = model.token_embedding(tokens) + model.position_embedding.weight[:13]
-    assert torch.equal(seen[0], embedded)
-    assert torch.equal(model.head(model.norm_out(seen[3])), tapped)
-    assert torch.equal(model(tokens, length), tapped)
+    position = torch.cat([torch.arange(n) for n in LENGTH])
+    assert torch.equal(seen[0], model.token_embedding(packed) + model.position_embedding(position))
+    assert torch.equal(model.logits(seen[3]), tapped)
+    assert torch.equal(model(packed, offset), tapped)
+    kept, last = torch.tensor([2, 5, 30]), {}
+    model(packed, offset, kept=kept, tap=last.__setitem__)
+    assert torch.equal(last[3], seen[3][kept])
 
 
 def test_weights_follow_from_the_seed_and_have_the_stated_scale():

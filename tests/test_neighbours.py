@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from clmfast.measure.neighbours import knn_accuracy, label_purity, macro_f1, majority_vote, neighbour_purity
+from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, neighbour_purity, purities
 
 LABEL = torch.tensor([0, 0, 1, 1, 2, 2])
 
@@ -54,7 +54,7 @@ def test_purity_by_hand():
     truth = LABEL
     # own shares: 1/2, 1/2, 1/2, 1/1, 0, none
     assert neighbour_purity(index, LABEL, truth).item() == pytest.approx((0.5 + 0.5 + 0.5 + 1 + 0) / 5)
-    per_label = label_purity(index, LABEL, truth, 4)
+    _, per_label = purities(index, LABEL, truth, 4)
     assert per_label[0, :3].tolist() == pytest.approx([0.5, 0.75, 0.0])
     assert per_label[0, 3].isnan()
 

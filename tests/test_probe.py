@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from clmfast.capture import Recorder
 from clmfast.measure.controls import letter_counts, raw_string_control, shuffled_label_control
 from clmfast.measure.probe import Probe, make_probe_sets, probe_measures
 from clmfast.model import Transformer
@@ -20,14 +21,8 @@ def probe(small, small_tasks):
 
 
 @pytest.fixture
-def forward(small, small_tasks):
-    model = Transformer(small.model, len(small_tasks.vocabulary), small_tasks.max_length, seed=5)
-
-    @torch.no_grad()
-    def run(batch, tap: Recorder | None):
-        return model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.length), tap=tap)
-
-    return run
+def model(small, small_tasks):
+    return Transformer(small.model, len(small_tasks.vocabulary), small_tasks.max_length, seed=5)
 
 
 def test_examples_of_the_probe(small, small_tasks, probe):
@@ -47,25 +42,30 @@ def test_examples_of_the_probe(small, small_tasks, probe):
             assert set(examples) <= set(small_tasks.splits[split])
 
 
-def test_states_are_those_of_the_examples(small_tasks, probe, forward):
-    for probe_set, (train, unseen) in zip(probe.sets, probe.states(forward), strict=True):
+@pytest.mark.parametrize("readouts", [("instruction_end", "prompt_end"), ("mean", "prompt_end"), ("mean",)])
+def test_states_are_those_of_the_whole_prompts(small, small_tasks, model, readouts):
+    """The cheap probe, trees and all, equals running every example by itself, bit for bit."""
+    config = dataclasses.replace(small.measure, readouts=readouts)
+    probe = Probe(small_tasks, config, small.model.n_layers + 1, small.model.width, seed=1)
+    for probe_set, (train, unseen) in zip(probe.sets, probe.states(model), strict=True):
         for examples, states in (
             (probe_set.train, train),
             (probe_set.unseen["unseen_grammar"], unseen["unseen_grammar"]),
         ):
             assert states.shape[1] == len(examples)
-            for i in (0, len(examples) // 2, len(examples) - 1):
-                batch = small_tasks.pack(examples[i : i + 1])
+            end = "instruction_end" if probe_set.readout == "instruction_end" else "prompt_end"
+            for i in range(0, len(examples), 5):
+                batch = small_tasks.pack(examples[i : i + 1], end)
                 seen = {}
-                forward(batch, lambda layer, x, seen=seen: seen.update({layer: x}))
-                at = getattr(batch, probe_set.readout)[0]
+                model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.offset), tap=seen.__setitem__)
                 for layer, x in seen.items():
-                    torch.testing.assert_close(states[layer, i], x[0, at], rtol=1e-4, atol=1e-5)
+                    expected = x.double().mean(0).float() if probe_set.readout == "mean" else x[-1]
+                    assert torch.equal(states[layer, i], expected)
 
 
-def test_measures_are_those_of_scikit_learn(small, small_tasks, probe, forward):
+def test_measures_are_those_of_scikit_learn(small, small_tasks, probe, model):
     """Plain kNN at unseen grammars, where no query shares an instruction with a training state, needs no barring."""
-    values, states = probe.measure(forward)
+    values, states = probe.measure(model)
     named = dict(zip([c.name for c in probe.columns], values.tolist(), strict=True))
     for probe_set, (train, unseen) in zip(probe.sets, states, strict=True):
         truth = probe_set.train_labels["task"].numpy()
@@ -88,8 +88,6 @@ def test_measures_are_those_of_scikit_learn(small, small_tasks, probe, forward):
 
 
 def small_measure_with_k1(small):
-    import dataclasses
-
     return dataclasses.replace(small.measure, k=1)
 
 

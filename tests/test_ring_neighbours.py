@@ -1,75 +1,191 @@
-"""measure/ring_neighbours.py: after any history of changes, exactly what ops.knn says of the whole ring."""
+"""ops.ring_pack, ops.ring_knn and measure/ring_neighbours.py: after any history of changes, exactly what ops.knn says
+of the whole rings."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from op_checks import assert_same_bits, assert_threads_do_not_matter
 
 from clmfast import ops
-from clmfast.measure.ring_neighbours import NO_KEY, RingNeighbours, sort_key
+from clmfast.measure.ring_neighbours import RingNeighbours
+from clmfast.ops.ring import Ring, RingState, empty_packed
+
+K = 4
 
 
-def test_key_orders_as_knn_does():
-    dist2 = torch.tensor([0.0, 0.0, 1e-40, 1.0, 1.0, torch.inf, torch.inf])
-    index = torch.tensor([3, 7, 0, 1, 2**31, 5, -1])
-    key = sort_key(dist2, index)
-    assert torch.equal(key.sort().values, key)
-    assert key[-1] == NO_KEY
+class TwoRings:
+    """Rings of points and queries that receive a few rows per step, packed, with groups of two views."""
 
+    def __init__(self, kind, n=60, n_queries=18, n_sets=3, width=6, seed=5):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kind, self.n_packed = kind, 0
+        self.rings, self.groups, self.packed = [], [], []
+        for size in (n, n_queries):
+            self.rings.append(torch.zeros(n_sets, size, width))
+            self.groups.append(torch.zeros(2, size, dtype=torch.int64))
+            self.packed.append(empty_packed(self.rings[-1], self.packed[0] if self.packed else None))
+        self.n_written = [0, 0]
 
-@pytest.mark.parametrize("kind", ["gaussian", "ties", "drifting", "non-finite"])
-@pytest.mark.parametrize("is_self", [True, False])
-def test_equals_a_full_recomputation(kind, is_self):
-    generator = torch.Generator().manual_seed(5)
-    n, n_queries, k, n_sets, width = 60, 18, 4, 3, 6
-    batch, batch_queries = 9, 3
-
-    def draw_rows(n_rows, step):
-        x = torch.randn(n_sets, n_rows, width, generator=generator)
-        if kind == "ties":
+    def draw(self, shape, step):
+        x = torch.randn(shape, generator=self.generator)
+        if self.kind == "ties":
             x = x.sign()  # 64 different points, so most distances tie
-        if kind == "drifting":
+        if self.kind == "drifting":
             x = x / (1 + step) + step  # everything old is far away and thinly spread: lists run dry
-        if kind == "non-finite":
+        if self.kind == "growing":
+            x = x * 10.0**step  # past what the frame was made for
+        if self.kind == "shrinking":
+            x = x * 10.0**-step
+        if self.kind == "non-finite":
             x[:, ::4] = torch.nan
             x[:, 1::4] = 1e30  # finite, but distances overflow
         return x
 
-    points, queries = torch.zeros(n_sets, n, width), torch.zeros(n_sets, n_queries, width)
-    point_group = torch.zeros(n, dtype=torch.int64)
-    query_group = torch.zeros(n_queries, dtype=torch.int64)
-    near = RingNeighbours(k)
-    n_filled = n_filled_queries = 0
+    def step(self, step, batches):
+        """Write a batch into each ring; returns both as the ops take them, packed."""
+        views = []
+        for i, batch in enumerate(batches):
+            ring, n = self.rings[i], self.rings[i].shape[1]
+            rows = (self.n_written[i] + torch.arange(batch)) % n
+            ring[:, rows] = self.draw((len(ring), batch, ring.shape[2]), step)
+            self.groups[i][:, rows] = torch.randint(6, (2, batch), generator=self.generator)
+            first = self.n_written[i] % n
+            self.n_written[i] += batch
+            views.append(Ring(ring, self.packed[i], min(n, self.n_written[i]), first, batch))
+        ops.ring_pack(*views, is_new=self.n_packed == 0)
+        self.n_packed += 1
+        return views
+
+
+KINDS = ["gaussian", "ties", "drifting", "growing", "shrinking", "non-finite"]
+
+
+def assert_equals_knn(index, points, queries, barred):
+    p, q = points.points[:, : points.n], queries.points[:, : queries.n]
+    for v in range(len(index)):
+        groups = (barred[0][v, : queries.n].clone(), barred[1][v, : points.n].clone())
+        assert torch.equal(index[v], ops.knn(p, K, q, groups).index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_among_themselves(kind):
+    data = TwoRings(kind)
+    near = RingNeighbours(K, 1, 3, 60)
     for step in range(25):
-        rows = (torch.arange(batch) + batch * step) % n
-        points[:, rows] = draw_rows(batch, step)
-        point_group[rows] = torch.randint(6, (batch,), generator=generator)
-        n_filled = min(n, n_filled + batch)
-        query_rows = (torch.arange(batch_queries) + batch_queries * step) % n_queries
-        queries[:, query_rows] = draw_rows(batch_queries, step)
-        query_group[query_rows] = torch.randint(6, (batch_queries,), generator=generator)
-        n_filled_queries = min(n_queries, n_filled_queries + batch_queries)
-        p, pg = points[:, :n_filled], point_group[:n_filled]
-        if is_self:
-            near.update(p, rows.sort().values, p, rows.sort().values, pg, pg)
-            expected = ops.knn(p, k, barred=(pg, pg))
-        else:
-            q, qg = queries[:, :n_filled_queries], query_group[:n_filled_queries]
-            near.update(p, rows.sort().values, q, query_rows.sort().values, qg, pg)
-            expected = ops.knn(p, k, q, (qg, pg))
-        assert torch.equal(near.index, expected.index), step
-        assert torch.equal(near.dist2, expected.dist2), step
+        points, _ = data.step(step, (9, 3))
+        barred = (data.groups[0][:1], data.groups[0][:1])  # a point's own group holds itself
+        index = near.update(points, None, barred)
+        assert_equals_knn(index, points, points, barred)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_in_two_views(kind):
+    data = TwoRings(kind)
+    near = RingNeighbours(K, 2, 3, 18)
+    for step in range(25):
+        points, queries = data.step(step, (9, 3))
+        barred = (data.groups[1], data.groups[0])
+        assert_equals_knn(near.update(points, queries, barred), points, queries, barred)
+
+
+@pytest.mark.parametrize("batches", [(60, 3), (9, 18), (60, 18), (0, 0), (1, 0), (0, 1)])
+def test_any_number_of_rows_may_change(batches):
+    data = TwoRings("gaussian")
+    of_points, of_queries = RingNeighbours(K, 1, 3, 60), RingNeighbours(K, 2, 3, 18)
+    for step in range(6):
+        points, queries = data.step(step, (60, 18) if step == 0 else batches)
+        barred = (data.groups[1], data.groups[0])
+        assert_equals_knn(of_queries.update(points, queries, barred), points, queries, barred)
+        barred = (data.groups[0][:1], data.groups[0][:1])
+        assert_equals_knn(of_points.update(points, None, barred), points, points, barred)
+
+
+def test_a_point_is_not_its_own_neighbour():
+    points = Ring(torch.randn(1, 8, 2), empty_packed(torch.zeros(1, 8, 2)), 8, 0, 8)
+    ops.ring_pack(points, points, is_new=True)
+    apart = (torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64))
+    index = RingNeighbours(K, 1, 1, 8).update(points, None, apart)
+    assert torch.equal(index[0], ops.knn(points.points, K).index)
 
 
 def test_most_rows_are_not_computed_anew():
-    generator = torch.Generator().manual_seed(0)
     n, batch = 512, 32
-    points = torch.randn(2, n, 8, generator=generator)
-    group = torch.arange(n)
-    near = RingNeighbours(10)
-    near.update(points, group, points, group, group, group)
-    for step in range(32):
-        rows = (torch.arange(batch) + batch * step) % n
-        points[:, rows] = torch.randn(2, batch, 8, generator=generator)
-        near.update(points, rows, points, rows, group, group)
+    data = TwoRings("gaussian", n=n, n_sets=2, width=8)
+    near = RingNeighbours(10, 1, 2, n)
+    group = torch.arange(n)[None]
+    for step in range(33):
+        points, _ = data.step(step, (n if step == 0 else batch, 1))
+        near.update(points, None, (group, group))
     assert near.n_recomputed < 0.01 * 2 * n * 32
+
+
+def history():
+    """The lists after a few steps."""
+    data = TwoRings("gaussian", n=333, n_queries=50, width=37)
+    near = RingNeighbours(K, 2, 3, 50)
+    own = RingNeighbours(K, 1, 3, 333)
+    for step in range(9):
+        points, queries = data.step(step, (70, 10))
+        near.update(points, queries, (data.groups[1], data.groups[0]))
+        own.update(points, None, (data.groups[0][:1], data.groups[0][:1]))
+    return [*near._state, *own._state]
+
+
+def test_threads_do_not_matter():
+    assert_threads_do_not_matter(history)
+
+
+def test_every_instruction_set_gives_the_same_bits(tmp_path):
+    script = "import sys, torch, test_ring_neighbours as t; torch.save(t.history(), sys.argv[1])"
+    best = history()
+    for isa in ("baseline", "avx2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / isa)],
+            env={**os.environ, "CLMFAST_ISA": isa},
+            cwd=os.path.dirname(__file__),
+            capture_output=True,
+            text=True,
+        )
+        if "this processor does not have it" not in done.stderr:
+            assert_same_bits(torch.load(tmp_path / isa), best)
+
+
+# ---- does it refuse what it should?
+
+POINTS = torch.zeros(2, 40, 3)
+GROUP = torch.zeros(1, 40, dtype=torch.int64)
+
+
+def state(*, n=40, k=2):
+    return RingState(
+        torch.zeros(1, 2, n, 5, dtype=torch.int64),
+        torch.zeros(1, 2, n, dtype=torch.int64),
+        torch.zeros(1, 2, n, k, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ring", "barred", "of", "message"),
+    [
+        ({"points": POINTS[0]}, (GROUP, GROUP), state(), r"ring_knn: points must be \[S, N, D\]"),
+        ({"points": POINTS.half()}, (GROUP, GROUP), state(), "ring_knn: points must be float32 and contiguous"),
+        ({"points": POINTS.mT.contiguous().mT}, (GROUP, GROUP), state(), "points must be float32 and contiguous"),
+        ({"points": torch.zeros(2, 80, 3)}, (GROUP, GROUP), state(), r"packed must be made for points \[2, 80, 3\]"),
+        ({"n": 41}, (GROUP, GROUP), state(), "0 <= n <= N, 0 <= first < N and 0 <= count <= N, got n=41"),
+        ({"first": 40}, (GROUP, GROUP), state(), "got n=40 first=40"),
+        ({"count": -1}, (GROUP, GROUP), state(), "got n=40 first=0 count=-1"),
+        ({}, (GROUP.int(), GROUP), state(), "ring_knn: query_group must be int64"),
+        ({}, (GROUP, GROUP[:, :3]), state(), r"groups must be \[V, Q\] and \[V, N\] with Q=40 and N=40"),
+        ({}, (GROUP, GROUP), state(n=39), r"state must be \[V, S, Q, length\], \[V, S, Q\] and \[V, S, Q, k\]"),
+        ({}, (GROUP, GROUP), state(k=6), "with 1 <= k <= length"),
+    ],
+)
+def test_refusals(ring, barred, of, message):
+    points = Ring(POINTS, empty_packed(POINTS), 40, 0, 40)._replace(**ring)
+    with pytest.raises(ValueError, match=message):
+        ops.ring_knn(points, None, barred, of)

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL
 
 from clmfast.config import ConfigError, TaskConfig
-from clmfast.data.tasks import ARROW, BOS, EOS, PAD, SEP, choose, draw, make_tasks
+from clmfast.data.tasks import ARROW, BOS, EOS, SEP, choose, draw, make_tasks
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +78,42 @@ def test_packed_sequences_read_as_they_should(tasks):
         batch = tasks.pack(examples, end)
         for b, example in enumerate(examples):
             text = tasks.instruction_text(example // tasks.n_inputs)
-            row = batch.tokens[b, : batch.length[b]]
-            assert (batch.tokens[b, batch.length[b] :] == PAD).all()
+            first, stop = batch.offset[b : b + 2]
+            row = batch.tokens[first:stop]
+            assert batch.position[first:stop].tolist() == list(range(batch.length[b]))
             assert "".join(tasks.vocabulary[t] for t in row[1 : 1 + len(text)]) == text
             assert row[0] == BOS
-            assert row[batch.instruction_end[b]] == SEP
+            assert batch.tokens[batch.instruction_end[b]] == SEP
             assert batch.length[b] == len(text) + 2 + n_after
             target = tasks.first_output + labels["output"][b]
             assert batch.target[b] == target
             if end == "instruction_end":
                 assert batch.prompt_end[b] == -1
                 continue
-            assert row[batch.prompt_end[b]] == ARROW
-            given = row[batch.instruction_end[b] + 1 : batch.prompt_end[b]]
+            assert batch.tokens[batch.prompt_end[b]] == ARROW
+            given = batch.tokens[batch.instruction_end[b] + 1 : batch.prompt_end[b]]
             assert np.array_equal(given, tasks.input_tokens[labels["input"][b]])
             if end == "sequence_end":
                 assert row[-2:].tolist() == [target, EOS]
-        assert batch.tokens.shape[1] == batch.length.max() <= tasks.max_length
+        assert len(batch.tokens) == batch.length.sum()
+        assert batch.length.max() <= tasks.max_length
+        ends = [batch.instruction_end] if end == "instruction_end" else [batch.instruction_end, batch.prompt_end]
+        assert batch.ends.tolist() == sorted(np.concatenate(ends))
+
+
+def test_a_tree_holds_the_prompts(tasks):
+    examples = tasks.splits["unseen_instruction"][3:200:7]
+    instructions = np.unique(np.append(examples // tasks.n_inputs, tasks.instructions("train")[:5]))
+    tree, whole = tasks.pack_tree(instructions, examples), tasks.pack(examples)
+    assert (tree.tokens[tree.instruction_end] == SEP).all()
+    for e, row in enumerate(tree.prompt_end):
+        (leaf,) = np.flatnonzero(tree.offset[1:] == row + 1)
+        rows = [range(*tree.offset[s : s + 2]) for s in (tree.prefix[leaf], leaf)]
+        prompt = [r for part in rows for r in part]
+        assert tree.tokens[prompt].tolist() == whole.tokens[whole.offset[e] : whole.offset[e + 1]].tolist()
+        assert tree.position[prompt].tolist() == list(range(len(prompt)))
+    assert tree.prefix[: len(instructions)].tolist() == [-1] * len(instructions)
+    assert len(tree.offset) == len(instructions) + len(examples) + 1
 
 
 def test_same_seed_same_tasks_other_seed_other_tasks(tasks):

@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from clmfast import ops
+from clmfast.capture import spans
 from clmfast.data.tasks import draw
 from clmfast.measure.neighbours import knn_accuracy, majority_vote, neighbour_purity
 from clmfast.measure.window import Window
@@ -26,8 +27,8 @@ def run_window(small, small_tasks):
             for ring, split, n in ((window.train, "train", 8), (window.unseen, "unseen_instruction", 2)):
                 examples = draw(small_tasks.splits[split], n, 0, step, "train")
                 batch = small_tasks.pack(examples)
-                ring.aim(batch)
-                model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.length), tap=ring)
+                ring.aim(*spans(batch, ring.readouts))
+                model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.offset), tap=ring)
                 ring.advance(torch.from_numpy(examples))
             measured, per_task = window.measure(step)
             values.append(dict(zip([c.name for c in window.columns], measured.tolist(), strict=True)))
@@ -101,8 +102,8 @@ def test_resuming_in_between_changes_no_bit(small, small_tasks, run_window):
         for ring, split, n in ((one.train, "train", 8), (one.unseen, "unseen_instruction", 2)):
             examples = draw(small_tasks.splits[split], n, 0, 77, "train")
             batch = small_tasks.pack(examples)
-            ring.aim(batch)
-            model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.length), tap=ring)
+            ring.aim(*spans(batch, ring.readouts))
+            model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.offset), tap=ring)
             ring.advance(torch.from_numpy(examples))
     (a, a_task), (b, b_task) = window.measure(6), other.measure(6)
     assert torch.equal(a.nan_to_num(-9), b.nan_to_num(-9))

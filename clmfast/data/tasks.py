@@ -43,17 +43,46 @@ End = Literal["instruction_end", "prompt_end", "sequence_end"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences. `tokens` [B, T] int64; all others [B] int64.
+    """Sequences back to back, without padding; all int64.
 
-    `length` counts the real tokens; `instruction_end` and `prompt_end` are positions (of SEP and of ARROW), prompt_end
-    -1 where the sequence was cut before it; `target` is the token of the right output.
+    Sequence b is the tokens offset[b] <= row < offset[b + 1]. `instruction_end` and `prompt_end` are rows (of its SEP
+    and of its ARROW), prompt_end -1 where the sequence was cut before it; `target` is the token of the right output.
     """
 
-    tokens: Ids
-    length: Ids
-    instruction_end: Ids
-    prompt_end: Ids
-    target: Ids
+    tokens: Ids  # [n]
+    position: Ids  # [n] place in its sequence, from 0
+    offset: Ids  # [B + 1]
+    instruction_end: Ids  # [B]
+    prompt_end: Ids  # [B]
+    target: Ids  # [B]
+
+    @property
+    def length(self) -> Ids:
+        """Tokens of every sequence [B]."""
+        return np.diff(self.offset)
+
+    @property
+    def ends(self) -> Ids:
+        """The rows instruction_end and, where there are any, prompt_end of all sequences, ascending."""
+        if len(self.prompt_end) and self.prompt_end[0] < 0:
+            return self.instruction_end
+        return np.stack([self.instruction_end, self.prompt_end], axis=1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """Instructions and, as their continuations, examples: what they share is there once. All int64.
+
+    The first sequences are the instructions, BOS to SEP; then comes one for each example, its input and ARROW, whose
+    `prefix` is the sequence of its instruction.
+    """
+
+    tokens: Ids  # [n]
+    position: Ids  # [n] place in the whole prompt
+    offset: Ids  # [sequences + 1]
+    prefix: Ids  # [sequences], -1 for the instructions
+    instruction_end: Ids  # [instructions] rows
+    prompt_end: Ids  # [examples] rows
 
 
 @dataclass(frozen=True)
@@ -130,19 +159,38 @@ class TaskSet:
         return np.unique(self.splits[split] // self.n_inputs)
 
     def pack(self, examples: Ids, end: End = "prompt_end") -> Batch:
-        """The examples' sequences up to and including `end`, right-padded to the longest of them."""
-        length, instruction_end, prompt_end, target = (np.empty(len(examples), np.int64) for _ in range(4))
+        """The examples' sequences up to and including `end`."""
         labels = self.labels(examples)
         stage = ("instruction_end", "prompt_end", "sequence_end").index(end)
-        n_letters = np.diff(self.offset)[labels["instruction"]]
         n_more = (2, 3 + self.input_tokens.shape[1], 5 + self.input_tokens.shape[1])[stage]
-        tokens = np.full((len(examples), int(n_letters.max(initial=0)) + n_more), PAD, np.int64)
-        target[:] = self.first_output + labels["output"]
+        offset = np.zeros(len(examples) + 1, np.int64)
+        np.cumsum(np.diff(self.offset)[labels["instruction"]] + n_more, out=offset[1:])
+        tokens, position = np.empty(offset[-1], np.int64), np.empty(offset[-1], np.int64)
+        instruction_end, prompt_end = np.empty(len(examples), np.int64), np.empty(len(examples), np.int64)
+        target = self.first_output + labels["output"]
         _pack(
             labels["instruction"], labels["input"], target, self.letters, self.offset, self.input_tokens, stage,
-            tokens, length, instruction_end, prompt_end,
+            offset, tokens, position, instruction_end, prompt_end,
         )  # fmt: skip
-        return Batch(tokens, length, instruction_end, prompt_end, target)
+        return Batch(tokens, position, offset, instruction_end, prompt_end, target)
+
+    def pack_tree(self, instructions: Ids, examples: Ids) -> PromptTree:
+        """Prompts of the examples, whose instructions have to be among the (ascending) instructions."""
+        stems = self.pack(instructions * self.n_inputs, "instruction_end")
+        instruction, i_input = np.divmod(examples, self.n_inputs)
+        stem = np.searchsorted(instructions, instruction)
+        leaf = np.column_stack([self.input_tokens[i_input], np.full(len(examples), ARROW)])
+        leaf_offset = stems.offset[-1] + leaf.shape[1] * np.arange(1, len(examples) + 1)
+        return PromptTree(
+            tokens=np.concatenate([stems.tokens, leaf.ravel()]),
+            position=np.concatenate(
+                [stems.position, (stems.length[stem, None] + np.arange(leaf.shape[1])).ravel()],
+            ),
+            offset=np.concatenate([stems.offset, leaf_offset]),
+            prefix=np.concatenate([np.full(len(instructions), -1), stem]),
+            instruction_end=stems.instruction_end,
+            prompt_end=leaf_offset - 1,
+        )
 
 
 @njit(cache=True)
@@ -151,37 +199,38 @@ def _pack(
     i_input: Ids,
     target: Ids,
     letters: Ids,
-    offset: Ids,
+    letters_offset: Ids,
     input_tokens: Ids,
     stage: int,
+    offset: Ids,
     tokens: Ids,
-    length: Ids,
+    position: Ids,
     instruction_end: Ids,
     prompt_end: Ids,
 ) -> None:
     """Fill the last four; stage 0 ends at SEP, 1 at ARROW, 2 at EOS."""
     for b in range(len(instruction)):
-        row = tokens[b]
-        row[0] = BOS
-        t = 1
-        for i in range(offset[instruction[b]], offset[instruction[b] + 1]):
-            row[t] = letters[i]
-            t += 1
-        row[t] = SEP
-        instruction_end[b] = t
+        row = offset[b]
+        tokens[row] = BOS
+        row += 1
+        for i in range(letters_offset[instruction[b]], letters_offset[instruction[b] + 1]):
+            tokens[row] = letters[i]
+            row += 1
+        tokens[row] = SEP
+        instruction_end[b] = row
         prompt_end[b] = -1
         if stage >= 1:
             for i in range(input_tokens.shape[1]):
-                t += 1
-                row[t] = input_tokens[i_input[b], i]
-            t += 1
-            row[t] = ARROW
-            prompt_end[b] = t
+                row += 1
+                tokens[row] = input_tokens[i_input[b], i]
+            row += 1
+            tokens[row] = ARROW
+            prompt_end[b] = row
         if stage == 2:
-            row[t + 1] = target[b]
-            row[t + 2] = EOS
-            t += 2
-        length[b] = t + 1
+            tokens[row + 1] = target[b]
+            tokens[row + 2] = EOS
+        for r in range(offset[b], offset[b + 1]):
+            position[r] = r - offset[b]
 
 
 def draw(examples: Ids, n: int, seed: int, step: int, stream: str) -> Ids:

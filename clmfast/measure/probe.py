@@ -10,7 +10,7 @@ through the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from clmfast import ops
-from clmfast.capture import Recorder
+from clmfast.capture import Recorder, spans
 from clmfast.config import LABEL_KINDS, MeasureConfig
-from clmfast.data.tasks import Batch, End, Ids, TaskSet, choose
+from clmfast.data.tasks import Batch, Ids, PromptTree, TaskSet, choose
 from clmfast.measure.catalogue import Column, layer_columns
 from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, neighbour_purity
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures, partition_scores_of
+from clmfast.model import Transformer
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "neighbour_purity", "n_points")
 MEASURES_OF_UNSEEN = (
@@ -34,12 +35,7 @@ MEASURES_OF_UNSEEN = (
     "cross_grammar_knn_accuracy",
     "n_queries",
 )
-# Sequences per forward pass. Fixed, as the last bits of a state depend on the batch that it was computed in.
-CHUNK = 256
-
-Forward = Callable[[Batch, Recorder | None], Tensor]
-"""forward(batch, tap) runs the model without gradient and returns the logits at prompt_end [B, V], or at
-instruction_end where the batch ends there."""
+PASS_SIZE = 256  # instructions of a forward pass: few enough for their activations to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,11 @@ class ProbeSet:
     unseen: Mapping[str, Ids]
     train_labels: Mapping[str, Tensor]
     unseen_labels: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def examples(self) -> Ids:
+        """All of them: train, then each split of unseen."""
+        return np.concatenate([self.train, *self.unseen.values()])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -144,6 +145,60 @@ def probe_measures(
     return torch.cat(values)
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What a forward pass gives to one probe set: examples [B] and their spans, start and stop [1, B] rows."""
+
+    i_set: int
+    examples: Ids
+    start: Tensor
+    stop: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a probe; `kept` [R] are the rows that the last block computes, None: all."""
+
+    batch: Batch | PromptTree
+    kept: Tensor | None
+    readouts: tuple[Readout, ...]
+
+
+def passes_of(tasks: TaskSet, sets: list[ProbeSet]) -> list[Pass]:
+    """The passes that give every state of the sets. Prompts are run as trees: an instruction once, whatever reads it
+    and however many inputs follow it. Only a mean needs its sequences whole."""
+    ends = [i for i, s in enumerate(sets) if s.readout != "mean"]
+    passes = []
+    if ends:
+        instructions = np.unique(np.concatenate([sets[i].examples for i in ends]) // tasks.n_inputs)
+        passes += [_tree_pass(tasks, sets, ends, stems) for stems in _parts(instructions)]
+    for i in set(range(len(sets))) - set(ends):
+        for examples in _parts(sets[i].examples):
+            batch = tasks.pack(examples)
+            passes.append(Pass(batch, None, (Readout(i, examples, *spans(batch, ["mean"])),)))
+    return passes
+
+
+def _parts(ids: Ids) -> list[Ids]:
+    return np.array_split(ids, -(-len(ids) // PASS_SIZE))
+
+
+def _tree_pass(tasks: TaskSet, sets: list[ProbeSet], ends: list[int], stems: Ids) -> Pass:
+    """Everything that the sets want of the instructions `stems`."""
+    examples = {i: sets[i].examples[np.isin(sets[i].examples // tasks.n_inputs, stems)] for i in ends}
+    leaves = [examples[i] for i in ends if sets[i].readout == "prompt_end"]
+    tree = tasks.pack_tree(stems, leaves[0] if leaves else stems[:0])
+    readouts = []
+    for i in ends:
+        rows = tree.prompt_end
+        if sets[i].readout == "instruction_end":
+            rows = tree.instruction_end[np.searchsorted(stems, examples[i] // tasks.n_inputs)]
+        start = torch.from_numpy(rows[None])
+        readouts.append(Readout(i, examples[i], start, start + 1))
+    kept = torch.cat([r.start[0] for r in readouts]).unique()
+    return Pass(tree, kept, tuple(readouts))
+
+
 class Probe:
     """Runs the probe sets through a model and measures them."""
 
@@ -153,36 +208,51 @@ class Probe:
         self.tasks, self.config, self.seed = tasks, config, seed
         self.sets = make_probe_sets(tasks, config, seed)
         self.columns = columns_of(self.sets, n_layers)
-        self.examples = [np.concatenate([s.train, *s.unseen.values()]) for s in self.sets]
-        # Batches of equal length hold no padding, which would be computed for nothing.
-        self.by_length = [np.argsort(tasks.pack(examples).length, kind="stable") for examples in self.examples]
-        self.recorders = [
-            Recorder(n_layers, (s.readout,), len(examples), width, device)
-            for s, examples in zip(self.sets, self.examples, strict=True)
-        ]
+        self.passes = passes_of(tasks, self.sets)
+        self.recorders = [Recorder(n_layers, (s.readout,), len(s.examples), width, device) for s in self.sets]
+        # Where in its recorder each example of a set is, as the passes have their own order.
+        self.place = []
+        for i, probe_set in enumerate(self.sets):
+            order = np.concatenate([r.examples for p in self.passes for r in p.readouts if r.i_set == i])
+            sorter = np.argsort(order)
+            self.place.append(torch.from_numpy(sorter[np.searchsorted(order, probe_set.examples, sorter=sorter)]))
 
-    def states(self, forward: Forward) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    @torch.no_grad()
+    def states(self, model: Transformer) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """For each set (training states [L, N, D], unseen states [L, Q, D] by split)."""
+        for forward_pass in self.passes:
+            self._run(model, forward_pass)
         found = []
-        for probe_set, examples, by_length, recorder in zip(
-            self.sets, self.examples, self.by_length, self.recorders, strict=True
-        ):
-            end: End = "instruction_end" if probe_set.readout == "instruction_end" else "prompt_end"
-            for first in range(0, len(examples), CHUNK):
-                chunk = examples[by_length[first : first + CHUNK]]
-                batch = self.tasks.pack(chunk, end)
-                recorder.aim(batch)
-                forward(batch, recorder)
-                recorder.advance(torch.from_numpy(chunk))
-            states = recorder.points[:, torch.from_numpy(np.argsort(by_length))]
+        for probe_set, recorder, place in zip(self.sets, self.recorders, self.place, strict=True):
             sizes = [len(probe_set.train), *(len(unseen) for unseen in probe_set.unseen.values())]
-            train, *unseen = states.split(sizes, dim=1)
+            train, *unseen = recorder.points[:, place].split(sizes, dim=1)
             found.append((train, dict(zip(probe_set.unseen, unseen, strict=True))))
         return found
 
-    def measure(self, forward: Forward) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
+    def _run(self, model: Transformer, forward_pass: Pass) -> None:
+        batch, readouts = forward_pass.batch, forward_pass.readouts
+        recorders = [self.recorders[r.i_set] for r in readouts]
+        for recorder, readout in zip(recorders, readouts, strict=True):
+            recorder.aim(readout.start, readout.stop, forward_pass.kept)
+
+        def tap(layer: int, x: Tensor) -> None:
+            for recorder in recorders:
+                recorder(layer, x)
+
+        model.states(
+            torch.from_numpy(batch.tokens),
+            torch.from_numpy(batch.offset),
+            position=torch.from_numpy(batch.position),
+            kept=forward_pass.kept,
+            prefix=torch.from_numpy(batch.prefix) if isinstance(batch, PromptTree) else None,
+            tap=tap,
+        )
+        for recorder, readout in zip(recorders, readouts, strict=True):
+            recorder.advance(torch.from_numpy(readout.examples))
+
+    def measure(self, model: Transformer) -> tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]]]:
         """(values of `columns` [n_columns] float64, the states that they were measured on)."""
-        states = self.states(forward)
+        states = self.states(model)
         values = [
             probe_measures(s, train, unseen, self.tasks.label_counts(), self.config, self.seed)
             for s, (train, unseen) in zip(self.sets, states, strict=True)

@@ -15,9 +15,11 @@ from clmfast.capture import Recorder
 from clmfast.config import MeasureConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.catalogue import Column
-from clmfast.measure.neighbours import knn_accuracy, label_purity, majority_vote, neighbour_purity
+from clmfast.measure.neighbours import knn_accuracy, purities
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
 from clmfast.measure.ring_neighbours import RingNeighbours
+from clmfast.ops.kmeans import nothing_known
+from clmfast.ops.ring import Packed, Ring, empty_packed
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
 MEASURES_OF_UNSEEN = ("knn_accuracy", "cross_grammar_knn_accuracy")
@@ -34,9 +36,13 @@ class Window:
         self.n_layers = n_layers
         self.train = Recorder(n_layers, config.readouts, config.window, width, device)
         self.unseen = Recorder(n_layers, config.readouts, config.unseen_window, width, device)
-        self.near = RingNeighbours(config.k)  # of training states, own instruction barred
-        self.near_unseen = RingNeighbours(config.k)  # of unseen states among training states
-        self.near_cross_grammar = RingNeighbours(config.k)  # the same, own grammar barred
+        n_sets = n_layers * len(config.readouts)
+        self.near = RingNeighbours(config.k, 1, n_sets, config.window)  # of training states, own instruction barred
+        # Of unseen states among training states: own instruction barred, own grammar barred.
+        self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
+        self._known = nothing_known(n_sets, config.window)
+        self._packed = empty_packed(self.train.points)
+        self._packed_unseen = empty_packed(self.unseen.points, self._packed)
         self.centroid = torch.empty(0)
         self.columns = [  # what `measure` returns, in its order
             Column("window", measure, readout, layer, split)
@@ -60,37 +66,39 @@ class Window:
         if n <= self.config.k or n < self.tasks.n_tasks:
             nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
             return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
-        changed, changed_unseen = self._changed(self.train), self._changed(self.unseen)
-        points, queries = self.train.points[:, :n], self.unseen.points[:, :n_unseen]
-        labels = _labels(self.tasks, self.train.example[:n])
-        of_unseen = _labels(self.tasks, self.unseen.example[:n_unseen])
-
+        is_new = self._n_seen[self.train] == 0
+        train, unseen = self._ring(self.train, self._packed), self._ring(self.unseen, self._packed_unseen)
+        ops.ring_pack(train, unseen, is_new=is_new)
+        labels, of_unseen = _labels(self.tasks, self.train.example), _labels(self.tasks, self.unseen.example)
         instruction, grammar = labels["instruction"], labels["grammar"]
-        self.near.update(points, changed, points, changed, instruction, instruction)
-        self.near_unseen.update(points, changed, queries, changed_unseen, of_unseen["instruction"], instruction)
-        self.near_cross_grammar.update(points, changed, queries, changed_unseen, of_unseen["grammar"], grammar)
+        (near,) = self.near.update(train, None, (instruction[None], instruction[None]))
+        near_unseen = self.near_unseen.update(
+            train,
+            unseen,
+            (torch.stack([of_unseen["instruction"], of_unseen["grammar"]]), torch.stack([instruction, grammar])),
+        )
+        points = self.train.points[:, :n]
+        self._known.within[:, (train.first + torch.arange(train.count)) % self.train.n_points] = torch.inf
         fit, is_cold = self._kmeans(points, step)
 
-        task, task_unseen, n_tasks = labels["task"], of_unseen["task"], self.tasks.n_tasks
-        near = self.near.index
+        labels = {kind: label[:n] for kind, label in labels.items()}
+        task, task_unseen, n_tasks = labels["task"], of_unseen["task"][:n_unseen], self.tasks.n_tasks
+        purity, task_purity = purities(near, task, task, n_tasks)
         of_training = [
-            *partition_measures(points, fit, labels, self.tasks.label_counts()),
+            *partition_measures(points, fit, labels, self.tasks.label_counts(), packed=self._packed),
             is_cold.double(),
-            neighbour_purity(near, task, task),
+            purity,
         ]
-        of_queries = [
-            knn_accuracy(majority_vote(neighbours.index, task), task_unseen)
-            for neighbours in (self.near_unseen, self.near_cross_grammar)
-        ]
-        per_task = label_purity(near, task, task, n_tasks).view(self.per_task_shape)
+        of_queries = [knn_accuracy(ops.majority_vote(index, task), task_unseen) for index in near_unseen]
+        per_task = task_purity.view(self.per_task_shape)
         return torch.cat([*of_training, *of_queries]), per_task
 
-    def _changed(self, ring: Recorder) -> Tensor:
-        """Rows written since the last measurement, ascending."""
-        n_new = min(ring.n_written - self._n_seen[ring], ring.n_points)
-        rows = (ring.n_written - n_new + torch.arange(n_new)) % ring.n_points
-        self._n_seen[ring] = ring.n_written
-        return rows.sort().values
+    def _ring(self, recorder: Recorder, packed: Packed) -> Ring:
+        """The recorder's ring, and which rows were written since the last measurement."""
+        n_new = min(recorder.n_written - self._n_seen[recorder], recorder.n_points)
+        self._n_seen[recorder] = recorder.n_written
+        first = (recorder.n_written - n_new) % recorder.n_points
+        return Ring(recorder.points, packed, recorder.n_filled, first, n_new)
 
     def _kmeans(self, points: Tensor, step: int) -> tuple[ops.KMeans, Tensor]:
         """(fit, is_cold [S]): warm from the last centroids; every `cold_every` steps k-means++ competes with that, and
@@ -102,13 +110,16 @@ class Window:
         if is_first:
             fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool)
         else:
-            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter)
+            fit = ops.kmeans(
+                points, n_tasks, init=self.centroid, max_iter=config.warm_iter, packed=self._packed, known=self._known
+            )
             is_cold = torch.zeros(len(points), dtype=torch.bool)
             if step % config.cold_every == 0:
                 is_cold = cold.inertia < fit.inertia
                 fit = ops.KMeans(
                     *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
                 )
+        self._known.within[is_cold] = torch.inf
         self.centroid = fit.centroid
         return fit, is_cold
 
@@ -124,6 +135,7 @@ class Window:
         """The inverse of `state`."""
         for name, ring in (("train", self.train), ("unseen", self.unseen)):
             ring.load_state({key: state[f"{name}.{key}"] for key in ring.state()})
+            self._n_seen[ring] = 0  # so that all rows count as changed
         self.centroid = state["centroid"].clone()
 
 

@@ -1,8 +1,8 @@
-"""The measuring ops and attention: one contract, one Python function and one reference (reference.py) each.
+"""The ops: one contract, one Python function and one reference (reference.py) each.
 
-The set axis comes first, `[S, N, D]`, and all sets are one call. Everything but attention is compiled from csrc/; wrong
-arguments are refused there, once, and arrive as ValueError. Results do not depend on the number of threads, bit for
-bit; attention alone is torch's own kernel and makes no such promise.
+In what measures, the set axis comes first, `[S, N, D]`, and all sets are one call; attention and the halves of a block
+take tokens. All are compiled from csrc/; wrong arguments are refused there, once, and arrive as ValueError. Results do
+not depend on the number of threads, bit for bit.
 """
 
 from pathlib import Path
@@ -18,9 +18,30 @@ if not _LIBRARY.is_file():
 torch.ops.load_library(_LIBRARY)
 
 from clmfast.ops.attention import attention  # noqa: E402  the library comes first: these modules add to what it registers
+from clmfast.ops.block import BlockWeights, attention_block, mlp_block  # noqa: E402
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, partition_scores  # noqa: E402
+from clmfast.ops.ring import ring_knn, ring_pack  # noqa: E402
+from clmfast.ops.separation import separation  # noqa: E402
+from clmfast.ops.votes import label_shares, majority_vote  # noqa: E402
 
-__all__ = ["KNN", "KMeans", "PartitionScores", "attention", "capture_rows", "kmeans", "knn", "partition_scores"]
+__all__ = [
+    "KNN",
+    "BlockWeights",
+    "KMeans",
+    "PartitionScores",
+    "attention",
+    "attention_block",
+    "capture_rows",
+    "kmeans",
+    "knn",
+    "label_shares",
+    "majority_vote",
+    "mlp_block",
+    "partition_scores",
+    "ring_knn",
+    "ring_pack",
+    "separation",
+]

@@ -1,4 +1,4 @@
-// kmeans on the CPU: all restarts of all sets advance together, one phase of an iteration at a time.
+// kmeans on the CPU, one restart of one set at a time or side by side.
 //
 // Labels are screened in float32 by tiles and decided in float64 where the screen leaves more than one centroid
 // (panels.h has the bound). Every sum has a fixed order of its own, so no thread count shows in a result.
@@ -7,44 +7,53 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
-#include "isa.h"
+#include "centroids.h"
 #include "pair.h"
 #include "panels.h"
+#include "tile.h"
 
 namespace clmfast {
 namespace {
 
 constexpr int64_t CHUNK_PANELS = 8;  // panels that one task labels
-constexpr int64_t CHUNK = CHUNK_PANELS * TILE_COLS;
+constexpr int64_t CHUNK = CHUNK_PANELS * PANEL;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 int64_t n_chunks(int64_t N) { return (N + CHUNK - 1) / CHUNK; }
 
-struct PackedSet {
+// What is known of a set of points besides its panels.
+struct Set {
+  int64_t s;
   Frame frame;
-  std::vector<float> panels;    // [n_panels, D, TILE_COLS]
-  std::vector<float> norm2;     // [n_panels * TILE_COLS], infinity where there is no finite point
-  std::vector<int64_t> finite;  // indices of the finite points
-  std::vector<double> mean;     // of the finite points
-  double tol;                   // bound on sum_k |move_k|^2, in the units of the points
+  const float* points;  // [N, D]
+  const float* panels;  // of the points
+  const double* norm2;  // [N]; infinity where a point is not finite
+  int64_t n_finite;
+  double most_variance;  // at least the mean over d of the variance, in the units of the points
 };
 
 struct Run {
   int64_t s, restart;
   std::vector<float> centroid, next;   // [K, D]
-  std::vector<float> rows, low_norm2;  // the centroids as dot_tile wants them, and (1 - kappa) |c~|^2
-  double largest_norm2;                // of |c~|^2
+  Centroids packed;
   std::vector<int32_t> label;          // [N]
   std::vector<int32_t> owner;          // [N]: label, but for points that an empty cluster took over
-  std::vector<int64_t> member, first;  // points ordered by owner, then index; where each owner's begin [K + 1]
+  std::vector<int64_t> count;          // [K]: points of each owner
+  std::vector<double> mean;            // [K, D] of each owner's points
+  std::vector<float> within, beyond;   // [N]: of Nearest, at the time of the last labelling
+  std::vector<float> move;             // [K]: at least how far the centroids moved since
+  int32_t farthest = 0, next_farthest = 0;  // of these moves
   std::vector<char> has_changed;       // [n_chunks]: was a point labelled anew?
   std::vector<double> move2;           // [K]
   std::vector<double> inertia;         // [n_chunks]
   int64_t n_iter = 0;
-  bool is_active = true, is_consistent = false;  // is label that of centroid?
+
+  float largest_move_beside(int32_t k) const { return move[k == farthest ? next_farthest : farthest]; }
 };
 
 // Uniform in [0, 1): a hash of its coordinates (the finalizer of splitmix64, Steele et al. 2014, once per coordinate).
@@ -59,49 +68,76 @@ double uniform(const Run& run, int64_t seed, int64_t draw) {
   return static_cast<double>(hash >> 11) * 0x1p-53;
 }
 
-void pack_set(const Kmeans& op, int64_t s, PackedSet& set) {
-  const int64_t N = op.N, D = op.D;
-  const float* points = op.points + s * N * D;
-  set.frame = op.init ? frame_of(points, N, op.init + s * op.K * D, op.K, D) : frame_of(points, N, nullptr, 0, D);
-  set.panels.resize(n_panels(N) * D * TILE_COLS);
-  set.norm2.resize(n_panels(N) * TILE_COLS);
-  set.mean.assign(D, 0.0);
-  for (int64_t i = 0; i < N; ++i) {
-    if (!is_finite_row(points + i * D, D)) continue;
-    set.finite.push_back(i);
-    for (int64_t d = 0; d < D; ++d) set.mean[d] += points[i * D + d];
-  }
-  const double n_finite = static_cast<double>(std::max<size_t>(set.finite.size(), 1));
-  for (double& x : set.mean) x /= n_finite;
+Set set_of(const Kmeans& op, const Packed& packed, int64_t s) {
+  Set set{s, frame_of(packed, s), op.points + s * op.N * op.D, packed.panel(s, 0), packed.norm2_of(s), 0, 0};
   double squares = 0;
-  for (int64_t i : set.finite) {
-    for (int64_t d = 0; d < D; ++d) {
-      double x = points[i * D + d] - set.mean[d];
+  for (int64_t i = 0; i < op.N; ++i) {
+    if (!(set.norm2[i] < INF)) continue;
+    ++set.n_finite;
+    squares += set.norm2[i];
+  }
+  // The mean square about any centre is at least that about the mean; what is added is above all rounding.
+  set.most_variance = squares / static_cast<double>(std::max<int64_t>(set.n_finite * op.D, 1)) / set.frame.scale /
+                      set.frame.scale * (1 + 0x1p-10);
+  return set;
+}
+
+std::vector<double> mean_of(const Kmeans& op, const Set& set) {
+  std::vector<double> mean(op.D);
+  for (int64_t i = 0; i < op.N; ++i)
+    if (set.norm2[i] < INF)
+      for (int64_t d = 0; d < op.D; ++d) mean[d] += set.points[i * op.D + d];
+  for (double& x : mean) x /= static_cast<double>(std::max<int64_t>(set.n_finite, 1));
+  return mean;
+}
+
+std::vector<int64_t> finite_points(const Kmeans& op, const Set& set) {
+  std::vector<int64_t> finite;
+  for (int64_t i = 0; i < op.N; ++i)
+    if (set.norm2[i] < INF) finite.push_back(i);
+  return finite;
+}
+
+// The bound on sum_k |move_k|^2, in the units of the points.
+double tol_of(const Kmeans& op, const Set& set) {
+  const std::vector<double> mean = mean_of(op, set);
+  double squares = 0;
+  for (int64_t i = 0; i < op.N; ++i) {
+    if (!(set.norm2[i] < INF)) continue;
+    for (int64_t d = 0; d < op.D; ++d) {
+      double x = set.points[i * op.D + d] - mean[d];
       squares += x * x;
     }
   }
-  set.tol = op.tol * squares / n_finite / static_cast<double>(std::max<int64_t>(D, 1));
+  return op.tol * squares / static_cast<double>(std::max<int64_t>(set.n_finite, 1)) /
+         static_cast<double>(std::max<int64_t>(op.D, 1));
+}
+
+bool init_suits(const Kmeans& op) {
+  for (int64_t i = 0; op.init && i < op.S * op.K; ++i)
+    if (!suits(*op.packed, i / op.K, op.init + i * op.D)) return false;
+  return true;
 }
 
 // ---- start
 
 // dist2[r, i], scaled, of n <= TILE_ROWS chosen points to all points; 0 for points that are not finite, so that none
 // is ever drawn.
-void dist2_to_all(const Kmeans& op, const PackedSet& set, const float* points, const int64_t* chosen, int64_t n,
+void dist2_to_all(const Kmeans& op, const Set& set, const float* points, const int64_t* chosen, int64_t n,
                   float* dist2) {
   const int64_t N = op.N, D = op.D;
   std::vector<float> rows(D * TILE_ROWS);
-  float norm2[TILE_ROWS], dot[TILE_ROWS * TILE_COLS];
+  float norm2[TILE_ROWS], dot[TILE_ROWS * PANEL];
   for (int64_t r = 0; r < n; ++r)
     norm2[r] = static_cast<float>(pack_row(set.frame, points + chosen[r] * D, &rows[r], TILE_ROWS));
   for (int64_t i_panel = 0; i_panel < n_panels(N); ++i_panel) {
-    dot_tile(rows.data(), n, &set.panels[i_panel * D * TILE_COLS], D, dot);
-    const float* panel_norm2 = &set.norm2[i_panel * TILE_COLS];
-    const int64_t n_cols = std::min(TILE_COLS, N - i_panel * TILE_COLS);
+    dot_tile(rows.data(), n, &set.panels[i_panel * D * PANEL], D, dot);
+    const double* panel_norm2 = &set.norm2[i_panel * PANEL];
+    const int64_t n_cols = std::min(PANEL, N - i_panel * PANEL);
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c < n_cols; ++c) {
-        int64_t i = i_panel * TILE_COLS + c;
-        float sum = norm2[r] + panel_norm2[c], screened = sum - 2 * dot[r * TILE_COLS + c];
+        int64_t i = i_panel * PANEL + c;
+        float sum = norm2[r] + static_cast<float>(panel_norm2[c]), screened = sum - 2 * dot[r * PANEL + c];
         // Where cancellation ate the value, a duplicate of a chosen point would have the chance of noise, not none.
         bool is_noise = screened < 64 * set.frame.kappa * sum;
         if (is_noise && sum < INF) {
@@ -114,13 +150,13 @@ void dist2_to_all(const Kmeans& op, const PackedSet& set, const float* points, c
   }
 }
 
-void start_plus_plus(const Kmeans& op, const PackedSet& set, Run& run) {
-  const int64_t N = op.N, D = op.D, K = op.K, n_finite = static_cast<int64_t>(set.finite.size());
+void start_plus_plus(const Kmeans& op, const Set& set, Run& run) {
+  const int64_t N = op.N, D = op.D, K = op.K;
+  const std::vector<int64_t> finite = finite_points(op, set);
   const int64_t n_trials = 2 + static_cast<int64_t>(std::log(static_cast<double>(K)));
   const float* points = op.points + run.s * N * D;
   int64_t draw = 0;
-  std::vector<int64_t> chosen{set.finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * n_finite)]},
-      trial(n_trials);
+  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * set.n_finite)]}, trial(n_trials);
   std::vector<float> closest(N), dist2(n_trials * N);
   dist2_to_all(op, set, points, chosen.data(), 1, closest.data());
   double potential = 0;
@@ -166,31 +202,45 @@ void start_plus_plus(const Kmeans& op, const PackedSet& set, Run& run) {
   for (int64_t k = 0; k < K; ++k) std::copy_n(points + chosen[k] * D, D, &run.centroid[k * D]);
 }
 
-void start_random(const Kmeans& op, const PackedSet& set, Run& run) {
-  const int64_t D = op.D, n_finite = static_cast<int64_t>(set.finite.size());
-  std::vector<int64_t> deck = set.finite;
+void start_random(const Kmeans& op, const Set& set, Run& run) {
+  const int64_t D = op.D, n_finite = set.n_finite;
+  std::vector<int64_t> deck = finite_points(op, set);
   for (int64_t k = 0; k < op.K; ++k) {
     if (k < n_finite) std::swap(deck[k], deck[k + static_cast<int64_t>(uniform(run, op.seed, k) * (n_finite - k))]);
     std::copy_n(op.points + (run.s * op.N + deck[k % n_finite]) * D, D, &run.centroid[k * D]);
   }
 }
 
-void start(const Kmeans& op, const PackedSet& set, Run& run) {
+void start(const Kmeans& op, const Set& set, Run& run) {
   const int64_t N = op.N, D = op.D, K = op.K;
   run.centroid.resize(K * D);
   run.next.resize(K * D);
   run.label.assign(N, -1);
+  run.within.assign(N, INF);
+  run.beyond.assign(N, 0);
+  run.move.assign(K, 0);
+  for (int64_t i = 0; op.known_label && i < N; ++i) {
+    const int64_t at = run.s * op.known_stride + i;
+    if (!(op.known_within[at] < INF)) continue;
+    run.label[i] = op.known_label[at];
+    run.within[i] = op.known_within[at];
+    run.beyond[i] = op.known_beyond[at];
+  }
   run.has_changed.resize(n_chunks(N));
+  run.mean.resize(K * D);
   run.move2.resize(K);
   run.inertia.resize(n_chunks(N));
   if (op.init) {
     for (int64_t k = 0; k < K; ++k) {
       const float* row = op.init + (run.s * K + k) * D;
-      bool is_finite = is_finite_row(row, D);
-      for (int64_t d = 0; d < D; ++d)
-        run.centroid[k * D + d] = is_finite ? row[d] : static_cast<float>(set.mean[d]);
+      if (is_finite_row(row, D)) {
+        std::copy_n(row, D, &run.centroid[k * D]);
+      } else {
+        const std::vector<double> mean = mean_of(op, set);
+        std::copy(mean.begin(), mean.end(), &run.centroid[k * D]);
+      }
     }
-  } else if (set.finite.empty()) {
+  } else if (set.n_finite == 0) {
     std::fill(run.centroid.begin(), run.centroid.end(), 0.0f);
   } else if (op.start == KmeansStart::plus_plus) {
     start_plus_plus(op, set, run);
@@ -201,98 +251,58 @@ void start(const Kmeans& op, const PackedSet& set, Run& run) {
 
 // ---- label
 
-void pack_centroids(const Kmeans& op, const PackedSet& set, Run& run) {
-  const int64_t D = op.D, K = op.K, groups = (K + TILE_ROWS - 1) / TILE_ROWS;
-  run.rows.resize(groups * D * TILE_ROWS);
-  run.low_norm2.resize(K);
-  run.largest_norm2 = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    float* rows = &run.rows[k / TILE_ROWS * TILE_ROWS * D + k % TILE_ROWS];
-    double norm2 = pack_row(set.frame, &run.centroid[k * D], rows, TILE_ROWS);
-    run.low_norm2[k] = static_cast<float>((1 - set.frame.kappa) * norm2);
-    run.largest_norm2 = std::max(run.largest_norm2, norm2);
-  }
-}
-
-// Turns dot [K, TILE_COLS] into screened values; label[c] is the first centroid within slack[c] of column c's best,
-// n_close their number.
-CLMFAST_BODY void nearest_body(float* dot, int64_t K, const float* low_norm2, const float* slack, int32_t* label,
-                               int32_t* n_close) {
-  float best[TILE_COLS];
-  for (int64_t c = 0; c < TILE_COLS; ++c) best[c] = INF;
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t c = 0; c < TILE_COLS; ++c) {
-      float screened = low_norm2[k] - 2 * dot[k * TILE_COLS + c];
-      dot[k * TILE_COLS + c] = screened;
-      best[c] = screened < best[c] ? screened : best[c];
-    }
-  }
-  for (int64_t c = 0; c < TILE_COLS; ++c) {
-    best[c] += slack[c];
-    n_close[c] = 0;
-    label[c] = 0;
-  }
-  for (int64_t k = K - 1; k >= 0; --k) {
-    for (int64_t c = 0; c < TILE_COLS; ++c) {
-      bool is_close = dot[k * TILE_COLS + c] <= best[c];
-      label[c] = is_close ? static_cast<int32_t>(k) : label[c];
-      n_close[c] += is_close;
-    }
-  }
-}
-
-void nearest_baseline(float* dot, int64_t K, const float* b, const float* slack, int32_t* label, int32_t* n_close) {
-  nearest_body(dot, K, b, slack, label, n_close);
-}
-CLMFAST_AVX2 void nearest_avx2(float* dot, int64_t K, const float* b, const float* slack, int32_t* label,
-                               int32_t* n_close) {
-  nearest_body(dot, K, b, slack, label, n_close);
-}
-CLMFAST_AVX512 void nearest_avx512(float* dot, int64_t K, const float* b, const float* slack, int32_t* label,
-                                   int32_t* n_close) {
-  nearest_body(dot, K, b, slack, label, n_close);
-}
-
-void label_chunk(const Kmeans& op, const PackedSet& set, Run& run, int64_t chunk) {
-  static const auto nearest = pick(nearest_baseline, nearest_avx2, nearest_avx512);
-  const int64_t N = op.N, D = op.D, K = op.K;
-  const float* points = op.points + run.s * N * D;
-  std::vector<float> dot((K + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * TILE_COLS);
-  float slack[TILE_COLS];
-  int32_t label[TILE_COLS], n_close[TILE_COLS];
+// Labels the points of a chunk that may have got another nearest centroid since they were labelled last.
+// A label is certain while the point's own centroid, after all its moves, is nearer than the others can have come
+// (Hamerly 2010): for most points of most iterations nothing is computed.
+void label_chunk(const Kmeans& op, const Set& set, Run& run, int64_t chunk) {
+  const int64_t D = op.D;
   bool has_changed = false;
-  for (int64_t i_panel = chunk * CHUNK_PANELS; i_panel < std::min((chunk + 1) * CHUNK_PANELS, n_panels(N)); ++i_panel) {
-    for (int64_t k = 0; k < K; k += TILE_ROWS)
-      dot_tile(&run.rows[k * D], std::min(TILE_ROWS, K - k), &set.panels[i_panel * D * TILE_COLS], D,
-               &dot[k * TILE_COLS]);
-    // The best and a rival may both be off by kappa (C^2 + P^2) + eta; twice that again covers the float32 arithmetic
-    // done here.
-    for (int64_t c = 0; c < TILE_COLS; ++c) {
-      double norm2 = run.largest_norm2 + set.norm2[i_panel * TILE_COLS + c];
-      slack[c] = static_cast<float>(4 * (set.frame.kappa * norm2 + set.frame.eta));
-    }
-    nearest(dot.data(), K, run.low_norm2.data(), slack, label, n_close);
-    for (int64_t c = 0; c < std::min(TILE_COLS, N - i_panel * TILE_COLS); ++c) {
-      const int64_t i = i_panel * TILE_COLS + c;
+  auto note = [&](const Nearest& nearest, const int64_t* row, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t i = row[c];
       if (!(set.norm2[i] < INF)) continue;  // keeps its -1
-      if (n_close[c] > 1) {
-        float limit = INF;
-        for (int64_t k = 0; k < K; ++k) limit = std::min(limit, dot[k * TILE_COLS + c]);
-        limit += slack[c];
-        double best = std::numeric_limits<double>::infinity();
-        for (int64_t k = label[c]; k < K; ++k) {
-          if (dot[k * TILE_COLS + c] > limit) continue;
-          double dist2 = pair_dist2(points + i * D, &run.centroid[k * D], D);
-          if (dist2 < best) {
-            best = dist2;
-            label[c] = static_cast<int32_t>(k);
-          }
-        }
+      has_changed |= run.label[i] != nearest.label[c];
+      run.label[i] = nearest.label[c];
+      run.within[i] = nearest.within[c];
+      run.beyond[i] = nearest.beyond[c];
+    }
+  };
+  // Doubtful points of panels that are mostly certain are gathered into panels of their own.
+  int64_t gathered[PANEL];
+  int64_t n_gathered = 0;
+  std::vector<float> panel(D * PANEL);
+  auto label_gathered = [&] {
+    double norm2[PANEL];
+    pack_panel(set.frame, set.points, gathered, n_gathered, panel.data(), norm2);
+    note(run.packed.nearest(set.points, gathered, panel.data(), norm2, nullptr), gathered, n_gathered);
+    n_gathered = 0;
+  };
+
+  const int64_t end = std::min((chunk + 1) * CHUNK_PANELS, n_panels(op.N));
+  for (int64_t i_panel = chunk * CHUNK_PANELS; i_panel < end; ++i_panel) {
+    const int64_t first = i_panel * PANEL, n = std::min(PANEL, op.N - first);
+    int64_t doubtful[PANEL], n_doubtful = 0;
+    for (int64_t i = first; i < first + n; ++i) {
+      const int32_t own = run.label[i];
+      if (own >= 0) {
+        run.within[i] = (run.within[i] + run.move[own]) * (1 + 0x1p-22f);
+        run.beyond[i] = (run.beyond[i] - run.largest_move_beside(own)) * (1 - 0x1p-22f);
+        if (run.within[i] < run.beyond[i]) continue;
       }
-      has_changed |= run.label[i] != label[c];
-      run.label[i] = label[c];
+      if (set.norm2[i] < INF) doubtful[n_doubtful++] = i;
+    }
+    if (n_doubtful > PANEL / 2) {
+      int64_t row[PANEL];
+      std::iota(row, row + PANEL, first);
+      note(run.packed.nearest(set.points, row, set.panels + i_panel * D * PANEL, set.norm2 + first, nullptr), row, n);
+      continue;
+    }
+    for (int64_t e = 0; e < n_doubtful; ++e) {
+      gathered[n_gathered++] = doubtful[e];
+      if (n_gathered == PANEL) label_gathered();
     }
   }
+  if (n_gathered > 0) label_gathered();
   run.has_changed[chunk] = has_changed;
 }
 
@@ -323,37 +333,28 @@ bool relocate_empty(const Kmeans& op, Run& run, std::vector<int64_t>& count) {
 }
 
 // Settles who owns which point; returns whether owner and label differ.
-bool gather_members(const Kmeans& op, Run& run) {
+bool settle_owners(const Kmeans& op, Run& run) {
   run.owner = run.label;
-  std::vector<int64_t> count(op.K);
+  run.count.assign(op.K, 0);
   for (int32_t k : run.owner)
-    if (k >= 0) ++count[k];
-  bool has_relocated = relocate_empty(op, run, count);
-  run.first.assign(op.K + 1, 0);
-  for (int64_t k = 0; k < op.K; ++k) run.first[k + 1] = run.first[k] + count[k];
-  run.member.resize(run.first[op.K]);
-  std::vector<int64_t> end(run.first.begin(), run.first.end() - 1);
-  for (int64_t i = 0; i < op.N; ++i)
-    if (run.owner[i] >= 0) run.member[end[run.owner[i]]++] = i;
-  return has_relocated;
+    if (k >= 0) ++run.count[k];
+  return relocate_empty(op, run, run.count);
 }
 
-void move_centroid(const Kmeans& op, Run& run, int64_t k) {
-  const int64_t D = op.D;
-  const float* points = op.points + run.s * op.N * D;
-  const float* centroid = &run.centroid[k * D];
-  float* next = &run.next[k * D];
-  std::copy_n(centroid, D, next);
-  if (run.first[k] < run.first[k + 1]) {
-    std::vector<double> sum(D);
-    for (int64_t m = run.first[k]; m < run.first[k + 1]; ++m) {
-      const float* point = points + run.member[m] * D;
-      for (int64_t d = 0; d < D; ++d) sum[d] += point[d];
-    }
-    for (int64_t d = 0; d < D; ++d)
-      next[d] = static_cast<float>(sum[d] / static_cast<double>(run.first[k + 1] - run.first[k]));
+void move_centroids(const Kmeans& op, Run& run) {
+  for (int64_t i = 0; i < op.K * op.D; ++i)
+    run.next[i] = run.count[i / op.D] > 0 ? static_cast<float>(run.mean[i]) : run.centroid[i];
+  std::swap(run.centroid, run.next);
+  for (int64_t k = 0; k < op.K; ++k) {
+    run.move2[k] = pair_dist2(&run.centroid[k * op.D], &run.next[k * op.D], op.D);
+    run.move[k] = static_cast<float>(std::sqrt(run.move2[k]) * (1 + 0x1p-20) + 0x1p-120);
   }
-  run.move2[k] = pair_dist2(centroid, next, D);
+  // With one centroid alone there is nothing beside it, and any move will do.
+  run.farthest = run.next_farthest = 0;
+  for (int32_t k = 1; k < op.K; ++k) {
+    if (run.move[k] > run.move[run.farthest]) run.next_farthest = run.farthest, run.farthest = k;
+    else if (run.next_farthest == run.farthest || run.move[k] > run.move[run.next_farthest]) run.next_farthest = k;
+  }
 }
 
 void sum_inertia(const Kmeans& op, Run& run, int64_t chunk) {
@@ -366,100 +367,83 @@ void sum_inertia(const Kmeans& op, Run& run, int64_t chunk) {
 
 // ---- the whole
 
-struct Lloyd {
-  const Kmeans& op;
-  ParallelFor parallel_for;
-  std::vector<PackedSet> sets;
-  std::vector<Run> runs;  // [S, n_init]
+// Did the centroids move by more than tol? Mostly an upper bound of it is enough to tell, and saves two passes over the
+// points.
+bool has_moved(const Kmeans& op, const Set& set, const Run& run) {
+  double moved2 = 0;
+  for (double move2 : run.move2) moved2 += move2;
+  return moved2 > op.tol * set.most_variance || moved2 > tol_of(op, set);
+}
 
-  void pack() {
-    const int64_t panels = n_panels(op.N);
-    for_each(parallel_for, op.S, [&](int64_t s) { pack_set(op, s, sets[s]); });
-    for_each(parallel_for, op.S * panels, [&](int64_t task) {
-      PackedSet& set = sets[task / panels];
-      int64_t i_panel = task % panels;
-      double norm2[TILE_COLS];
-      pack_panel(set.frame, op.points + task / panels * op.N * op.D, op.N, i_panel,
-                 &set.panels[i_panel * op.D * TILE_COLS], norm2);
-      std::copy_n(norm2, TILE_COLS, &set.norm2[i_panel * TILE_COLS]);
+// One restart of one set, from start to end.
+void lloyd(const Kmeans& op, const Set& set, Run& run, ParallelFor parallel_for) {
+  auto label = [&] {
+    run.packed.pack(set.frame, run.centroid.data(), op.K);
+    for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { label_chunk(op, set, run, chunk); });
+  };
+  start(op, set, run);
+  bool is_consistent = false;  // is label that of centroid?
+  for (bool is_active = true; is_active;) {
+    label();
+    const bool has_relocated = settle_owners(op, run);
+    for_each(parallel_for, n_sum_blocks(op.D), [&](int64_t block) {
+      mean_of_groups(set.points, run.owner, run.count, op.D, block, run.mean.data());
     });
+    move_centroids(op, run);
+    // The first labels are new, also where they were known.
+    const bool has_changed = run.n_iter == 0 ? set.n_finite > 0 : std::count(run.has_changed.begin(), run.has_changed.end(), 1) > 0;
+    ++run.n_iter;
+    // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
+    is_consistent = !has_changed && !has_relocated;
+    is_active = has_changed && run.n_iter < op.max_iter && has_moved(op, set, run);
   }
+  if (!is_consistent) label();
+  for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { sum_inertia(op, run, chunk); });
+}
 
-  // Runs task(run, i) for every chosen run and i in [0, n).
-  template <class Task>
-  void for_each_run(const std::vector<Run*>& chosen, int64_t n, const Task& task) {
-    for_each(parallel_for, static_cast<int64_t>(chosen.size()) * n, [&](int64_t i) { task(*chosen[i / n], i % n); });
+void write_best(const Kmeans& op, int64_t s, const std::vector<Run>& runs) {
+  const Run* best = nullptr;
+  double least = 0;
+  for (int64_t restart = 0; restart < op.n_init; ++restart) {
+    const Run& run = runs[s * op.n_init + restart];
+    double inertia = 0;
+    for (double x : run.inertia) inertia += x;
+    if (best && !(inertia < least)) continue;
+    best = &run;
+    least = inertia;
   }
-
-  template <class Condition>
-  std::vector<Run*> runs_that(const Condition& condition) {
-    std::vector<Run*> chosen;
-    for (Run& run : runs)
-      if (condition(run)) chosen.push_back(&run);
-    return chosen;
-  }
-
-  void label(const std::vector<Run*>& chosen) {
-    for_each_run(chosen, 1, [&](Run& run, int64_t) { pack_centroids(op, sets[run.s], run); });
-    for_each_run(chosen, n_chunks(op.N), [&](Run& run, int64_t chunk) { label_chunk(op, sets[run.s], run, chunk); });
-  }
-
-  void iterate(const std::vector<Run*>& active) {
-    label(active);
-    std::vector<char> has_relocated(runs.size());
-    for_each_run(active, 1, [&](Run& run, int64_t) { has_relocated[&run - runs.data()] = gather_members(op, run); });
-    for_each_run(active, op.K, [&](Run& run, int64_t k) { move_centroid(op, run, k); });
-    for (Run* run : active) {
-      std::swap(run->centroid, run->next);
-      ++run->n_iter;
-      bool has_changed = std::count(run->has_changed.begin(), run->has_changed.end(), 1) > 0;
-      double moved2 = 0;
-      for (double move2 : run->move2) moved2 += move2;
-      // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
-      run->is_consistent = !has_changed && !has_relocated[run - runs.data()];
-      run->is_active = has_changed && moved2 > sets[run->s].tol && run->n_iter < op.max_iter;
-    }
-  }
-
-  void write_best(int64_t s) {
-    const Run* best = nullptr;
-    double least = 0;
-    for (int64_t restart = 0; restart < op.n_init; ++restart) {
-      const Run& run = runs[s * op.n_init + restart];
-      double inertia = 0;
-      for (double x : run.inertia) inertia += x;
-      if (best && !(inertia < least)) continue;
-      best = &run;
-      least = inertia;
-    }
-    std::copy(best->label.begin(), best->label.end(), op.label + s * op.N);
-    std::copy(best->centroid.begin(), best->centroid.end(), op.centroid + s * op.K * op.D);
-    op.inertia[s] = least;
-    op.n_iter[s] = best->n_iter;
-  }
-
-  void run() {
-    sets.resize(op.S);
-    pack();
-    for (int64_t s = 0; s < op.S; ++s) {
-      for (int64_t restart = 0; restart < op.n_init; ++restart) {
-        runs.emplace_back();
-        runs.back().s = s;
-        runs.back().restart = restart;
-      }
-    }
-    for_each(parallel_for, static_cast<int64_t>(runs.size()), [&](int64_t i) { start(op, sets[runs[i].s], runs[i]); });
-    auto is_active = [](const Run& run) { return run.is_active; };
-    for (auto active = runs_that(is_active); !active.empty(); active = runs_that(is_active)) iterate(active);
-    label(runs_that([](const Run& run) { return !run.is_consistent; }));
-    for_each_run(runs_that([](const Run&) { return true; }), n_chunks(op.N),
-                 [&](Run& run, int64_t chunk) { sum_inertia(op, run, chunk); });
-    for_each(parallel_for, op.S, [&](int64_t s) { write_best(s); });
-  }
-};
+  std::copy(best->label.begin(), best->label.end(), op.label + s * op.N);
+  std::copy(best->centroid.begin(), best->centroid.end(), op.centroid + s * op.K * op.D);
+  op.inertia[s] = least;
+  op.n_iter[s] = best->n_iter;
+  if (!op.known_label) return;
+  std::copy(best->label.begin(), best->label.end(), op.known_label + s * op.known_stride);
+  std::copy(best->within.begin(), best->within.end(), op.known_within + s * op.known_stride);
+  std::copy(best->beyond.begin(), best->beyond.end(), op.known_beyond + s * op.known_stride);
+}
 
 }  // namespace
 
-void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) { Lloyd{op, parallel_for, {}, {}}.run(); }
+void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
+  std::optional<PackedMemory> own;
+  if (!op.packed || !init_suits(op)) {
+    own.emplace(op.S, op.N, op.D);
+    make_frames(*own, op.points, op.N, op.init, op.init ? op.K : 0, op.init ? op.K : 0, parallel_for);
+    pack_rows(*own, op.points, op.N, 0, op.N, parallel_for);
+  }
+  std::vector<Set> sets(op.S);
+  for_each(parallel_for, op.S, [&](int64_t s) { sets[s] = set_of(op, own ? *own : *op.packed, s); });
+  std::vector<Run> runs(op.S * op.n_init);
+  const int64_t n_runs = static_cast<int64_t>(runs.size());
+  for (int64_t i = 0; i < n_runs; ++i) runs[i].s = i / op.n_init, runs[i].restart = i % op.n_init;
+  // Many runs: each is a task, so that its points stay in a core's cache. Few: their phases are split.
+  constexpr int64_t MANY = 8;
+  if (n_runs >= MANY) {
+    for_each(parallel_for, n_runs, [&](int64_t i) { lloyd(op, sets[runs[i].s], runs[i], in_line); });
+  } else {
+    for (Run& run : runs) lloyd(op, sets[run.s], run, parallel_for);
+  }
+  for (int64_t s = 0; s < op.S; ++s) write_best(op, s, runs);
+}
 
 }  // namespace clmfast

@@ -15,32 +15,54 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
-#include "tile.h"
+#include "../packed.h"
+#include "../parallel.h"
 
 namespace clmfast {
 
 // x -> float32(scale x - centre). Any centre near the points and any scale near 1 / (largest |x|) will do: the bound
 // holds for all.
 struct Frame {
-  std::vector<float> centre;  // in scaled units
-  float scale = 1;            // a power of two: scaling rounds nothing
-  double kappa = 0, eta = 0;
+  const float* centre;  // [D] in scaled units
+  int64_t D;
+  float scale;  // a power of two: scaling rounds nothing
+  double kappa, eta;
 };
 
-// A frame for the finite rows of points [N, D], centred on them, and wide enough for the finite rows of others [M, D]
-// as well.
-Frame frame_of(const float* points, int64_t N, const float* others, int64_t M, int64_t D);
+Frame frame_of(const Packed& packed, int64_t s);
+
+// The memory of a Packed that lives as long as one call.
+struct PackedMemory : Packed {
+  PackedMemory(int64_t S, int64_t N, int64_t D);
+
+ private:
+  std::unique_ptr<float[]> floats_;  // not vectors: to clear them first would cost as much as to fill them
+  std::unique_ptr<double[]> doubles_;
+};
+
+// Does the frame of set s hold this row (or is the row not finite, and of no interest)?
+bool suits(const Packed& packed, int64_t s, const float* row);
+
+// Frames for the finite rows of points [S, N, D], of which n are filled, centred on them, and wide enough for the
+// finite rows of others [S, M, D] as well.
+void make_frames(const Packed& packed, const float* points, int64_t n, const float* others, int64_t M, int64_t m,
+                 ParallelFor parallel_for);
+
+// Packs those panels of points [S, N, D] that hold one of the `count` rows from `first` on, round and round; rows from
+// n on are empty.
+void pack_rows(const Packed& packed, const float* points, int64_t n, int64_t first, int64_t count,
+               ParallelFor parallel_for);
+
+// One panel of chosen rows of points [N, D]: panel [D, PANEL] and norm2 [PANEL]; columns from n <= PANEL on are empty.
+void pack_panel(const Frame& frame, const float* points, const int64_t* row, int64_t n, float* panel, double* norm2);
 
 // One row into the frame: out[d * stride], and its squared norm there. A row that is not finite becomes zeros with
 // norm infinity.
 double pack_row(const Frame& frame, const float* row, float* out, int64_t stride);
 
-constexpr int64_t n_panels(int64_t N) { return (N + TILE_COLS - 1) / TILE_COLS; }
-
-// Panel i_panel of points [N, D]: panel [D, TILE_COLS] and norm2 [TILE_COLS]; columns beyond N are zeros with norm
-// infinity.
-void pack_panel(const Frame& frame, const float* points, int64_t N, int64_t i_panel, float* panel, double* norm2);
+// (1 - kappa) |p~|^2 of a panel's points, as the screen wants it.
+void low_norm2(const Frame& frame, const double* norm2, float* out);
 
 }  // namespace clmfast

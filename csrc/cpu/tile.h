@@ -10,10 +10,12 @@
 
 #include <cstdint>
 
+#include "../packed.h"
+
 namespace clmfast {
 
 constexpr int64_t TILE_ROWS = 12;  // 12 x 32 floats are 24 of the 32 AVX-512 registers
-constexpr int64_t TILE_COLS = 32;
+constexpr int64_t TILE_COLS = PANEL;
 
 void dot_tile(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot);
 

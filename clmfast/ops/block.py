@@ -1,0 +1,152 @@
+"""The two halves of a pre-norm Transformer block on packed tokens, each with its normalisation and its residual.
+
+    mlp_block        x + W_out gelu(W_in norm(x) + b_in) + b_out
+    attention_block  x + W_out attention(W_qkv norm(x) + b_qkv) + b_out
+
+x [n, D] holds the tokens of all sequences back to back: no padding is computed. On the CPU in float32 each half is one
+fused op (its contract is csrc/block.h); on other devices and in other dtypes it is composed of torch's operations and
+`ops.attention`, which is also what the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clmfast.ops.attention import attention
+
+
+class BlockWeights(NamedTuple):
+    """Of one half: norm's weight and bias [D], then the two linear layers, weights [out, in]; F = 3 D for attention."""
+
+    norm_weight: Tensor  # [D]
+    norm_bias: Tensor  # [D]
+    in_weight: Tensor  # [F, D]
+    in_bias: Tensor  # [F]
+    out_weight: Tensor  # [D, F], attention: [D, D]
+    out_bias: Tensor  # [D]
+
+
+def mlp_block(x: Tensor, weights: BlockWeights) -> Tensor:
+    """x [n, D] -> [n, D]. Differentiable once."""
+    if _is_fused(x):
+        return torch.ops.clmfast.mlp_block(x, *weights, _wants_grad(x, weights))[0]
+    w = weights
+    hidden = F.gelu(F.linear(_norm(x, w), w.in_weight, w.in_bias), approximate="tanh")
+    return x + F.linear(hidden, w.out_weight, w.out_bias)
+
+
+def attention_block(
+    x: Tensor,
+    weights: BlockWeights,
+    n_heads: int,
+    offset: Tensor,
+    *,
+    kept: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """x [n, D] -> [R, D], causal within each sequence. Differentiable once.
+
+    offset [B + 1] int64: sequence b is the rows offset[b] <= r < offset[b + 1] of x, from 0 to n without a gap.
+    kept [R] int64, ascending: the rows that are wanted (None: all, R = n). All tokens are still seen by those after
+    them, but only the kept ones ask.
+    prefix [B] int64: the sequence whose tokens come before those of b, as if b began with them; -1: none. A prefix has
+    no prefix itself. Only without gradient.
+    """
+    if prefix is not None and _wants_grad(x, weights):
+        raise ValueError("attention_block: prefix is for passes without gradient")
+    if _is_fused(x):
+        return torch.ops.clmfast.attention_block(x, *weights, n_heads, offset, kept, prefix, _wants_grad(x, weights))[0]
+    w = weights
+    n, D = x.shape
+    qkv = F.linear(_norm(x, w), w.in_weight, w.in_bias).view(n, 3, n_heads, D // n_heads)
+    rows, lengths = _padded_rows(offset, prefix)
+    mixed = torch.zeros_like(x)
+    is_own = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
+    if prefix is not None:
+        is_own &= torch.arange(rows.shape[1], device=x.device) >= _prefix_length(offset, prefix)[:, None]
+    mixed = mixed.index_put((rows[is_own],), attention(qkv[rows], lengths).flatten(2)[is_own])
+    if kept is not None:
+        x, mixed = x[kept], mixed[kept]
+    return x + F.linear(mixed, w.out_weight, w.out_bias)
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _wants_grad(x: Tensor, weights: BlockWeights) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+
+
+def _norm(x: Tensor, w: BlockWeights) -> Tensor:
+    return F.layer_norm(x, (x.shape[1],), w.norm_weight, w.norm_bias)
+
+
+def _prefix_length(offset: Tensor, prefix: Tensor) -> Tensor:
+    return torch.where(prefix >= 0, offset.diff()[prefix.clamp(min=0)], 0)
+
+
+def _padded_rows(offset: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(rows [B, T] of x, lengths [B]): each sequence with its prefix before it, padded with row 0."""
+    own = offset.diff()
+    before = torch.zeros_like(own) if prefix is None else _prefix_length(offset, prefix)
+    lengths = before + own
+    t = torch.arange(int(lengths.max()) if len(lengths) else 0, device=offset.device)
+    rows = offset[:-1, None] + t - before[:, None]
+    if prefix is not None:
+        rows = torch.where(t < before[:, None], offset[prefix.clamp(min=0), None] + t, rows)
+    return torch.where(t < lengths[:, None], rows, 0), lengths
+
+
+# ---- registration
+
+N_WEIGHTS = len(BlockWeights._fields)
+
+
+@torch.library.register_fake("clmfast::mlp_block")
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    n, n_hidden = len(x) if rest[-1] else 0, len(rest[2])
+    shapes = (x.shape, (n,), (n,), (n, n_hidden), (n, n_hidden))
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("clmfast::attention_block")
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    n_heads, _, kept, _, save = rest[N_WEIGHTS:]
+    (n_tokens, D), n = x.shape, len(x) if save else 0
+    R = n_tokens if kept is None else len(kept)
+    shapes = ((R, D), (n,), (n,), (R, D), (n_tokens, 2, D), (R, D), (R, n_heads))
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("clmfast::mlp_block_backward")
+@torch.library.register_fake("clmfast::attention_block_backward")
+def _empty_grads(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *rest[:N_WEIGHTS]))
+
+
+def _save_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[: 1 + N_WEIGHTS], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate_mlp(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.clmfast.mlp_block_backward(grad_y, *ctx.saved_tensors), None)
+
+
+def _save_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.n_heads, offset, kept, *_ = inputs[1 + N_WEIGHTS :]
+    ctx.save_for_backward(*inputs[: 1 + N_WEIGHTS], offset, kept, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate_attention(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x_and_weights, rest = ctx.saved_tensors[: 1 + N_WEIGHTS], ctx.saved_tensors[1 + N_WEIGHTS :]
+    grads = torch.ops.clmfast.attention_block_backward(grad_y, *x_and_weights, ctx.n_heads, *rest)
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("clmfast::mlp_block", _differentiate_mlp, setup_context=_save_mlp)
+torch.library.register_autograd("clmfast::attention_block", _differentiate_attention, setup_context=_save_attention)

@@ -1,0 +1,394 @@
+// The halves of a block on the CPU. A task takes ROWS rows through the whole half while they are in the cache.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+#include "../block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "gemm.h"
+#include "isa.h"
+#include "vector.h"
+
+namespace clmfast {
+namespace {
+
+constexpr int64_t GRAD_ROWS = 48;  // rows of a weight whose gradient is one task
+
+int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
+
+// ---- pieces, each compiled for every instruction set
+
+// normed = (x - mean) * rstd * weight + bias, one row after the other; mean and rstd are kept if asked for.
+CLMFAST_BODY void norm_rows_body(const float* x, int64_t n_rows, int64_t D, const float* weight, const float* bias,
+                                 float* normed, float* mean, float* rstd) {
+  for (int64_t r = 0; r < n_rows; ++r, x += D, normed += D) {
+    Vector<float> sums = {}, squares = {};
+    const int64_t whole = D / LANES * LANES;
+    for (int64_t d = 0; d < whole; d += LANES) sums += load(x + d);
+    float sum = sum_of<float>(sums);
+    for (int64_t d = whole; d < D; ++d) sum += x[d];
+    const float m = sum / D;
+    for (int64_t d = 0; d < whole; d += LANES) {
+      const Vector<float> centred = load(x + d) - m;
+      squares += centred * centred;
+    }
+    float square = sum_of<float>(squares);
+    for (int64_t d = whole; d < D; ++d) square += (x[d] - m) * (x[d] - m);
+    const float s = 1 / std::sqrt(square / D + EPSILON);
+    for (int64_t d = 0; d < D; ++d) normed[d] = (x[d] - m) * s * weight[d] + bias[d];
+    if (mean) {
+      mean[r] = m;
+      rstd[r] = s;
+    }
+  }
+}
+
+CLMFAST_PER_ISA(void, norm_rows,
+                (const float* x, int64_t n_rows, int64_t D, const float* weight, const float* bias, float* normed,
+                 float* mean, float* rstd),
+                (x, n_rows, D, weight, bias, normed, mean, rstd))
+
+// The gradient of norm_rows: grad_x += d/dx, and the shares of these rows in the gradients of weight and bias are
+// added. normed gets the values of the forward pass once more.
+CLMFAST_BODY void norm_rows_backward_body(const float* x, const float* mean, const float* rstd, int64_t n_rows,
+                                          int64_t D, const float* weight, const float* bias, const float* grad,
+                                          float* grad_x, float* normed, float* grad_weight, float* grad_bias) {
+  for (int64_t r = 0; r < n_rows; ++r, x += D, grad += D, grad_x += D, normed += D) {
+    const float m = mean[r], s = rstd[r];
+    const int64_t whole = D / LANES * LANES;
+    Vector<float> sums = {}, products = {};
+    for (int64_t d = 0; d < whole; d += LANES) {
+      const Vector<float> scaled = load(grad + d) * load(weight + d);
+      sums += scaled;
+      products += scaled * ((load(x + d) - m) * s);
+    }
+    float sum = sum_of<float>(sums), product = sum_of<float>(products);
+    for (int64_t d = whole; d < D; ++d) {
+      sum += grad[d] * weight[d];
+      product += grad[d] * weight[d] * ((x[d] - m) * s);
+    }
+    sum /= D;
+    product /= D;
+    for (int64_t d = 0; d < D; ++d) {
+      const float unit = (x[d] - m) * s;
+      grad_x[d] += s * (grad[d] * weight[d] - sum - unit * product);
+      grad_weight[d] += grad[d] * unit;
+      grad_bias[d] += grad[d];
+      normed[d] = unit * weight[d] + bias[d];
+    }
+  }
+}
+
+CLMFAST_PER_ISA(void, norm_rows_backward,
+                (const float* x, const float* mean, const float* rstd, int64_t n_rows, int64_t D, const float* weight,
+                 const float* bias, const float* grad, float* grad_x, float* normed, float* grad_weight,
+                 float* grad_bias),
+                (x, mean, rstd, n_rows, D, weight, bias, grad, grad_x, normed, grad_weight, grad_bias))
+
+// z[i] -> gelu(z[i]), and gelu'(z[i]) into slope if asked for. tanh(u) = 1 - 2 / (e^2u + 1).
+CLMFAST_BODY Vector<float> gelu_of(Vector<float> z, Vector<float>* slope) {
+  const float A = 0.7978845608028654f, B = 0.044715f;  // sqrt(2 / pi)
+  const Vector<float> square = z * z;
+  const Vector<float> tanh = 1.0f - 2.0f / (exp_of(2 * A * z * (1.0f + B * square)) + 1.0f);
+  const Vector<float> half = 0.5f * (1.0f + tanh);
+  *slope = half + 0.5f * z * (1.0f - tanh * tanh) * (A * (1.0f + 3 * B * square));
+  return z * half;
+}
+
+CLMFAST_BODY void gelu_body(float* z, int64_t n, float* slope) {
+  Vector<float> d;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    store(z + i, gelu_of(load(z + i), &d));
+    if (slope) store(slope + i, d);
+  }
+  if (i == n) return;
+  float rest[LANES] = {}, rest_slope[LANES];
+  std::memcpy(rest, z + i, (n - i) * sizeof(float));
+  store(rest, gelu_of(load(rest), &d));
+  store(rest_slope, d);
+  std::memcpy(z + i, rest, (n - i) * sizeof(float));
+  if (slope) std::memcpy(slope + i, rest_slope, (n - i) * sizeof(float));
+}
+
+CLMFAST_PER_ISA(void, gelu, (float* z, int64_t n, float* slope), (z, n, slope))
+
+CLMFAST_BODY void add_body(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+CLMFAST_PER_ISA(void, add, (float* to, const float* from, int64_t n), (to, from, n))
+
+CLMFAST_BODY void scale_by_body(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] *= from[i];
+}
+
+CLMFAST_PER_ISA(void, scale_by, (float* to, const float* from, int64_t n), (to, from, n))
+
+// ---- what both halves share
+
+// W [n_out, n_in] as the right factor of x W^T, and of g W.
+Panels forward_panels(const float* weight, int64_t n_out, int64_t n_in) {
+  return Panels(weight, n_in, n_out, 1, n_in);
+}
+Panels backward_panels(const float* weight, int64_t n_out, int64_t n_in) {
+  return Panels(weight, n_out, n_in, n_in, 1);
+}
+
+void pack(ParallelFor parallel_for, Panels& a, Panels& b) {
+  for_each(parallel_for, a.n_panels() + b.n_panels(), [&](int64_t i) {
+    if (i < a.n_panels())
+      a.pack(i);
+    else
+      b.pack(i - a.n_panels());
+  });
+}
+
+// The gradient of a weight [n_out, n_in] and its bias: grad [n, n_out] (rows grad_stride apart), input [n, n_in].
+struct WeightGrad {
+  const float* grad;
+  int64_t grad_stride;
+  const float* input;
+  int64_t n, n_out, n_in;
+  float *weight, *bias;
+
+  int64_t n_tasks() const { return clmfast::n_tasks(n_out, GRAD_ROWS); }
+  void run(int64_t task) const {
+    const int64_t first = task * GRAD_ROWS, n_rows = std::min(GRAD_ROWS, n_out - first);
+    multiply_transposed(grad + first, grad_stride, input, n_in, n, n_rows, weight + first * n_in);
+    column_sums(grad + first, grad_stride, n, n_rows, bias + first);
+  }
+};
+
+// Shares of the norm's gradients by task, added up in the order of tasks.
+class NormGrads {
+ public:
+  NormGrads(int64_t n_tasks, int64_t D) : n_tasks_(n_tasks), D_(D), parts_(n_tasks * 2 * D) {}
+
+  float* weight(int64_t task) { return &parts_[task * 2 * D_]; }
+  float* bias(int64_t task) { return &parts_[(task * 2 + 1) * D_]; }
+  void sum(const BlockGrads& to) {
+    column_sums(parts_.data(), 2 * D_, n_tasks_, D_, to.norm_weight);
+    column_sums(parts_.data() + D_, 2 * D_, n_tasks_, D_, to.norm_bias);
+  }
+
+ private:
+  int64_t n_tasks_, D_;
+  std::vector<float> parts_;
+};
+
+std::unique_ptr<float[]> scratch(int64_t n) { return std::unique_ptr<float[]>(new float[n]); }
+
+}  // namespace
+
+// ---- mlp
+
+void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, ParallelFor parallel_for) {
+  const BlockWeights& w = op.weights;
+  const int64_t D = w.D, F = w.F;
+  Panels in = forward_panels(w.in_weight, F, D), out = forward_panels(w.out_weight, D, F);
+  pack(parallel_for, in, out);
+  for_each(parallel_for, n_tasks(op.n, ROWS), [&](int64_t task) {
+    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+    const float* x = op.x + first * D;
+    float* to = y + first * D;
+    auto normed = scratch(n * D), own_hidden = scratch(saved.hidden ? 0 : n * F);
+    float* hidden = saved.hidden ? saved.hidden + first * F : own_hidden.get();
+    norm_rows(x, n, D, w.norm_weight, w.norm_bias, normed.get(), saved.mean ? saved.mean + first : nullptr,
+              saved.rstd ? saved.rstd + first : nullptr);
+    multiply(normed.get(), D, n, in, w.in_bias, hidden, F);
+    gelu(hidden, n * F, saved.slope ? saved.slope + first * F : nullptr);
+    multiply(hidden, F, n, out, w.out_bias, to, D);
+    add(to, x, n * D);
+  });
+}
+
+void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const float* grad_y, float* grad_x,
+                            const BlockGrads& grads, ParallelFor parallel_for) {
+  const BlockWeights& w = op.weights;
+  const int64_t D = w.D, F = w.F, tasks = n_tasks(op.n, ROWS);
+  Panels in = backward_panels(w.in_weight, F, D), out = backward_panels(w.out_weight, D, F);
+  pack(parallel_for, in, out);
+  auto normed = scratch(op.n * D), grad_z = scratch(op.n * F);
+  NormGrads norm_grads(tasks, D);
+  for_each(parallel_for, tasks, [&](int64_t task) {
+    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+    float* z = &grad_z[first * F];
+    auto grad_normed = scratch(n * D);
+    multiply(grad_y + first * D, D, n, out, nullptr, z, F);
+    scale_by(z, saved.slope + first * F, n * F);
+    multiply(z, F, n, in, nullptr, grad_normed.get(), D);
+    std::memcpy(grad_x + first * D, grad_y + first * D, n * D * sizeof(float));
+    norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
+                       grad_normed.get(), grad_x + first * D, &normed[first * D], norm_grads.weight(task),
+                       norm_grads.bias(task));
+  });
+  norm_grads.sum(grads);
+  const WeightGrad of_in{grad_z.get(), F, normed.get(), op.n, F, D, grads.in_weight, grads.in_bias};
+  const WeightGrad of_out{grad_y, D, saved.hidden, op.n, D, F, grads.out_weight, grads.out_bias};
+  for_each(parallel_for, of_out.n_tasks() + of_in.n_tasks(), [&](int64_t task) {
+    if (task < of_out.n_tasks())
+      of_out.run(task);
+    else
+      of_in.run(task - of_out.n_tasks());
+  });
+}
+
+// ---- attention
+
+namespace {
+
+// Consecutive sequences, as many as fill ROWS rows of output, and at least one.
+struct Chunk {
+  int64_t first, last;  // sequences [first, last)
+};
+
+class Sequences {
+ public:
+  explicit Sequences(const AttentionBlock& op) : op_(op), query_begin_(op.n_sequences + 1) {
+    for (int64_t b = 0; b <= op.n_sequences; ++b)
+      query_begin_[b] = op.kept ? std::lower_bound(op.kept, op.kept + op.R, op.offset[b]) - op.kept : op.offset[b];
+    for (int64_t b = 0; b < op.n_sequences; ++b) {
+      if (chunks_.empty() || query_begin_[b + 1] - query_begin_[chunks_.back().first] > ROWS) chunks_.push_back({b, b});
+      chunks_.back().last = b + 1;
+    }
+  }
+
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  int64_t query_begin(int64_t b) const { return query_begin_[b]; }
+  Sequence at(int64_t b) const {
+    Sequence s{op_.offset[b], query_begin_[b], query_begin_[b + 1]};
+    if (op_.prefix && op_.prefix[b] >= 0) {
+      s.prefix_begin = op_.offset[op_.prefix[b]];
+      s.prefix_end = op_.offset[op_.prefix[b] + 1];
+    }
+    return s;
+  }
+
+ private:
+  const AttentionBlock& op_;
+  std::vector<int64_t> query_begin_;
+  std::vector<Chunk> chunks_;
+};
+
+Attention<float> attention_of(const AttentionBlock& op, const AttentionSaved& saved) {
+  const int64_t D = op.weights.D;
+  return {saved.q, saved.kv, saved.kv + D, D, 2 * D, op.kept, op.n_heads, D / op.n_heads};
+}
+
+// Rows i of the kept ones, gathered: to[i] = x[kept[first + i]].
+void gather_rows(const AttentionBlock& op, const float* x, int64_t first, int64_t n, float* to) {
+  const int64_t D = op.weights.D;
+  for (int64_t i = 0; i < n; ++i)
+    std::memcpy(to + i * D, x + (op.kept ? op.kept[first + i] : first + i) * D, D * sizeof(float));
+}
+
+}  // namespace
+
+void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSaved& saved, ParallelFor parallel_for) {
+  const BlockWeights& w = op.weights;
+  const int64_t D = w.D, tasks = n_tasks(op.n, ROWS), query_tasks = n_tasks(op.R, ROWS);
+  Panels in_q = forward_panels(w.in_weight, D, D), in_kv = forward_panels(w.in_weight + D * D, 2 * D, D);
+  Panels out = forward_panels(w.out_weight, D, D);
+  const Sequences sequences(op);
+  pack(parallel_for, in_q, in_kv);
+  // The output's panels are packed beside the first products.
+  for_each(parallel_for, tasks + (op.kept ? query_tasks : 0) + out.n_panels(), [&](int64_t task) {
+    if (task < tasks) {
+      const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+      auto normed = scratch(n * D);
+      norm_rows(op.x + first * D, n, D, w.norm_weight, w.norm_bias, normed.get(),
+                saved.mean ? saved.mean + first : nullptr, saved.rstd ? saved.rstd + first : nullptr);
+      multiply(normed.get(), D, n, in_kv, w.in_bias + D, saved.kv + first * 2 * D, 2 * D);
+      if (!op.kept) multiply(normed.get(), D, n, in_q, w.in_bias, saved.q + first * D, D);
+    } else if ((task -= tasks) < out.n_panels()) {
+      out.pack(task);
+    } else {
+      const int64_t first = (task - out.n_panels()) * ROWS, n = std::min(ROWS, op.R - first);
+      auto normed = scratch(n * D);
+      gather_rows(op, op.x, first, n, normed.get());
+      norm_rows(normed.get(), n, D, w.norm_weight, w.norm_bias, normed.get(), nullptr, nullptr);
+      multiply(normed.get(), D, n, in_q, w.in_bias, saved.q + first * D, D);
+    }
+  });
+  const Attention<float> attention = attention_of(op, saved);
+  for_each(parallel_for, sequences.chunks().size(), [&](int64_t task) {
+    const Chunk& chunk = sequences.chunks()[task];
+    for (int64_t b = chunk.first; b < chunk.last; ++b)
+      attention_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse});
+    const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
+    multiply(saved.mixed + first * D, D, n, out, w.out_bias, y + first * D, D);
+    auto x = scratch(n * D);
+    gather_rows(op, op.x, first, n, x.get());
+    add(y + first * D, x.get(), n * D);
+  });
+}
+
+void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved& saved, const float* grad_y,
+                                  float* grad_x, const BlockGrads& grads, ParallelFor parallel_for) {
+  const BlockWeights& w = op.weights;
+  const int64_t D = w.D, tasks = n_tasks(op.n, ROWS);
+  Panels in_q = backward_panels(w.in_weight, D, D), in_kv = backward_panels(w.in_weight + D * D, 2 * D, D);
+  Panels out = backward_panels(w.out_weight, D, D);
+  const Sequences sequences(op);
+  auto normed = scratch(op.n * D), kept_normed = scratch(op.kept ? op.R * D : 0);
+  auto grad_mixed = scratch(op.R * D), grad_q = scratch(op.R * D), grad_kv = scratch(op.n * 2 * D);
+  std::memset(grad_kv.get(), 0, op.n * 2 * D * sizeof(float));
+  pack(parallel_for, out, in_kv);
+  const Attention<float> attention = attention_of(op, saved);
+  for_each(parallel_for, sequences.chunks().size() + in_q.n_panels(), [&](int64_t task) {
+    if (task < in_q.n_panels()) return in_q.pack(task);
+    const Chunk& chunk = sequences.chunks()[task - in_q.n_panels()];
+    const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
+    multiply(grad_y + first * D, D, n, out, nullptr, &grad_mixed[first * D], D);
+    for (int64_t b = chunk.first; b < chunk.last; ++b)
+      attention_backward_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse},
+                             {grad_mixed.get(), D, grad_q.get(), grad_kv.get(), grad_kv.get() + D});
+  });
+  NormGrads norm_grads(tasks, D);
+  for_each(parallel_for, tasks, [&](int64_t task) {
+    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+    // With `kept`, rows [kept_first, kept_last) of q belong to this task's rows.
+    int64_t kept_first = first, kept_last = first + n;
+    if (op.kept) {
+      kept_first = std::lower_bound(op.kept, op.kept + op.R, first) - op.kept;
+      kept_last = std::lower_bound(op.kept, op.kept + op.R, first + n) - op.kept;
+    }
+    auto grad_normed = scratch(n * D), from_q = scratch((kept_last - kept_first) * D);
+    float* to = grad_x + first * D;
+    multiply(&grad_kv[first * 2 * D], 2 * D, n, in_kv, nullptr, grad_normed.get(), D);
+    multiply(&grad_q[kept_first * D], D, kept_last - kept_first, in_q, nullptr, from_q.get(), D);
+    std::memset(to, 0, n * D * sizeof(float));
+    for (int64_t i = kept_first; i < kept_last; ++i) {
+      const int64_t row = (op.kept ? op.kept[i] : i) - first;
+      add(grad_normed.get() + row * D, from_q.get() + (i - kept_first) * D, D);
+      std::memcpy(to + row * D, grad_y + i * D, D * sizeof(float));
+    }
+    norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
+                       grad_normed.get(), to, &normed[first * D], norm_grads.weight(task), norm_grads.bias(task));
+    if (op.kept) gather_rows(op, normed.get(), kept_first, kept_last - kept_first, &kept_normed[kept_first * D]);
+  });
+  norm_grads.sum(grads);
+  const float* q_input = op.kept ? kept_normed.get() : normed.get();
+  const WeightGrad parts[] = {
+      {grad_kv.get(), 2 * D, normed.get(), op.n, 2 * D, D, grads.in_weight + D * D, grads.in_bias + D},
+      {grad_q.get(), D, q_input, op.R, D, D, grads.in_weight, grads.in_bias},
+      {grad_y, D, saved.mixed, op.R, D, D, grads.out_weight, grads.out_bias},
+  };
+  int64_t n_grad_tasks = 0;
+  for (const WeightGrad& part : parts) n_grad_tasks += part.n_tasks();
+  for_each(parallel_for, n_grad_tasks, [&](int64_t task) {
+    const WeightGrad* part = parts;
+    for (; task >= part->n_tasks(); ++part) task -= part->n_tasks();
+    part->run(task);
+  });
+}
+
+}  // namespace clmfast

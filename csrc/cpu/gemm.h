@@ -1,0 +1,47 @@
+// Matrix products of activations and weights, float32, at the rate of fused multiply-add.
+//
+// Every element of a product is one chain of multiply-adds in the order of the summed index, begun at `start`. So it
+// depends on its own row and column alone: not on how many rows stand beside it, on threads or on blocks. (Instruction
+// sets without fused multiply-add round differently.)
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+namespace clmfast {
+
+constexpr int64_t PANEL = 32;  // columns that are computed together
+constexpr int64_t ROWS = 48;   // rows of one task: their activations stay in the second cache
+
+// The right factor [K, N] of a product, laid out in panels [K, PANEL] that are read front to back; columns beyond N are
+// zero.
+class Panels {
+ public:
+  // Element (k, n) of the matrix is from[k * stride_k + n * stride_n].
+  Panels(const float* from, int64_t K, int64_t N, int64_t stride_k, int64_t stride_n);
+
+  int64_t n_panels() const { return (N_ + PANEL - 1) / PANEL; }
+  void pack(int64_t i_panel);  // has to be called once for each panel; they may be packed in parallel
+  const float* panel(int64_t i_panel) const { return panels_.get() + i_panel * K_ * PANEL; }
+  int64_t K() const { return K_; }
+  int64_t N() const { return N_; }
+
+ private:
+  const float* from_;
+  int64_t K_, N_, stride_k_, stride_n_;
+  std::unique_ptr<float[]> panels_;
+};
+
+// out[r, n] = start[n] + sum_k a[r, k] b[k, n] for r < n_rows; start null: 0. Rows lie a_stride and out_stride apart.
+void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, const float* start, float* out,
+              int64_t out_stride);
+
+// out[o, i] = sum_t a[t, o] b[t, i] for T rows t, o < n_out, i < n_in: what a weight's gradient is. Whole rows of b are
+// n_in long; a's lie a_stride apart, out's out_stride.
+void multiply_transposed(const float* a, int64_t a_stride, const float* b, int64_t n_in, int64_t T, int64_t n_out,
+                         float* out);
+
+// out[o] = sum_t a[t * a_stride + o], in the order of t.
+void column_sums(const float* a, int64_t a_stride, int64_t T, int64_t n_out, float* out);
+
+}  // namespace clmfast

@@ -1,0 +1,49 @@
+// Rings of points of which a few rows change at a time, and what is kept from one time to the next.
+//
+//   points  [S, N, D] float32, rows 0..n-1 filled; since the last call the `count` rows from `first` on, round and round
+//           (row N - 1 is followed by row 0), were written. Rows at or beyond n, and rows that are not finite, are
+//           nobody's neighbour and have none.
+//   packed  the ring in panels (cpu/panels.h), whose memory the caller keeps
+//
+// ring_pack packs the rows of points and of queries that changed, both in one frame. If it no longer suits, or `is_new`,
+// it is made anew and all rows are packed.
+//
+// ring_knn keeps the k nearest points of every query, in each of V views: `index` after a call is what knn.h says of the
+// whole rings, with query_group[v] and point_group[v] barred.
+//   query_group [V, Q], point_group [V, N] int64
+//   key    [V, S, Q, length] int64: each query's list of neighbours, ascending as cpu/search.h orders them; longer than k
+//   bound  [V, S, Q] int64: every candidate below the bound is in the list
+//   index  [V, S, Q, k] int64: rows of points, -1 where there are too few
+//          All three are the caller's to keep and need no initial value, as at first every query counts as changed.
+// Replaced points leave the lists, new points below the bound enter them, and the bound sinks when a list overflows. A
+// list that falls below k entries is computed anew, so a call costs (changed rows) x (all rows).
+// Returns the number of lists computed anew.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace clmfast {
+
+struct Packed;
+
+struct Ring {
+  const float* points;
+  int64_t n, first, count;
+};
+
+void ring_pack_cpu(const Ring& points, const Packed& packed, const Ring& queries, const Packed& packed_queries, bool is_new,
+               ParallelFor parallel_for);
+
+struct RingKnn {
+  Ring points, queries;
+  bool is_self;  // queries are the points themselves, and a point is not its own neighbour
+  const int64_t *query_group, *point_group;
+  int64_t V, k, length;
+  int64_t *key, *bound, *index;
+};
+
+int64_t ring_knn_cpu(const RingKnn& op, const Packed& packed, const Packed& packed_queries, ParallelFor parallel_for);
+
+}  // namespace clmfast

@@ -1,0 +1,30 @@
+// separation: how far apart labelled groups of points lie, from group centroids alone, for S sets at once.
+//
+//   points  [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value)
+//   label   [N] int64 in [0, n_labels), shared by all sets
+//   packed  the points in panels, of a capacity of N or more; or null: packed here
+//   out     [3, S] float64: centroid silhouette, scatter ratio, total scatter (formulas: clmfast/measure/separation.py)
+//
+// Centroids are means in float64 of the points in their order, rounded to float32; distances to them are float64 dist2
+// (cpu/pair.h), so the result is a pure function of points and label. Points that are not finite are left out.
+// Returns false, and leaves out unspecified, if a label is out of range.
+#pragma once
+
+#include <cstdint>
+
+#include "packed.h"
+#include "parallel.h"
+
+namespace clmfast {
+
+struct Separation {
+  const float* points;
+  const int64_t* label;
+  const Packed* packed;
+  int64_t S, N, D, n_labels;
+  double* out;
+};
+
+bool separation_cpu(const Separation& op, ParallelFor parallel_for);
+
+}  // namespace clmfast
