@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "block.h"
 #include "capture.h"
+#include "grid.h"
 #include "kmeans.h"
 #include "knn.h"
 #include "packed.h"
@@ -112,6 +113,18 @@ Packed packed(const char* op, const Tensor& points, int64_t N, const Tensor& cen
           op, ": packed must be made for points ", shape(points));
   return {S, N, D, mutable_data<float>(centre), mutable_data<float>(scale), mutable_data<float>(panels),
           mutable_data<double>(norm2)};
+}
+
+// The grid of points [S, N, D].
+Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tensor& unit, const Tensor& cells,
+          const Tensor& norm2, const Tensor& rest) {
+  const int64_t S = points.size(0), N = points.size(1), D = points.size(2);
+  require(has_shape(centre, {S, D}) && has_shape(unit, {S}) &&
+              has_shape(cells, {S, n_panels(N), grid_depth(D), PANEL, BYTES}) &&
+              has_shape(norm2, {S, n_panels(N) * PANEL}) && has_shape(rest, {S, n_panels(N) * PANEL}),
+          op, ": the grid must be made for points ", shape(points));
+  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<uint8_t>(cells),
+          mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
 }
 
 // ---- knn
@@ -238,28 +251,36 @@ Ring ring(const char* op, const Tensor& points, int64_t n, int64_t first, int64_
   return {data<float>(points), n, first, count};
 }
 
-void ring_pack(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries, int64_t n_queries,
-               int64_t first_query, int64_t count_queries, const Tensor& centre, const Tensor& scale,
-               const Tensor& panels, const Tensor& norm2, const Tensor& query_panels, const Tensor& query_norm2,
-               bool is_new) {
+void ring_pack(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& centre, const Tensor& scale,
+               const Tensor& panels, const Tensor& norm2, bool is_new) {
   const char* name = "ring_pack";
   const Ring of_points = ring(name, points, n, first, count);
+  ring_pack_cpu(of_points, packed(name, points, points.size(1), centre, scale, panels, norm2), is_new, parallel_for);
+}
+
+void ring_to_grid(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
+                  int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
+                  const Tensor& unit, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                  const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_new) {
+  const char* name = "ring_to_grid";
+  const Ring of_points = ring(name, points, n, first, count);
   const Ring of_queries = ring(name, queries, n_queries, first_query, count_queries);
-  ring_pack_cpu(of_points, packed(name, points, points.size(1), centre, scale, panels, norm2), of_queries,
-                packed(name, queries, queries.size(1), centre, scale, query_panels, query_norm2), is_new, parallel_for);
+  ring_to_grid_cpu(of_points, grid(name, points, centre, unit, cells, norm2, rest), of_queries,
+                   grid(name, queries, centre, unit, query_cells, query_norm2, query_rest), is_new, parallel_for);
 }
 
 int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
                  int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                 const Tensor& scale, const Tensor& panels, const Tensor& norm2, const Tensor& query_panels,
-                 const Tensor& query_norm2, bool is_self, const Tensor& query_group, const Tensor& point_group,
-                 const Tensor& key, const Tensor& bound, const Tensor& index) {
+                 const Tensor& unit, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                 const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_self,
+                 const Tensor& query_group, const Tensor& point_group, const Tensor& key, const Tensor& bound,
+                 const Tensor& index) {
   const char* name = "ring_knn";
   RingKnn op;
   op.points = ring(name, points, n, first, count);
   op.queries = ring(name, queries, n_queries, first_query, count_queries);
-  const Packed packed_points = packed(name, points, points.size(1), centre, scale, panels, norm2);
-  const Packed packed_queries = packed(name, queries, queries.size(1), centre, scale, query_panels, query_norm2);
+  const Grid grid_points = grid(name, points, centre, unit, cells, norm2, rest);
+  const Grid grid_queries = grid(name, queries, centre, unit, query_cells, query_norm2, query_rest);
   const std::pair<const char*, const Tensor*> integers[] = {{"query_group", &query_group},
                                                             {"point_group", &point_group},
                                                             {"key", &key},
@@ -269,7 +290,7 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
     require_int64(name, what, *x, points);
     require(x->dim() >= 1 && x->is_contiguous(), name, ": ", what, " must be contiguous");
   }
-  const int64_t S = packed_points.S, N = packed_points.N, Q = packed_queries.N, V = query_group.size(0);
+  const int64_t S = grid_points.S, N = grid_points.N, Q = grid_queries.N, V = query_group.size(0);
   op.is_self = is_self;
   op.V = V, op.k = index.size(index.dim() - 1), op.length = key.size(key.dim() - 1);
   require(has_shape(query_group, {V, Q}) && has_shape(point_group, {V, N}), name,
@@ -284,7 +305,7 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
   op.key = mutable_data<int64_t>(key);
   op.bound = mutable_data<int64_t>(bound);
   op.index = mutable_data<int64_t>(index);
-  return ring_knn_cpu(op, packed_points, packed_queries, parallel_for);
+  return ring_knn_cpu(op, grid_points, grid_queries, parallel_for);
 }
 
 // ---- separation
@@ -725,14 +746,17 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "known_within, Tensor(c!)? known_beyond)"
       " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
   m.def(
-      "ring_pack(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor(a!) centre, Tensor(b!) scale, Tensor(c!) panels, Tensor(d!) norm2, Tensor(e!) "
-      "query_panels, Tensor(f!) query_norm2, bool is_new) -> ()");
+      "ring_pack(Tensor points, int n, int first, int count, Tensor(a!) centre, Tensor(b!) scale, Tensor(c!) panels, "
+      "Tensor(d!) norm2, bool is_new) -> ()");
+  m.def(
+      "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
+      "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) cells, Tensor(d!) norm2, Tensor(e!) rest, "
+      "Tensor(f!) query_cells, Tensor(g!) query_norm2, Tensor(h!) query_rest, bool is_new) -> ()");
   m.def(
       "ring_knn(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor centre, Tensor scale, Tensor panels, Tensor norm2, Tensor query_panels, Tensor "
-      "query_norm2, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) bound, Tensor(c!) "
-      "index) -> int");
+      "count_queries, Tensor centre, Tensor unit, Tensor cells, Tensor norm2, Tensor rest, Tensor query_cells, Tensor "
+      "query_norm2, Tensor query_rest, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) "
+      "bound, Tensor(c!) index) -> int");
   m.def(
       "separation(Tensor points, Tensor label, int n_labels, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? "
       "norm2) -> Tensor");
@@ -746,6 +770,7 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("knn", TORCH_BOX(&clmfast::knn));
   m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
   m.impl("ring_pack", TORCH_BOX(&clmfast::ring_pack));
+  m.impl("ring_to_grid", TORCH_BOX(&clmfast::ring_to_grid));
   m.impl("ring_knn", TORCH_BOX(&clmfast::ring_knn));
   m.impl("separation", TORCH_BOX(&clmfast::separation));
   m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));

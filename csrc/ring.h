@@ -3,10 +3,10 @@
 //   points  [S, N, D] float32, rows 0..n-1 filled; since the last call the `count` rows from `first` on, round and round
 //           (row N - 1 is followed by row 0), were written. Rows at or beyond n, and rows that are not finite, are
 //           nobody's neighbour and have none.
-//   packed  the ring in panels (cpu/panels.h), whose memory the caller keeps
 //
-// ring_pack packs the rows of points and of queries that changed, both in one frame. If it no longer suits, or `is_new`,
-// it is made anew and all rows are packed.
+// ring_pack packs the rows that changed into panels (cpu/panels.h), whose memory the caller keeps. If their frame no
+// longer suits, or `is_new`, it is made anew and all rows are packed. ring_to_grid moves the rows of points and of
+// queries that changed to one grid (cpu/grid.h), kept likewise; with `is_new` it is chosen anew, for all rows.
 //
 // ring_knn keeps the k nearest points of every query, in each of V views: `index` after a call is what knn.h says of the
 // whole rings, with query_group[v] and point_group[v] barred.
@@ -26,6 +26,7 @@
 
 namespace clmfast {
 
+struct Grid;
 struct Packed;
 
 struct Ring {
@@ -33,8 +34,10 @@ struct Ring {
   int64_t n, first, count;
 };
 
-void ring_pack_cpu(const Ring& points, const Packed& packed, const Ring& queries, const Packed& packed_queries, bool is_new,
-               ParallelFor parallel_for);
+void ring_pack_cpu(const Ring& points, const Packed& packed, bool is_new, ParallelFor parallel_for);
+
+void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries, const Grid& query_grid, bool is_new,
+                      ParallelFor parallel_for);
 
 struct RingKnn {
   Ring points, queries;
@@ -44,6 +47,6 @@ struct RingKnn {
   int64_t *key, *bound, *index;
 };
 
-int64_t ring_knn_cpu(const RingKnn& op, const Packed& packed, const Packed& packed_queries, ParallelFor parallel_for);
+int64_t ring_knn_cpu(const RingKnn& op, const Grid& points, const Grid& queries, ParallelFor parallel_for);
 
 }  // namespace clmfast

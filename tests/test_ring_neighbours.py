@@ -1,4 +1,4 @@
-"""ops.ring_pack, ops.ring_knn and measure/ring_neighbours.py: after any history of changes, exactly what ops.knn says
+"""ops.ring_to_grid, ops.ring_knn and measure/ring_neighbours.py: after any history of changes, exactly what ops.knn says
 of the whole rings."""
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from op_checks import assert_same_bits, assert_threads_do_not_matter
 
 from clmfast import ops
 from clmfast.measure.ring_neighbours import RingNeighbours
-from clmfast.ops.ring import Ring, RingState, empty_packed
+from clmfast.ops.ring import Ring, RingState, empty_grid
 
 K = 4
 
 
 class TwoRings:
-    """Rings of points and queries that receive a few rows per step, packed, with groups of two views."""
+    """Rings of points and queries that receive a few rows per step, on one grid, with groups of two views."""
 
     def __init__(self, kind, n=60, n_queries=18, n_sets=3, width=6, seed=5):
         self.generator = torch.Generator().manual_seed(seed)
-        self.kind, self.n_packed = kind, 0
-        self.rings, self.groups, self.packed = [], [], []
+        self.kind = kind
+        self.rings, self.groups, self.grids = [], [], []
         for size in (n, n_queries):
             self.rings.append(torch.zeros(n_sets, size, width))
             self.groups.append(torch.zeros(2, size, dtype=torch.int64))
-            self.packed.append(empty_packed(self.rings[-1], self.packed[0] if self.packed else None))
+            self.grids.append(empty_grid(self.rings[-1], self.grids[0] if self.grids else None))
         self.n_written = [0, 0]
 
     def draw(self, shape, step):
@@ -38,7 +38,7 @@ class TwoRings:
         if self.kind == "drifting":
             x = x / (1 + step) + step  # everything old is far away and thinly spread: lists run dry
         if self.kind == "growing":
-            x = x * 10.0**step  # past what the frame was made for
+            x = x * 10.0**step  # past what the grid was chosen for
         if self.kind == "shrinking":
             x = x * 10.0**-step
         if self.kind == "non-finite":
@@ -47,7 +47,7 @@ class TwoRings:
         return x
 
     def step(self, step, batches):
-        """Write a batch into each ring; returns both as the ops take them, packed."""
+        """Write a batch into each ring; returns both as the ops take them."""
         views = []
         for i, batch in enumerate(batches):
             ring, n = self.rings[i], self.rings[i].shape[1]
@@ -56,9 +56,8 @@ class TwoRings:
             self.groups[i][:, rows] = torch.randint(6, (2, batch), generator=self.generator)
             first = self.n_written[i] % n
             self.n_written[i] += batch
-            views.append(Ring(ring, self.packed[i], min(n, self.n_written[i]), first, batch))
-        ops.ring_pack(*views, is_new=self.n_packed == 0)
-        self.n_packed += 1
+            views.append(Ring(ring, self.grids[i], min(n, self.n_written[i]), first, batch))
+        ops.ring_to_grid(*views, is_new=step % 10 == 0)
         return views
 
 
@@ -106,8 +105,8 @@ def test_any_number_of_rows_may_change(batches):
 
 
 def test_a_point_is_not_its_own_neighbour():
-    points = Ring(torch.randn(1, 8, 2), empty_packed(torch.zeros(1, 8, 2)), 8, 0, 8)
-    ops.ring_pack(points, points, is_new=True)
+    points = Ring(torch.randn(1, 8, 2), empty_grid(torch.zeros(1, 8, 2)), 8, 0, 8)
+    ops.ring_to_grid(points, points, is_new=True)
     apart = (torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64))
     index = RingNeighbours(K, 1, 1, 8).update(points, None, apart)
     assert torch.equal(index[0], ops.knn(points.points, K).index)
@@ -175,7 +174,7 @@ def state(*, n=40, k=2):
         ({"points": POINTS[0]}, (GROUP, GROUP), state(), r"ring_knn: points must be \[S, N, D\]"),
         ({"points": POINTS.half()}, (GROUP, GROUP), state(), "ring_knn: points must be float32 and contiguous"),
         ({"points": POINTS.mT.contiguous().mT}, (GROUP, GROUP), state(), "points must be float32 and contiguous"),
-        ({"points": torch.zeros(2, 80, 3)}, (GROUP, GROUP), state(), r"packed must be made for points \[2, 80, 3\]"),
+        ({"points": torch.zeros(2, 80, 3)}, (GROUP, GROUP), state(), r"the grid must be made for points \[2, 80, 3\]"),
         ({"n": 41}, (GROUP, GROUP), state(), "0 <= n <= N, 0 <= first < N and 0 <= count <= N, got n=41"),
         ({"first": 40}, (GROUP, GROUP), state(), "got n=40 first=40"),
         ({"count": -1}, (GROUP, GROUP), state(), "got n=40 first=0 count=-1"),
@@ -186,6 +185,6 @@ def state(*, n=40, k=2):
     ],
 )
 def test_refusals(ring, barred, of, message):
-    points = Ring(POINTS, empty_packed(POINTS), 40, 0, 40)._replace(**ring)
+    points = Ring(POINTS, empty_grid(POINTS), 40, 0, 40)._replace(**ring)
     with pytest.raises(ValueError, match=message):
         ops.ring_knn(points, None, barred, of)

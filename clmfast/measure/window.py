@@ -19,7 +19,7 @@ from clmfast.measure.neighbours import knn_accuracy, purities
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
 from clmfast.measure.ring_neighbours import RingNeighbours
 from clmfast.ops.kmeans import nothing_known
-from clmfast.ops.ring import Packed, Ring, empty_packed
+from clmfast.ops.ring import Grid, Ring, empty_grid, empty_packed
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
 MEASURES_OF_UNSEEN = ("knn_accuracy", "cross_grammar_knn_accuracy")
@@ -42,7 +42,8 @@ class Window:
         self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
         self._known = nothing_known(n_sets, config.window)
         self._packed = empty_packed(self.train.points)
-        self._packed_unseen = empty_packed(self.unseen.points, self._packed)
+        self._grid = empty_grid(self.train.points)
+        self._grid_unseen = empty_grid(self.unseen.points, self._grid)
         self.centroid = torch.empty(0)
         self.columns = [  # what `measure` returns, in its order
             Column("window", measure, readout, layer, split)
@@ -67,8 +68,10 @@ class Window:
             nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
             return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
         is_new = self._n_seen[self.train] == 0
-        train, unseen = self._ring(self.train, self._packed), self._ring(self.unseen, self._packed_unseen)
-        ops.ring_pack(train, unseen, is_new=is_new)
+        train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
+        ops.ring_pack(train, self._packed, is_new=is_new)
+        # States drift and grow while the model trains: once around the ring, a grid has to be chosen anew.
+        ops.ring_to_grid(train, unseen, is_new=is_new or train.first + train.count >= train.points.shape[1])
         labels, of_unseen = _labels(self.tasks, self.train.example), _labels(self.tasks, self.unseen.example)
         instruction, grammar = labels["instruction"], labels["grammar"]
         (near,) = self.near.update(train, None, (instruction[None], instruction[None]))
@@ -93,12 +96,12 @@ class Window:
         per_task = task_purity.view(self.per_task_shape)
         return torch.cat([*of_training, *of_queries]), per_task
 
-    def _ring(self, recorder: Recorder, packed: Packed) -> Ring:
+    def _ring(self, recorder: Recorder, grid: Grid) -> Ring:
         """The recorder's ring, and which rows were written since the last measurement."""
         n_new = min(recorder.n_written - self._n_seen[recorder], recorder.n_points)
         self._n_seen[recorder] = recorder.n_written
         first = (recorder.n_written - n_new) % recorder.n_points
-        return Ring(recorder.points, packed, recorder.n_filled, first, n_new)
+        return Ring(recorder.points, grid, recorder.n_filled, first, n_new)
 
     def _kmeans(self, points: Tensor, step: int) -> tuple[ops.KMeans, Tensor]:
         """(fit, is_cold [S]): warm from the last centroids; every `cold_every` steps k-means++ competes with that, and

@@ -23,7 +23,7 @@ from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, partition_scores  # noqa: E402
-from clmfast.ops.ring import ring_knn, ring_pack  # noqa: E402
+from clmfast.ops.ring import ring_knn, ring_pack, ring_to_grid  # noqa: E402
 from clmfast.ops.separation import separation  # noqa: E402
 from clmfast.ops.votes import label_shares, majority_vote  # noqa: E402
 
@@ -43,5 +43,6 @@ __all__ = [
     "partition_scores",
     "ring_knn",
     "ring_pack",
+    "ring_to_grid",
     "separation",
 ]

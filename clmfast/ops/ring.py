@@ -1,6 +1,6 @@
-"""ring_pack and ring_knn: neighbours in rings of points of which a few rows change at a time. Contract: csrc/ring.h.
+"""ring_pack, ring_to_grid and ring_knn: rings of points of which a few rows change at a time. Contract: csrc/ring.h.
 
-The state of both is a few tensors that the caller keeps; the ops write them in place.
+The state of all is a few tensors that the caller keeps; the ops write them in place.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL = 32  # as in csrc/packed.h
+PANEL, BYTES = 32, 4  # as in csrc/packed.h and csrc/grid.h
 
 
 class Packed(NamedTuple):
-    """A ring of points [S, N, D] as the ops screen it. What is in it is theirs; no result shows it."""
+    """Points [S, N, D] as kmeans and separation screen them. What is in it is theirs; no result shows it."""
 
     centre: Tensor  # [S, D] float32
     scale: Tensor  # [S] float32
@@ -22,12 +22,22 @@ class Packed(NamedTuple):
     norm2: Tensor  # [S, ceil(N / 32) * 32] float64
 
 
+class Grid(NamedTuple):
+    """Points [S, N, D] as ring_knn screens them. What is in it is its own; no result shows it."""
+
+    centre: Tensor  # [S, D] float32
+    unit: Tensor  # [S] float64
+    cells: Tensor  # [S, ceil(N / 32), ceil(D / 4), 32, 4] uint8
+    norm2: Tensor  # [S, ceil(N / 32) * 32] int32
+    rest: Tensor  # [S, ceil(N / 32) * 32] float32
+
+
 class Ring(NamedTuple):
     """Points [S, N, D] float32, contiguous, of which rows 0..n-1 are filled; since the last call the `count` rows from
     `first` on were written, row 0 following row N - 1."""
 
     points: Tensor
-    packed: Packed
+    grid: Grid
     n: int
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -41,21 +51,42 @@ class RingState(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index; [V, S, Q, k] int64, rows of points; -1: no neighbour
 
 
-def empty_packed(points: Tensor, frame: Packed | None = None) -> Packed:
-    """Memory for packing points [S, N, D]; with `frame`, in the frame of another ring."""
+def empty_packed(points: Tensor) -> Packed:
+    """Memory for packing points [S, N, D]."""
     S, N, D = points.shape
     n_panels = -(-N // PANEL)
     return Packed(
-        points.new_empty(S, D) if frame is None else frame.centre,
-        points.new_empty(S) if frame is None else frame.scale,
+        points.new_empty(S, D),
+        points.new_empty(S),
         points.new_empty(S, n_panels, D, PANEL),
         points.new_empty(S, n_panels * PANEL, dtype=torch.float64),
     )
 
 
-def ring_pack(points: Ring, queries: Ring, *, is_new: bool) -> None:
-    """Pack what changed in two rings that share a frame (empty_packed); with is_new, everything. In place."""
-    torch.ops.clmfast.ring_pack(*_arguments(points, queries), is_new)
+def empty_grid(points: Tensor, shared: Grid | None = None) -> Grid:
+    """Memory for points [S, N, D] on a grid; with `shared`, on that of another ring."""
+    S, N, D = points.shape
+    n_panels = -(-N // PANEL)
+    return Grid(
+        points.new_empty(S, D) if shared is None else shared.centre,
+        points.new_empty(S, dtype=torch.float64) if shared is None else shared.unit,
+        points.new_empty(S, n_panels, -(-D // BYTES), PANEL, BYTES, dtype=torch.uint8),
+        points.new_empty(S, n_panels * PANEL, dtype=torch.int32),
+        points.new_empty(S, n_panels * PANEL),
+    )
+
+
+def ring_pack(ring: Ring, packed: Packed, *, is_new: bool) -> None:
+    """Pack what changed; with is_new, everything. In place."""
+    torch.ops.clmfast.ring_pack(ring.points, ring.n, ring.first, ring.count, *packed, is_new)
+
+
+def ring_to_grid(points: Ring, queries: Ring, *, is_new: bool) -> None:
+    """Move what changed in two rings that share a grid (empty_grid); with is_new, choose the grid and move everything.
+
+    In place. A grid that no longer suits the points makes ring_knn slower, not wrong.
+    """
+    torch.ops.clmfast.ring_to_grid(*_arguments(points, queries), is_new)
 
 
 def ring_knn(points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor], state: RingState) -> int:
@@ -64,7 +95,7 @@ def ring_knn(points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor], 
     Afterwards state.index[v, :, :n] is, bit for bit, the index of
     ops.knn(points[:, :n], k, queries[:, :n], (query_group[v], point_group[v])). queries None: the points ask among
     themselves. barred: query_group [V, Q] and point_group [V, N] int64; pairs of equal group are no neighbours.
-    Both rings must be packed (ring_pack) as they are now.
+    Both rings must be on the grid (ring_to_grid) as they are now.
     """
     asking = points if queries is None else queries
     return torch.ops.clmfast.ring_knn(*_arguments(points, asking), queries is None, *barred, *state)
@@ -74,10 +105,11 @@ def _arguments(points: Ring, queries: Ring) -> tuple[Tensor | int, ...]:
     return (
         points.points, points.n, points.first, points.count,
         queries.points, queries.n, queries.first, queries.count,
-        *points.packed, queries.packed.panels, queries.packed.norm2,
+        *points.grid, *queries.grid[2:],
     )  # fmt: skip
 
 
 @torch.library.register_fake("clmfast::ring_pack")
+@torch.library.register_fake("clmfast::ring_to_grid")
 def _(*_arguments: Tensor | int) -> None:
     return None

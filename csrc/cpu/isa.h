@@ -26,9 +26,9 @@
 
 namespace clmfast {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512vnni };
 
-// The best set this processor has, or the one that the environment variable CLMFAST_ISA names (baseline, avx2, avx512).
+// The best set this processor has, or the one that the environment variable CLMFAST_ISA names (as in Isa).
 // Throws std::runtime_error if that is unknown or missing here.
 Isa isa();
 
@@ -36,6 +36,7 @@ template <class Function>
 Function pick(Function baseline, Function avx2, Function avx512) {
   switch (isa()) {
     case Isa::avx512:
+    case Isa::avx512vnni:
       return avx512;
     case Isa::avx2:
       return avx2;

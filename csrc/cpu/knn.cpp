@@ -15,12 +15,11 @@ Neighbour bound_of(float within) {
   return neighbour(within, 0) + (Neighbour{1} << 32);
 }
 
-void search_block(const Knn& op, const Packed& packed, int64_t s, double largest_norm2, int64_t first) {
+void search_block(const Knn& op, const Grid& grid, int64_t s, int64_t first) {
   const float* points = op.points + s * op.N * op.D;
   const float* queries = op.is_self ? points : op.queries + s * op.Q * op.D;
   const int64_t n_queries = std::min(Search::MOST, op.Q - first);
-  const Frame frame = frame_of(packed, s);
-  Search search(packed, s, largest_norm2, points, op.N, op.k, 1);
+  Search search(grid, s, points, op.N, op.k, 1);
   for (int64_t i = first; i < first + n_queries; ++i) {
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
     search.add(queries + i * op.D, &bound);
@@ -29,13 +28,11 @@ void search_block(const Knn& op, const Packed& packed, int64_t s, double largest
     return (op.is_self && point == first + query) ||
            (op.query_group && op.query_group[first + query] == op.point_group[point]);
   };
-  alignas(64) float tile[TILE_ROWS * TILE_COLS];
-  float low[TILE_COLS];
+  int32_t tile[TILE_ROWS * TILE_COLS];
   for (int64_t i_panel = 0; i_panel < n_panels(op.N); ++i_panel) {
-    low_norm2(frame, packed.norm2_of(s) + i_panel * TILE_COLS, low);
-    for (int64_t group = 0; group < search.n_groups(); ++group) {
-      search.dot(group, packed.panel(s, i_panel), tile);
-      search.take(group, i_panel, low, tile, is_barred);
+    for (int64_t group = 0; group < search.rows().n_groups(); ++group) {
+      search.rows().dist2(group, grid, i_panel, tile);
+      search.take(group, i_panel, tile, is_barred);
     }
   }
   for (int64_t i = 0; i < n_queries; ++i) {
@@ -51,15 +48,12 @@ void search_block(const Knn& op, const Packed& packed, int64_t s, double largest
 }  // namespace
 
 void knn_cpu(const Knn& op, ParallelFor parallel_for) {
-  const int64_t blocks = (op.Q + Search::MOST - 1) / Search::MOST, n_others = op.is_self ? 0 : op.Q;
-  PackedMemory packed(op.S, op.N, op.D);
-  make_frames(packed, op.points, op.N, op.queries, n_others, n_others, parallel_for);
-  pack_rows(packed, op.points, op.N, 0, op.N, parallel_for);
-  const std::vector<double> largest_norm2 = largest_norms(packed);
-  for_each(parallel_for, op.S * blocks, [&](int64_t task) {
-    const int64_t s = task / blocks;
-    search_block(op, packed, s, largest_norm2[s], task % blocks * Search::MOST);
-  });
+  const int64_t blocks = (op.Q + Search::MOST - 1) / Search::MOST;
+  const GridMemory grid(op.S, op.N, op.D);
+  make_grids(grid, op.points, op.N, parallel_for);
+  move_to_grid(grid, op.points, op.N, 0, op.N, parallel_for);
+  for_each(parallel_for, op.S * blocks,
+           [&](int64_t task) { search_block(op, grid, task / blocks, task % blocks * Search::MOST); });
 }
 
 }  // namespace clmfast

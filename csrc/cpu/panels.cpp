@@ -100,13 +100,7 @@ void make_frames(const Packed& packed, const float* points, int64_t n, const flo
 void pack_rows(const Packed& packed, const float* points, int64_t n, int64_t first, int64_t count,
                ParallelFor parallel_for) {
   const int64_t N = packed.N, D = packed.D;
-  std::vector<int64_t> chosen;
-  for (int64_t i_panel = 0; i_panel < n_panels(N); ++i_panel) {
-    bool has_any = false;
-    for (int64_t i = i_panel * PANEL; i < std::min(N, (i_panel + 1) * PANEL); ++i)
-      has_any |= (i - first + N) % N < count;
-    if (has_any) chosen.push_back(i_panel);
-  }
+  const std::vector<int64_t> chosen = panels_of(N, first, count);
   const int64_t n_chosen = static_cast<int64_t>(chosen.size());
   for_each(parallel_for, packed.S * n_chosen, [&](int64_t task) {
     const int64_t s = task / n_chosen, i_panel = chosen[task % n_chosen];

@@ -1,6 +1,6 @@
 // Rings on the CPU. A step of ring_knn, with the sets side by side:
-//   search   the rows that changed meet all panels. Each tile of dot products serves both sides: the changed rows look
-//            for their own neighbours, and the rows of the panel for new ones among the changed.
+//   search   the rows that changed meet all panels. Each tile of distances serves both sides: the changed rows look for
+//            their own neighbours, and the rows of the panel for new ones among the changed.
 //   merge    the lists of the rows that stay: out with what is gone, in with what was found.
 //   refill   rows whose list ran short search again.
 #include "../ring.h"
@@ -9,8 +9,8 @@
 #include <limits>
 #include <vector>
 
-#include "isa.h"
 #include "pair.h"
+#include "panels.h"
 #include "search.h"
 
 namespace clmfast {
@@ -41,21 +41,6 @@ struct Arrival {
   Neighbour point;
 };
 
-// Bit c of passed[r] is set where row r, as a point, is screened below the limit of column c, as a query.
-CLMFAST_BODY void screen_columns_body(const float* tile, int64_t n_rows, const float* row_low_norm2,
-                                      const float* limit, uint32_t* passed) {
-  for (int64_t r = 0; r < n_rows; ++r) {
-    uint32_t bits = 0;
-    for (int64_t c = 0; c < TILE_COLS; ++c)
-      bits |= static_cast<uint32_t>(row_low_norm2[r] - 2 * tile[r * TILE_COLS + c] < limit[c]) << c;
-    passed[r] = bits;
-  }
-}
-
-CLMFAST_PER_ISA(void, screen_columns,
-                (const float* tile, int64_t n_rows, const float* row_low_norm2, const float* limit, uint32_t* passed),
-                (tile, n_rows, row_low_norm2, limit, passed))
-
 // Puts the point in its place; what falls off the end of a full list is the new bound.
 void insert(Neighbour* list, int64_t length, Neighbour& bound, Neighbour point) {
   if (point >= bound) return;
@@ -69,13 +54,13 @@ void insert(Neighbour* list, int64_t length, Neighbour& bound, Neighbour point) 
 
 struct Update {
   const RingKnn& op;
-  const Packed &points, &queries;
+  const Grid &points, &queries;
   ParallelFor parallel_for;
   const int64_t S = points.S, D = points.D, N = points.N, Q = queries.N;
   const Changed changed_points{N, op.points.first, op.points.count}, changed_queries{Q, op.queries.first,
                                                                                      op.queries.count};
-  const std::vector<double> largest_norm2 = largest_norms(points);
-  std::vector<float> limit = std::vector<float>(S * n_panels(Q) * TILE_COLS);  // of the queries that stay, all views
+  // Of the queries that stay, all views: the distance that the rest of the point may be added to. -infinity: of others.
+  std::vector<float> limit = std::vector<float>(S * n_panels(Q) * TILE_COLS);
 
   Neighbour* list(int64_t v, int64_t s, int64_t q) const { return op.key + ((v * S + s) * Q + q) * op.length; }
   Neighbour& bound(int64_t v, int64_t s, int64_t q) const { return op.bound[(v * S + s) * Q + q]; }
@@ -87,32 +72,28 @@ struct Update {
   }
 
   void find_limits(int64_t s) {
-    const Frame frame = frame_of(queries, s);
     float* out = &limit[s * n_panels(Q) * TILE_COLS];
     std::fill_n(out, n_panels(Q) * TILE_COLS, -INF);
     for (int64_t q = 0; q < op.queries.n; ++q) {
       if (changed_queries.has(q)) continue;
-      for (int64_t v = 0; v < op.V; ++v)
-        out[q] = std::max(out[q], limit_below(frame, queries.norm2_of(s)[q], bound(v, s, q)));
+      for (int64_t v = 0; v < op.V; ++v) out[q] = std::max(out[q], limit_below(queries.unit[s], bound(v, s, q)));
+      out[q] += queries.rest_of(s)[q];
     }
   }
 
   // The queries `rows` [n] look for their neighbours, and write their lists.
   // With `arrivals`, queries that stay also look for neighbours among `rows`, which are points then.
   void search(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>* arrivals) const {
-    const Frame frame = frame_of(points, s);
-    Search search(points, s, largest_norm2[s], point(s, 0), op.points.n, op.length, op.V);
+    Search search(points, s, point(s, 0), op.points.n, op.length, op.V);
     const std::vector<Neighbour> no_bound(op.V, NO_NEIGHBOUR);
     for (int64_t i = 0; i < n; ++i) search.add(query(s, rows[i]), no_bound.data());
     auto barred = [&](int64_t v, int64_t i, int64_t i_point) { return is_barred(v, rows[i], i_point); };
-    alignas(64) float tile[TILE_ROWS * TILE_COLS];
-    float low[TILE_COLS];
+    int32_t tile[TILE_ROWS * TILE_COLS];
     for (int64_t i_panel = 0; i_panel < n_panels(op.points.n); ++i_panel) {
-      low_norm2(frame, points.norm2_of(s) + i_panel * TILE_COLS, low);
-      for (int64_t group = 0; group < search.n_groups(); ++group) {
-        search.dot(group, points.panel(s, i_panel), tile);
-        if (arrivals) note_arrivals(s, search, group, rows, i_panel, tile, *arrivals);
-        search.take(group, i_panel, low, tile, barred);
+      for (int64_t group = 0; group < search.rows().n_groups(); ++group) {
+        search.rows().dist2(group, points, i_panel, tile);
+        if (arrivals) note_arrivals(s, search.rows(), group, rows, i_panel, tile, *arrivals);
+        search.take(group, i_panel, tile, barred);
       }
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -127,14 +108,13 @@ struct Update {
   }
 
   // Of a tile of points `rows` against a panel of queries: who of the queries that stay has to take which point.
-  void note_arrivals(int64_t s, const Search& search, int64_t group, const int64_t* rows, int64_t i_panel,
-                     const float* tile, std::vector<Arrival>& arrivals) const {
-    const Frame frame = frame_of(points, s);
-    const int64_t n = search.n_rows(group), first = group * TILE_ROWS;
-    float low[TILE_ROWS];
+  void note_arrivals(int64_t s, const GridRows& grid_rows, int64_t group, const int64_t* rows, int64_t i_panel,
+                     const int32_t* tile, std::vector<Arrival>& arrivals) const {
+    const int64_t n = grid_rows.n_rows(group), first = group * TILE_ROWS;
+    float rest[TILE_ROWS];
     uint32_t passed[TILE_ROWS];
-    for (int64_t r = 0; r < n; ++r) low[r] = static_cast<float>((1 - frame.kappa) * search.norm2(first + r));
-    screen_columns(tile, n, low, &limit[(s * n_panels(Q) + i_panel) * TILE_COLS], passed);
+    for (int64_t r = 0; r < n; ++r) rest[r] = grid_rows.rest(first + r);
+    screen(tile, n, rest, &limit[(s * n_panels(Q) + i_panel) * TILE_COLS], passed);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t i_point = rows[first + r];
       for (uint32_t bits = passed[r]; bits; bits &= bits - 1) {
@@ -152,13 +132,13 @@ struct Update {
 
   // Queries that stay look for neighbours among the points `rows`, where queries and points are different rings.
   void meet_queries(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>& arrivals) const {
-    Search search(points, s, largest_norm2[s], point(s, 0), op.points.n, op.length, 0);
-    for (int64_t i = 0; i < n; ++i) search.add(point(s, rows[i]), nullptr);
-    alignas(64) float tile[TILE_ROWS * TILE_COLS];
+    GridRows grid_rows(points, s);
+    for (int64_t i = 0; i < n; ++i) grid_rows.add(point(s, rows[i]));
+    int32_t tile[TILE_ROWS * TILE_COLS];
     for (int64_t i_panel = 0; i_panel < n_panels(op.queries.n); ++i_panel) {
-      for (int64_t group = 0; group < search.n_groups(); ++group) {
-        search.dot(group, queries.panel(s, i_panel), tile);
-        note_arrivals(s, search, group, rows, i_panel, tile, arrivals);
+      for (int64_t group = 0; group < grid_rows.n_groups(); ++group) {
+        grid_rows.dist2(group, queries, i_panel, tile);
+        note_arrivals(s, grid_rows, group, rows, i_panel, tile, arrivals);
       }
     }
   }
@@ -244,26 +224,30 @@ struct Update {
 
 }  // namespace
 
-void ring_pack_cpu(const Ring& points, const Packed& packed, const Ring& queries, const Packed& packed_queries, bool is_new,
-               ParallelFor parallel_for) {
-  const int64_t S = packed.S, D = packed.D;
+void ring_pack_cpu(const Ring& points, const Packed& packed, bool is_new, ParallelFor parallel_for) {
+  const int64_t S = packed.S, N = packed.N, D = packed.D;
   std::vector<char> is_out(S, is_new);
   if (!is_new) {
+    const std::vector<int64_t> rows = Changed{N, points.first, points.count}.rows(points.n);
     for_each(parallel_for, S, [&](int64_t s) {
-      for (auto [ring, N] : {std::pair{points, packed.N}, std::pair{queries, packed_queries.N}})
-        for (int64_t i : Changed{N, ring.first, ring.count}.rows(ring.n))
-          is_out[s] |= !suits(packed, s, ring.points + (s * N + i) * D);
+      for (int64_t i : rows) is_out[s] |= !suits(packed, s, points.points + (s * N + i) * D);
     });
   }
   const bool has_all = std::count(is_out.begin(), is_out.end(), 0) == S;
-  if (!has_all) make_frames(packed, points.points, points.n, queries.points, packed_queries.N, queries.n, parallel_for);
-  pack_rows(packed, points.points, points.n, points.first, has_all ? points.count : packed.N, parallel_for);
-  pack_rows(packed_queries, queries.points, queries.n, queries.first, has_all ? queries.count : packed_queries.N,
-            parallel_for);
+  if (!has_all) make_frames(packed, points.points, points.n, nullptr, 0, 0, parallel_for);
+  pack_rows(packed, points.points, points.n, points.first, has_all ? points.count : N, parallel_for);
 }
 
-int64_t ring_knn_cpu(const RingKnn& op, const Packed& packed, const Packed& packed_queries, ParallelFor parallel_for) {
-  return Update{op, packed, packed_queries, parallel_for}.run();
+void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries, const Grid& query_grid, bool is_new,
+                      ParallelFor parallel_for) {
+  if (is_new) make_grids(grid, points.points, points.n, parallel_for);
+  move_to_grid(grid, points.points, points.n, points.first, is_new ? grid.N : points.count, parallel_for);
+  move_to_grid(query_grid, queries.points, queries.n, queries.first, is_new ? query_grid.N : queries.count,
+               parallel_for);
+}
+
+int64_t ring_knn_cpu(const RingKnn& op, const Grid& points, const Grid& queries, ParallelFor parallel_for) {
+  return Update{op, points, queries, parallel_for}.run();
 }
 
 }  // namespace clmfast
