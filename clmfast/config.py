@@ -68,7 +68,7 @@ class ModelConfig:
     init_std: float = 0.08
     """Standard deviation of the initial weights, about 1 / sqrt(width); output projections of a block get it over
     sqrt(2 n_layers). GPT-2's 0.02 is meant for its greater width: here it learns a third as fast."""
-    embedding_std: float = 0.7
+    embedding_std: float = 1.3
     """Standard deviation of the initial token and position embeddings. The larger, the more layers clustering takes."""
     tie_head: bool = False
     """Use the token embedding as output matrix."""
@@ -80,7 +80,7 @@ class TrainConfig:
 
     batch: int = 128
     """Sequences per step."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Peak learning rate."""
     lr_final_share: float = 0.1
     """Learning rate at the last step over the peak (cosine decay); 1 keeps it constant."""

@@ -151,22 +151,34 @@ __attribute__((target("avx2"))) void dist2_avx2 CLMFAST_DIST2_PARAMETERS {
 }
 
 template <int R>
-__attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows CLMFAST_DIST2_PARAMETERS {
+__attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int8_t* rows, const int32_t* start, const uint8_t* panel,
+                                                                      const int32_t* norm2, int64_t depth, int32_t* out) {
   constexpr int C = TILE_COLS / 16;
   __m512i sum[R][C];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_si512();
   for (int64_t g = 0; g < depth; ++g) {
     __m512i p[C];
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) p[c] = _mm512_loadu_si512(panel + (g * TILE_COLS + c * 16) * BYTES);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, rows + (g * TILE_ROWS + r) * BYTES, sizeof four);
-      const __m512i row = _mm512_set1_epi32(four);
-      for (int c = 0; c < C; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], p[c], row);
+      typedef int32_t Four __attribute__((may_alias, aligned(1)));
+      const Four& row = *reinterpret_cast<const Four*>(rows + (g * TILE_ROWS + r) * BYTES);
+      // With the intrinsic, GCC 12 copies every sum before and after.
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        __m512i x = sum[r][c];
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(x) : "v"(p[c]), "m"(row));
+        sum[r][c] = x;
+      }
     }
   }
-  for (int r = 0; r < R && r < n_rows; ++r) {
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       const __m512i both = _mm512_add_epi32(_mm512_set1_epi32(start[r]), _mm512_loadu_si512(norm2 + c * 16));
       _mm512_storeu_si512(out + r * TILE_COLS + c * 16, _mm512_sub_epi32(_mm512_sub_epi32(both, sum[r][c]), sum[r][c]));
@@ -175,9 +187,9 @@ __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows CLMFAST_DIST2
 }
 
 void dist2_vnni CLMFAST_DIST2_PARAMETERS {
-  if (n_rows > 8) return dist2_vnni_rows<12> CLMFAST_DIST2_ARGUMENTS;
-  if (n_rows > 4) return dist2_vnni_rows<8> CLMFAST_DIST2_ARGUMENTS;
-  dist2_vnni_rows<4> CLMFAST_DIST2_ARGUMENTS;
+  if (n_rows > 8) return dist2_vnni_rows<12>(rows, start, panel, norm2, depth, out);
+  if (n_rows > 4) return dist2_vnni_rows<8>(rows, start, panel, norm2, depth, out);
+  dist2_vnni_rows<4>(rows, start, panel, norm2, depth, out);
 }
 
 #else

@@ -1,8 +1,9 @@
 // Search: the nearest points of a few queries of one set, exactly. What knn and ring_knn are made of.
 //
 // Queries meet the points panel by panel, as tiles of squared distances of cells (grid.h). What passes a query's limit
-// waits in `pending` with the bounds on its distance; when that is full, these themselves tell which of it can still be
-// among the k nearest. Only what is left at the end is measured by pair_dist2.
+// waits in `pending` with the bounds on its distance. When that is full, the k smallest upper bounds are refined by
+// quick_dist2, and then tell which of the others can still be among the k nearest. Only those that cannot be told apart
+// from them at the end are measured by pair_dist2.
 //
 // The same queries may ask several times, in views that bar different points.
 #pragma once
@@ -61,13 +62,15 @@ class Search {
 
  private:
   struct Slot {
-    float limit;  // who is at least as far, in steps and before the rest of the point is taken off, is no neighbour
+    float limit;  // who is at least as far, in steps, is no neighbour
     Neighbour bound;
     int64_t n_pending = 0;
     std::vector<Neighbour> nearest;  // the best k measured so far
   };
 
-  void tighten(int64_t slot);
+  float tighten(int64_t slot);
+  void refine(int64_t slot, float up_to);
+  void make_room(int64_t slot);
   void measure(int64_t slot);
 
   Grid grid_;
@@ -77,9 +80,8 @@ class Search {
   GridRows rows_;
   std::vector<const float*> query_;
   std::vector<Slot> slots_;                         // [queries, views]
-  std::vector<float> pending_least_, pending_most_;  // [slots, capacity]: bounds on the distance in steps, to which the
-                                                     // rest of the query is to be added
-  std::vector<int32_t> pending_index_;               // [slots, capacity]
+  std::vector<float> pending_least_, pending_most_;  // [slots, capacity]: bounds on the distance, in steps
+  std::vector<uint32_t> pending_index_;              // [slots, capacity]: the point, and REFINED
 };
 
 template <class IsBarred>
@@ -90,6 +92,7 @@ void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const IsB
   for (int64_t r = 0; r < n; ++r) {
     limit[r] = slots_[(first + r) * n_views_].limit;
     for (int64_t v = 1; v < n_views_; ++v) limit[r] = std::max(limit[r], slots_[(first + r) * n_views_ + v].limit);
+    limit[r] += rows_.rest(first + r);
   }
   const float* rest = grid_.rest_of(s_) + i_panel * TILE_COLS;
   screen(tile, n, limit, rest, passed);
@@ -101,15 +104,14 @@ void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const IsB
       for (uint32_t bits = passed[r]; bits; bits &= bits - 1) {
         const int64_t c = __builtin_ctz(bits), point = i_panel * TILE_COLS + c;
         const float distance = std::sqrt(static_cast<float>(tile[r * TILE_COLS + c]));
-        if (!(distance - rest[c] < slot.limit) || is_barred(v, first + r, point)) continue;
+        const float rests = rows_.rest(first + r) + rest[c];
+        if (!(distance - rests < slot.limit) || is_barred(v, first + r, point)) continue;
         const int64_t end = at * capacity_ + slot.n_pending++;
-        pending_least_[end] = distance - rest[c];
-        pending_most_[end] = distance + rest[c];
-        pending_index_[end] = static_cast<int32_t>(point);
+        pending_least_[end] = distance - rests;
+        pending_most_[end] = distance + rests;
+        pending_index_[end] = static_cast<uint32_t>(point);
       }
-      if (slot.n_pending + TILE_COLS <= capacity_) continue;
-      tighten(at);
-      if (slot.n_pending + TILE_COLS > capacity_) measure(at);
+      if (slot.n_pending + TILE_COLS > capacity_) make_room(at);
     }
   }
 }
