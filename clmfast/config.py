@@ -128,7 +128,7 @@ class MeasureConfig:
     """Unseen splits that a probe classifies by their neighbours."""
     k: int = 10
     """Neighbours."""
-    n_init: int = 10
+    n_init: int = 40
     """k-means++ restarts of a probe."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""

@@ -49,7 +49,7 @@ float limit_below(double unit, Neighbour bound) {
 
 Search::Search(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t k, int64_t n_views)
     : grid_(grid), s_(s), points_(points), k_(k), n_views_(n_views), rows_(grid, s) {
-  capacity_ = std::min(std::max<int64_t>(64, 4 * k), n) + TILE_COLS;
+  capacity_ = std::min(std::max<int64_t>(256, 4 * k), n) + TILE_COLS;
 }
 
 void Search::add(const float* row, const Neighbour* bound) {
