@@ -120,10 +120,10 @@ Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tens
           const Tensor& norm2, const Tensor& rest) {
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2);
   require(has_shape(centre, {S, D}) && has_shape(unit, {S}) &&
-              has_shape(cells, {S, n_panels(N), grid_depth(D), PANEL, BYTES}) &&
+              has_shape(cells, {S, n_panels(N), grid_depth(D), PANEL, PAIR}) &&
               has_shape(norm2, {S, n_panels(N) * PANEL}) && has_shape(rest, {S, n_panels(N) * PANEL}),
           op, ": the grid must be made for points ", shape(points));
-  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<uint8_t>(cells),
+  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<int16_t>(cells),
           mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
 }
 

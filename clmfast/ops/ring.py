@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL, BYTES = 32, 4  # as in csrc/packed.h and csrc/grid.h
+PANEL, PAIR = 32, 2  # as in csrc/packed.h and csrc/grid.h
 
 
 class Packed(NamedTuple):
@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
     centre: Tensor  # [S, D] float32
     unit: Tensor  # [S] float64
-    cells: Tensor  # [S, ceil(N / 32), ceil(D / 4), 32, 4] uint8
+    cells: Tensor  # [S, ceil(N / 32), ceil(D / 2), 32, 2] int16
     norm2: Tensor  # [S, ceil(N / 32) * 32] int32
     rest: Tensor  # [S, ceil(N / 32) * 32] float32
 
@@ -70,7 +70,7 @@ def empty_grid(points: Tensor, shared: Grid | None = None) -> Grid:
     return Grid(
         points.new_empty(S, D) if shared is None else shared.centre,
         points.new_empty(S, dtype=torch.float64) if shared is None else shared.unit,
-        points.new_empty(S, n_panels, -(-D // BYTES), PANEL, BYTES, dtype=torch.uint8),
+        points.new_empty(S, n_panels, -(-D // PAIR), PANEL, PAIR, dtype=torch.int16),
         points.new_empty(S, n_panels * PANEL, dtype=torch.int32),
         points.new_empty(S, n_panels * PANEL),
     )

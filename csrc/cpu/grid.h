@@ -1,9 +1,9 @@
 // The screen of knn: points on a grid, and the squared distances of their cells.
 //
-//   y = unit x - centre,  cell = y rounded to whole numbers of at most REACH,  rest >= |y - cell|
+//   y = unit x - centre,  cell = y rounded to whole numbers that 16 bits hold,  rest >= |y - cell|
 //
-// Screening and deciding. knn must compare float64 distances exactly, but needs to compute only few of them. Four
-// products of bytes are one lane of one instruction, and nothing is rounded: the squared distance of two cells is an
+// Screening and deciding. knn must compare float64 distances exactly, but needs to compute only few of them. Two
+// products of 16 bits are one lane of one instruction, and nothing is rounded: the squared distance of two cells is an
 // integer. The triangle inequality bounds what it says about the points,
 //
 //   | unit |q - p| - |cell_q - cell_p| | <= rest_q + rest_p,
@@ -30,7 +30,7 @@ struct GridMemory : Grid {
   std::unique_ptr<float[]> floats_;  // not vectors: to clear them first would cost as much as to fill them
   std::unique_ptr<double[]> doubles_;
   std::unique_ptr<int32_t[]> integers_;
-  std::unique_ptr<uint8_t[]> bytes_;
+  std::unique_ptr<int16_t[]> cells_;
 };
 
 // Chooses centre and unit of every set by a sample of the first n of its points [S, N, D].
@@ -54,14 +54,14 @@ class GridRows {
   float rest(int64_t i) const { return rest_[i]; }  // -infinity: the row is not finite
 
   // The squared distances of a group's cells to those of a panel of `other`, which shares the grid: tile [TILE_ROWS,
-  // TILE_COLS], of which the first n_rows(group) rows are written.
+  // TILE_COLS], of which the rows from n_rows(group) on are unspecified.
   void dist2(int64_t group, const Grid& other, int64_t i_panel, int32_t* tile) const;
 
  private:
   Grid grid_;
   int64_t s_;
-  std::vector<int8_t> cells_;    // [groups, depth, TILE_ROWS, BYTES]
-  std::vector<int32_t> start_;   // [groups * TILE_ROWS], see dist2
+  std::vector<int16_t> cells_;  // [groups, depth, TILE_ROWS, PAIR]
+  std::vector<int32_t> norm2_;  // [groups * TILE_ROWS]
   std::vector<float> rest_;
 };
 

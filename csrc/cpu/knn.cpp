@@ -24,15 +24,18 @@ void search_block(const Knn& op, const Grid& grid, int64_t s, int64_t first) {
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
     search.add(queries + i * op.D, &bound);
   }
-  auto is_barred = [&](int64_t, int64_t query, int64_t point) {
-    return (op.is_self && point == first + query) ||
-           (op.query_group && op.query_group[first + query] == op.point_group[point]);
+  auto barred = [&](int64_t, int64_t query, int64_t i_panel) {
+    const int64_t from = i_panel * TILE_COLS, own = first + query - from;
+    uint32_t bits = op.is_self && 0 <= own && own < TILE_COLS ? 1u << own : 0;
+    if (op.query_group)
+      bits |= equal_to(op.query_group[first + query], op.point_group + from, std::min(TILE_COLS, op.N - from));
+    return bits;
   };
   int32_t tile[TILE_ROWS * TILE_COLS];
   for (int64_t i_panel = 0; i_panel < n_panels(op.N); ++i_panel) {
     for (int64_t group = 0; group < search.rows().n_groups(); ++group) {
       search.rows().dist2(group, grid, i_panel, tile);
-      search.take(group, i_panel, tile, is_barred);
+      search.take(group, i_panel, tile, barred);
     }
   }
   for (int64_t i = 0; i < n_queries; ++i) {

@@ -32,20 +32,6 @@ CLMFAST_BODY double pair_dist2_body(const float* a, const float* b, int64_t D) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-CLMFAST_BODY float quick_dist2_body(const float* a, const float* b, int64_t D) {
-  float lane[LANES] = {};
-  int64_t d = 0;
-  for (; d + LANES <= D; d += LANES)
-    for (int l = 0; l < LANES; ++l) {
-      const float difference = a[d + l] - b[d + l];
-      lane[l] += difference * difference;
-    }
-  for (int l = 0; d < D; ++d, ++l) lane[l] += (a[d] - b[d]) * (a[d] - b[d]);
-  float sum = 0;
-  for (int l = 0; l < LANES; ++l) sum += lane[l];
-  return sum;
-}
-
 CLMFAST_BODY float row_reach_body(const float* row, int64_t D) {
   int32_t reach =
       0;  // of floats without their signs, the larger has the larger bits; infinity is above all, NaN above that
@@ -60,7 +46,6 @@ CLMFAST_BODY float row_reach_body(const float* row, int64_t D) {
 }
 
 CLMFAST_PER_ISA(double, pair_dist2, (const float* a, const float* b, int64_t D), (a, b, D))
-CLMFAST_PER_ISA(float, quick_dist2, (const float* a, const float* b, int64_t D), (a, b, D))
 CLMFAST_PER_ISA(float, row_reach, (const float* row, int64_t D), (row, D))
 
 }  // namespace clmfast

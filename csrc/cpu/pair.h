@@ -13,10 +13,6 @@ namespace clmfast {
 
 double pair_dist2(const float* a, const float* b, int64_t D);
 
-// The same in float32, in any order and fused or not: within (D / 16 + 20) 2^-23 of dist2, relatively, where the result
-// is above 2^-100 and finite.
-float quick_dist2(const float* a, const float* b, int64_t D);
-
 // The largest |coordinate|; infinity or NaN if the row holds one.
 float row_reach(const float* row, int64_t D);
 

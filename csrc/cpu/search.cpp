@@ -5,40 +5,141 @@
 #include "isa.h"
 #include "pair.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr uint32_t REFINED = 1u << 31;
+constexpr int64_t LANES = 16;
 
 // A distance in steps that no point exceeds whose dist2, rounded to float32, is at most this.
 float limit_for(double unit, double dist2) {
   return static_cast<float>(std::sqrt(dist2 * (1 + 0x1p-22) + 0x1p-148) * unit * (1 + 0x1p-20));
 }
 
-// At least the k-th smallest of n floats >= 0, and equal to it but for the last 8 bits. Their bits sort as integers.
-// Counting from the top bit down has nothing to predict, which partial sorting has.
+// A little more than the k-th smallest of n floats >= 0, n >= k, and at most the next one where that is far. Halving the
+// range has nothing to predict, which partial sorting has; floats >= 0 sort as their bits.
 CLMFAST_BODY float kth_of_body(const float* x, int64_t n, int64_t k) {
-  uint32_t kth = 0;
-  for (int bit = 30; bit >= 8; --bit) {
-    const uint32_t middle = kth | 1u << bit;
-    int32_t n_below = 0;
+  constexpr uint32_t NEAR = 1 << 8;
+  uint32_t low = ~0u, high = 0;  // fewer than k are below `low`, at least k are at most `high`
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    low = std::min(low, bits);
+    high = std::max(high, bits);
+  }
+  while (high - low > NEAR) {
+    const uint32_t middle = low + (high - low) / 2;
+    int32_t n_within = 0;
     for (int64_t i = 0; i < n; ++i) {
       uint32_t bits;
       std::memcpy(&bits, x + i, sizeof bits);
-      n_below += bits < middle;
+      n_within += bits <= middle;
     }
-    if (n_below < k) kth = middle;
+    if (n_within < k) low = middle;
+    else high = middle;
+    if (n_within == k) break;
   }
-  kth |= 0xff;
   float value;
-  std::memcpy(&value, &kth, sizeof value);
-  return value < INF ? value : INF;
+  std::memcpy(&value, &high, sizeof value);
+  return value;
 }
 
 CLMFAST_PER_ISA(float, kth_of, (const float* x, int64_t n, int64_t k), (x, n, k))
 
+// Appends the columns of `tile_row` that are closer than `limit`; returns how many. May write up to LANES further.
+#define CLMFAST_APPEND_PARAMETERS                                                                                    \
+  (const int32_t* tile_row, const float* rest, float row_rest, float limit, uint32_t columns, uint32_t first, float* least, \
+   float* most, uint32_t* index)
+#define CLMFAST_APPEND_ARGUMENTS (tile_row, rest, row_rest, limit, columns, first, least, most, index)
+
+int64_t append_any CLMFAST_APPEND_PARAMETERS {
+  int64_t n = 0;
+  for (uint32_t bits = columns; bits; bits &= bits - 1) {
+    const uint32_t c = __builtin_ctz(bits);
+    const float distance = std::sqrt(static_cast<float>(tile_row[c])), rests = row_rest + rest[c];
+    least[n] = distance - rests;
+    most[n] = distance + rests;
+    index[n] = first + c;
+    n += least[n] < limit;
+  }
+  return n;
+}
+
+#if defined(__x86_64__)
+CLMFAST_AVX512 int64_t append_avx512 CLMFAST_APPEND_PARAMETERS {
+  int64_t n = 0;
+  for (int64_t c = 0; c < TILE_COLS; c += LANES) {
+    const __m512 distance = _mm512_sqrt_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(tile_row + c)));
+    const __m512 rests = _mm512_add_ps(_mm512_set1_ps(row_rest), _mm512_loadu_ps(rest + c));
+    const __m512 low = _mm512_sub_ps(distance, rests), high = _mm512_add_ps(distance, rests);
+    const __mmask16 is_close = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(columns >> c), low, _mm512_set1_ps(limit),
+                                                       _CMP_LT_OQ);
+    const __m512i point = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first + c)),
+                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_ps(least + n, _mm512_maskz_compress_ps(is_close, low));
+    _mm512_storeu_ps(most + n, _mm512_maskz_compress_ps(is_close, high));
+    _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(is_close, point));
+    n += __builtin_popcount(is_close);
+  }
+  return n;
+}
+#else
+constexpr auto append_avx512 = append_any;
+#endif
+
+// Keeps those of the n entries whose lower bound is below the limit; returns how many.
+int64_t keep_below_any(float limit, int64_t n, float* least, float* most, uint32_t* index) {
+  int64_t n_left = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    least[n_left] = least[i];
+    most[n_left] = most[i];
+    index[n_left] = index[i];
+    n_left += least[i] < limit;
+  }
+  return n_left;
+}
+
+#if defined(__x86_64__)
+CLMFAST_AVX512 int64_t keep_below_avx512(float limit, int64_t n, float* least, float* most, uint32_t* index) {
+  int64_t n_left = 0;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __mmask16 is_there = n - i >= LANES ? 0xffff : (1u << (n - i)) - 1;
+    const __m512 low = _mm512_loadu_ps(least + i), high = _mm512_loadu_ps(most + i);
+    const __m512i point = _mm512_loadu_si512(index + i);
+    const __mmask16 is_kept = _mm512_mask_cmp_ps_mask(is_there, low, _mm512_set1_ps(limit), _CMP_LT_OQ);
+    _mm512_storeu_ps(least + n_left, _mm512_maskz_compress_ps(is_kept, low));
+    _mm512_storeu_ps(most + n_left, _mm512_maskz_compress_ps(is_kept, high));
+    _mm512_storeu_si512(index + n_left, _mm512_maskz_compress_epi32(is_kept, point));
+    n_left += __builtin_popcount(is_kept);
+  }
+  return n_left;
+}
+#else
+constexpr auto keep_below_avx512 = keep_below_any;
+#endif
+
+int64_t keep_below(float limit, int64_t n, float* least, float* most, uint32_t* index) {
+  static const auto once = pick(keep_below_any, keep_below_any, keep_below_avx512);
+  return once(limit, n, least, most, index);
+}
+
+CLMFAST_BODY uint32_t equal_to_body(int64_t own, const int64_t* group, int64_t n) {
+  uint32_t bits = 0;
+  if (n == TILE_COLS) {
+    for (int64_t c = 0; c < TILE_COLS; ++c) bits |= static_cast<uint32_t>(group[c] == own) << c;
+  } else {
+    for (int64_t c = 0; c < n; ++c) bits |= static_cast<uint32_t>(group[c] == own) << c;
+  }
+  return bits;
+}
+
 }  // namespace
+
+CLMFAST_PER_ISA(uint32_t, equal_to, (int64_t own, const int64_t* group, int64_t n), (own, group, n))
 
 float limit_below(double unit, Neighbour bound) {
   if (bound <= 0) return -INF;
@@ -49,7 +150,8 @@ float limit_below(double unit, Neighbour bound) {
 
 Search::Search(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t k, int64_t n_views)
     : grid_(grid), s_(s), points_(points), k_(k), n_views_(n_views), rows_(grid, s) {
-  capacity_ = std::min(std::max<int64_t>(256, 4 * k), n) + TILE_COLS;
+  capacity_ = std::min(std::max<int64_t>(128, 4 * k), n) + TILE_COLS;
+  stride_ = capacity_ + LANES;
 }
 
 void Search::add(const float* row, const Neighbour* bound) {
@@ -57,61 +159,37 @@ void Search::add(const float* row, const Neighbour* bound) {
   query_.push_back(row);
   for (int64_t v = 0; v < n_views_; ++v)
     slots_.push_back({rest < 0 ? -INF : limit_below(grid_.unit[s_], bound[v]), bound[v], 0, {}});
-  pending_least_.resize(slots_.size() * capacity_);
-  pending_most_.resize(slots_.size() * capacity_);
-  pending_index_.resize(slots_.size() * capacity_);
+  pending_least_.resize(slots_.size() * stride_);
+  pending_most_.resize(slots_.size() * stride_);
+  pending_index_.resize(slots_.size() * stride_);
 }
 
-// Of more than k pending, k are at most as far as the k-th upper bound, which is returned. Who is certainly farther,
-// also after rounding to float32, is out.
-float Search::tighten(int64_t at) {
+void Search::append(int64_t at, int64_t i_panel, const int32_t* tile_row, uint32_t columns) {
+  static const auto once = pick(append_any, append_any, append_avx512);
   Slot& slot = slots_[at];
-  float *least = &pending_least_[at * capacity_], *most = &pending_most_[at * capacity_];
-  uint32_t* index = &pending_index_[at * capacity_];
-  float kth = INF;
+  const int64_t end = at * stride_ + slot.n_pending;
+  slot.n_pending += once(tile_row, grid_.rest_of(s_) + i_panel * TILE_COLS, rows_.rest(at / n_views_), slot.limit, columns,
+                         static_cast<uint32_t>(i_panel * TILE_COLS), &pending_least_[end], &pending_most_[end],
+                         &pending_index_[end]);
+}
+
+// Of more than k pending, k are at most as far as the k-th upper bound. Who is certainly farther, also after rounding to float32, is out.
+void Search::tighten(int64_t at) {
+  Slot& slot = slots_[at];
+  float *least = &pending_least_[at * stride_], *most = &pending_most_[at * stride_];
+  uint32_t* index = &pending_index_[at * stride_];
   if (slot.n_pending > k_) {
-    kth = kth_of(most, slot.n_pending, k_);
+    const float kth = kth_of(most, slot.n_pending, k_);
     const double unit = grid_.unit[s_], distance = kth * (1 + 0x1p-20) / unit, dist2 = distance * distance;
     if (dist2 < std::numeric_limits<float>::max())  // where dist2 overflows, the index decides
       slot.limit = std::min(slot.limit, limit_for(unit, dist2));
   }
-  int64_t n_left = 0;
-  for (int64_t i = 0; i < slot.n_pending; ++i) {
-    least[n_left] = least[i];
-    most[n_left] = most[i];
-    index[n_left] = index[i];
-    n_left += least[i] < slot.limit;
-  }
-  slot.n_pending = n_left;
-  return kth;
-}
-
-// Better bounds for those whose upper bound is at most `up_to`.
-void Search::refine(int64_t at, float up_to) {
-  const float* row = query_[at / n_views_];
-  const double error = (static_cast<double>(grid_.D) / 16 + 20) * 0x1p-23;
-  for (int64_t i = at * capacity_; i < at * capacity_ + slots_[at].n_pending; ++i) {
-    const uint32_t index = pending_index_[i];
-    if (index & REFINED || pending_most_[i] > up_to) continue;
-    pending_index_[i] |= REFINED;
-    const float quick = quick_dist2(row, points_ + index * grid_.D, grid_.D);
-    if (!(quick > 0x1p-100f && quick < INF)) continue;
-    const double distance = std::sqrt(static_cast<double>(quick)) * grid_.unit[s_];
-    pending_least_[i] = static_cast<float>(distance * (1 - error));
-    pending_most_[i] = static_cast<float>(distance * (1 + error));
-  }
+  slot.n_pending = keep_below(slot.limit, slot.n_pending, least, most, index);
 }
 
 void Search::make_room(int64_t at) {
-  const Slot& slot = slots_[at];
-  const float kth = tighten(at);
-  if (slot.n_pending <= capacity_ / 2) return;
-  refine(at, kth);
   tighten(at);
-  if (slot.n_pending <= capacity_ / 2) return;
-  refine(at, INF);
-  tighten(at);
-  if (slot.n_pending + TILE_COLS > capacity_) measure(at);  // too many of almost the same distance
+  if (slots_[at].n_pending + TILE_COLS > capacity_) measure(at);  // too many of almost the same distance
 }
 
 void Search::measure(int64_t at) {
@@ -120,7 +198,7 @@ void Search::measure(int64_t at) {
   const float* row = query_[at / n_views_];
   nearest.reserve(nearest.size() + slot.n_pending);
   for (int64_t i = 0; i < slot.n_pending; ++i) {
-    const int64_t index = pending_index_[at * capacity_ + i] & ~REFINED;
+    const int64_t index = pending_index_[at * stride_ + i];
     Neighbour found = neighbour(static_cast<float>(pair_dist2(row, points_ + index * grid_.D, grid_.D)), index);
     if (found < slot.bound) nearest.push_back(found);
   }
@@ -138,9 +216,6 @@ void Search::measure(int64_t at) {
 
 const std::vector<Neighbour>& Search::finish(int64_t query, int64_t view) {
   const int64_t at = query * n_views_ + view;
-  refine(at, tighten(at));
-  tighten(at);
-  refine(at, INF);
   tighten(at);
   measure(at);
   std::sort(slots_[at].nearest.begin(), slots_[at].nearest.end());

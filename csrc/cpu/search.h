@@ -1,9 +1,8 @@
 // Search: the nearest points of a few queries of one set, exactly. What knn and ring_knn are made of.
 //
 // Queries meet the points panel by panel, as tiles of squared distances of cells (grid.h). What passes a query's limit
-// waits in `pending` with the bounds on its distance. When that is full, the k smallest upper bounds are refined by
-// quick_dist2, and then tell which of the others can still be among the k nearest. Only those that cannot be told apart
-// from them at the end are measured by pair_dist2.
+// waits in `pending` with the bounds on its distance, which tell from time to time which of it can still be among the k
+// nearest. Only what is left at the end is measured by pair_dist2.
 //
 // The same queries may ask several times, in views that bar different points.
 #pragma once
@@ -52,10 +51,10 @@ class Search {
 
   const GridRows& rows() const { return rows_; }
 
-  // Takes what the group can use of a tile of its distances to panel i_panel. is_barred(view, query, point) says who is
-  // no neighbour.
-  template <class IsBarred>
-  void take(int64_t group, int64_t i_panel, const int32_t* tile, const IsBarred& is_barred);
+  // Takes what the group can use of a tile of its distances to panel i_panel. barred(view, query, i_panel) has the bits
+  // of those of the panel that are no neighbours.
+  template <class Barred>
+  void take(int64_t group, int64_t i_panel, const int32_t* tile, const Barred& barred);
 
   // The neighbours found, ascending.
   const std::vector<Neighbour>& finish(int64_t query, int64_t view);
@@ -68,24 +67,27 @@ class Search {
     std::vector<Neighbour> nearest;  // the best k measured so far
   };
 
-  float tighten(int64_t slot);
-  void refine(int64_t slot, float up_to);
+  void append(int64_t slot, int64_t i_panel, const int32_t* tile_row, uint32_t columns);
+  void tighten(int64_t slot);
   void make_room(int64_t slot);
   void measure(int64_t slot);
 
   Grid grid_;
   int64_t s_;
   const float* points_;
-  int64_t k_, n_views_, capacity_;
+  int64_t k_, n_views_, capacity_, stride_;
   GridRows rows_;
   std::vector<const float*> query_;
   std::vector<Slot> slots_;                         // [queries, views]
-  std::vector<float> pending_least_, pending_most_;  // [slots, capacity]: bounds on the distance, in steps
-  std::vector<uint32_t> pending_index_;              // [slots, capacity]: the point, and REFINED
+  std::vector<float> pending_least_, pending_most_;  // [slots, stride]: bounds on the distance, in steps
+  std::vector<uint32_t> pending_index_;              // [slots, stride]: the point
 };
 
-template <class IsBarred>
-void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const IsBarred& is_barred) {
+// Bit c is set where group[c] = own, of n <= TILE_COLS.
+uint32_t equal_to(int64_t own, const int64_t* group, int64_t n);
+
+template <class Barred>
+void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const Barred& barred) {
   float limit[TILE_ROWS] = {};
   uint32_t passed[TILE_ROWS];
   const int64_t first = group * TILE_ROWS, n = rows_.n_rows(group);
@@ -94,24 +96,15 @@ void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const IsB
     for (int64_t v = 1; v < n_views_; ++v) limit[r] = std::max(limit[r], slots_[(first + r) * n_views_ + v].limit);
     limit[r] += rows_.rest(first + r);
   }
-  const float* rest = grid_.rest_of(s_) + i_panel * TILE_COLS;
-  screen(tile, n, limit, rest, passed);
+  screen(tile, n, limit, grid_.rest_of(s_) + i_panel * TILE_COLS, passed);
+  // Twice as many points have been seen as when the limit was looked at last: it may have sunk by much.
+  const bool is_due = i_panel >= 3 && (i_panel & (i_panel + 1)) == 0;
   for (int64_t r = 0; r < n; ++r) {
-    if (!passed[r]) continue;
+    if (!passed[r] && !is_due) continue;
     for (int64_t v = 0; v < n_views_; ++v) {
       const int64_t at = (first + r) * n_views_ + v;
-      Slot& slot = slots_[at];
-      for (uint32_t bits = passed[r]; bits; bits &= bits - 1) {
-        const int64_t c = __builtin_ctz(bits), point = i_panel * TILE_COLS + c;
-        const float distance = std::sqrt(static_cast<float>(tile[r * TILE_COLS + c]));
-        const float rests = rows_.rest(first + r) + rest[c];
-        if (!(distance - rests < slot.limit) || is_barred(v, first + r, point)) continue;
-        const int64_t end = at * capacity_ + slot.n_pending++;
-        pending_least_[end] = distance - rests;
-        pending_most_[end] = distance + rests;
-        pending_index_[end] = static_cast<uint32_t>(point);
-      }
-      if (slot.n_pending + TILE_COLS > capacity_) make_room(at);
+      append(at, i_panel, tile + r * TILE_COLS, passed[r] & ~barred(v, first + r, i_panel));
+      if (is_due || slots_[at].n_pending + TILE_COLS > capacity_) make_room(at);
     }
   }
 }
