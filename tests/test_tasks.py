@@ -158,7 +158,10 @@ def test_own_grammars():
         ({"grammars": (("a(?=b)", "d"), ("e", "f")), "n_grammars": 1}, r"look"),
         ({"grammars": (("[ab]{9}", "c"), ("d", "b[ab]{8}")), "n_grammars": 1}, r"must not share strings .*'baaaaaaaa'"),
         ({"n_outputs": 2, "n_inputs": 1, "n_tasks": 3}, r"n_outputs \*\* n_inputs = 2 different functions, got 3"),
-        ({"unseen_pair_share": 0.9, "n_inputs": 8}, r"unseen_pair_share must leave every instruction one input: at most 0.875"),
+        (
+            {"unseen_pair_share": 0.9, "n_inputs": 8},
+            r"unseen_pair_share must leave every instruction one input: at most 0.875",
+        ),
         ({"alphabet": "ab", "max_instruction_length": 5, "n_inputs": 2}, r"no 10 disjoint grammars"),
     ],
 )

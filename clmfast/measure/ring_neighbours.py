@@ -15,7 +15,7 @@ from clmfast.ops.ring import Ring, RingState
 
 # A new row's list starts with this many entries per neighbour asked for. A row stays for `window / batch` steps, in
 # which about as many entries leave as enter.
-LIST_PER_K = 2.5
+LIST_PER_K = 2.0
 
 
 class RingNeighbours:

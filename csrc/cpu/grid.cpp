@@ -206,11 +206,11 @@ __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int16_t
     for (int c = 0; c < C; ++c) p[c] = _mm512_loadu_si512(panel + (g * TILE_COLS + c * 16) * PAIR);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Two& row = *reinterpret_cast<const Two*>(rows + (g * TILE_ROWS + r) * PAIR);
+      const __m512i row = _mm512_set1_epi32(*reinterpret_cast<const Two*>(rows + (g * TILE_ROWS + r) * PAIR));
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
         __m512i x = sum[r][c];  // with the intrinsic, GCC 12 copies every sum before and after
-        asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(x) : "v"(p[c]), "m"(row));
+        asm("vpdpwssd %2, %1, %0" : "+v"(x) : "v"(p[c]), "v"(row));
         sum[r][c] = x;
       }
     }

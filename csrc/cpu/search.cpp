@@ -127,6 +127,12 @@ int64_t keep_below(float limit, int64_t n, float* least, float* most, uint32_t* 
   return once(limit, n, least, most, index);
 }
 
+// Rows that are measured lie anywhere: memory is asked for them ahead of time.
+void fetch(const float* row, int64_t D) {
+  constexpr int64_t LINE = 16;
+  for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
+}
+
 CLMFAST_BODY uint32_t equal_to_body(int64_t own, const int64_t* group, int64_t n) {
   uint32_t bits = 0;
   if (n == TILE_COLS) {
@@ -152,6 +158,12 @@ Search::Search(const Grid& grid, int64_t s, const float* points, int64_t n, int6
     : grid_(grid), s_(s), points_(points), k_(k), n_views_(n_views), rows_(grid, s) {
   capacity_ = std::min(std::max<int64_t>(128, 4 * k), n) + TILE_COLS;
   stride_ = capacity_ + LANES;
+  const int64_t n_entries = MOST * n_views * stride_;
+  pending_least_.reset(new float[n_entries]);
+  pending_most_.reset(new float[n_entries]);
+  pending_index_.reset(new uint32_t[n_entries]);
+  slots_.reserve(MOST * n_views);
+  query_.reserve(MOST);
 }
 
 void Search::add(const float* row, const Neighbour* bound) {
@@ -159,9 +171,6 @@ void Search::add(const float* row, const Neighbour* bound) {
   query_.push_back(row);
   for (int64_t v = 0; v < n_views_; ++v)
     slots_.push_back({rest < 0 ? -INF : limit_below(grid_.unit[s_], bound[v]), bound[v], 0, {}});
-  pending_least_.resize(slots_.size() * stride_);
-  pending_most_.resize(slots_.size() * stride_);
-  pending_index_.resize(slots_.size() * stride_);
 }
 
 void Search::append(int64_t at, int64_t i_panel, const int32_t* tile_row, uint32_t columns) {
@@ -197,8 +206,10 @@ void Search::measure(int64_t at) {
   auto& nearest = slot.nearest;
   const float* row = query_[at / n_views_];
   nearest.reserve(nearest.size() + slot.n_pending);
+  const uint32_t* pending = &pending_index_[at * stride_];
   for (int64_t i = 0; i < slot.n_pending; ++i) {
-    const int64_t index = pending_index_[at * stride_ + i];
+    const int64_t index = pending[i];
+    if (i + 2 < slot.n_pending) fetch(points_ + pending[i + 2] * grid_.D, grid_.D);
     Neighbour found = neighbour(static_cast<float>(pair_dist2(row, points_ + index * grid_.D, grid_.D)), index);
     if (found < slot.bound) nearest.push_back(found);
   }

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "grid.h"
@@ -79,8 +80,8 @@ class Search {
   GridRows rows_;
   std::vector<const float*> query_;
   std::vector<Slot> slots_;                         // [queries, views]
-  std::vector<float> pending_least_, pending_most_;  // [slots, stride]: bounds on the distance, in steps
-  std::vector<uint32_t> pending_index_;              // [slots, stride]: the point
+  std::unique_ptr<float[]> pending_least_, pending_most_;  // [slots, stride]: bounds on the distance, in steps
+  std::unique_ptr<uint32_t[]> pending_index_;              // [slots, stride]: the point
 };
 
 // Bit c is set where group[c] = own, of n <= TILE_COLS.
