@@ -129,7 +129,7 @@ class MeasureConfig:
     k: int = 10
     """Neighbours."""
     n_init: int = 40
-    """k-means++ restarts of a probe. After 10, ARI still depends on the draw (standard deviation 0.04), after 40 hardly."""
+    """k-means++ restarts of a probe. After 10, ARI depends on the draw (standard deviation 0.04), after 40 hardly."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""
     warm_iter: int = 3

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from clmfast.config import ModelConfig
 from clmfast.model import Transformer
 
-CONFIG = ModelConfig(n_layers=3, width=48, n_heads=4, init_std=0.2)
+CONFIG = ModelConfig(n_layers=3, width=48, n_heads=4, init_std=0.2, embedding_std=0.3)
 VOCABULARY, MAX_LENGTH = 29, 20
 
 

@@ -1,5 +1,5 @@
-"""ops.ring_to_grid, ops.ring_knn and measure/ring_neighbours.py: after any history of changes, exactly what ops.knn says
-of the whole rings."""
+"""ops.ring_to_grid, ops.ring_knn and measure/ring_neighbours.py: after any history of changes, exactly what ops.knn
+says of the whole rings."""
 
 from __future__ import annotations
 
