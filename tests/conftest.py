@@ -19,7 +19,7 @@ SMALL = RunConfig(
     task=TaskConfig(
         n_tasks=4, n_grammars=2, n_instructions=6, n_unseen_instructions=4, n_inputs=3, n_outputs=8, alphabet="abcdefgh"
     ),
-    model=ModelConfig(n_layers=2, width=16, n_heads=2),
+    model=ModelConfig(n_layers=2, width=16, n_heads=2, embedding_std=0.7),
     train=TrainConfig(batch=8, warmup_steps=2, validate_every=4, n_validation=32, patience=2),
     measure=MeasureConfig(
         window=32, unseen_per_step=2, unseen_window=8, probe_every=5, probe_train=48, probe_unseen=24,
