@@ -154,21 +154,28 @@ def test_threads_do_not_matter():
     assert_threads_do_not_matter(lambda: ops.knn(points, 7))
 
 
-def test_every_instruction_set_gives_the_same_bits(tmp_path):
-    script = """if True:
-        import sys, torch
-        from clmfast import ops
-        points = torch.randn(2, 300, 37, generator=torch.Generator().manual_seed(0)) + 3
-        torch.save([*ops.knn(points, 9), *ops.kmeans(points, 6, init=points[:, :6])], sys.argv[1])
-    """
-    points = normal(2, 300, 37) + 3
-    best = [*ops.knn(points, 9), *ops.kmeans(points, 6, init=points[:, :6])]
-    for isa in ("baseline", "avx2"):
-        environment = {**os.environ, "CLMFAST_ISA": isa}
-        command = [sys.executable, "-c", script, str(tmp_path / isa)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if "this processor does not have it" not in done.stderr:
-            assert_same_bits(torch.load(tmp_path / isa), best)
+def answers():
+    """Of knn and kmeans on awkward data and odd shapes."""
+    found = [x for make in DATA.values() for x in ops.knn(make(normal(2, 150, 12)), 10)]
+    for D in (1, 2, 3, 31, 64, 129):
+        points = normal(2, 301, D) + 3
+        found += [
+            *ops.knn(points, 9),
+            *ops.knn(points, 9, normal(2, 14, D)),
+            *ops.kmeans(points, 6, init=points[:, :6]),
+        ]
+    return found
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(tmp_path, isa):
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, torch, test_knn as t; torch.save(t.answers(), sys.argv[1])", tmp_path / "x"],
+        env={**os.environ, "CLMFAST_ISA": isa}, cwd=os.path.dirname(__file__), capture_output=True, text=True,
+    )  # fmt: skip
+    if "this processor does not have it" in done.stderr:
+        pytest.skip(f"no {isa} here")
+    assert_same_bits(torch.load(tmp_path / "x"), answers())
 
 
 # ---- is it registered right?

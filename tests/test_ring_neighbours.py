@@ -142,7 +142,7 @@ def test_threads_do_not_matter():
 def test_every_instruction_set_gives_the_same_bits(tmp_path):
     script = "import sys, torch, test_ring_neighbours as t; torch.save(t.history(), sys.argv[1])"
     best = history()
-    for isa in ("baseline", "avx2"):
+    for isa in ("baseline", "avx2", "avx512"):
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / isa)],
             env={**os.environ, "CLMFAST_ISA": isa},

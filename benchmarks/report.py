@@ -1,0 +1,161 @@
+"""python -m benchmarks.report: draws what `pytest benchmarks/` saved, and prints its claims as a Markdown table.
+
+rivals.png   every contest: the time of each rival over ours
+limits.png   the share of the machine's limit that each reaches
+scaling.png  time against N, D, layers and threads, where `pytest benchmarks/ --full` measured them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter
+
+from benchmarks.results import FOLDER
+
+OURS, RIVAL, LIMIT = "#0b6e4f", "#b8b8b8", "#c1440e"
+Result = dict[str, Any]
+
+
+def newest() -> Path:
+    """The result file that was written last."""
+    found = sorted(FOLDER.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SystemExit(f"no results in {FOLDER}: run `pytest benchmarks/` first")
+    return found[-1]
+
+
+def ours_of(contest: Result) -> str:
+    return next(iter(contest["contenders"]))
+
+
+def draw_rivals(result: Result, path: Path) -> None:
+    """One row of bars per contest: the rivals' medians over ours, with quartiles."""
+    contests = [c for c in result["contests"] if len(c["contenders"]) > 1 and c["curve"] is None]
+    if not contests:
+        return
+    n_bars = sum(len(c["contenders"]) - 1 for c in contests)
+    figure, axes = plt.subplots(figsize=(10, 0.26 * n_bars + 0.45 * len(contests) + 1))
+    at, ticks, names = 0.0, [], []
+    for contest in contests:
+        ours_ms = contest["contenders"][ours_of(contest)]["median_ms"]
+        axes.text(0.02, at, f"{contest['title']}  (clmfast {ours_ms:.3g} ms)", weight="bold", va="center", fontsize=8)
+        at += 1
+        rivals = [(name, t) for name, t in contest["contenders"].items() if name != ours_of(contest)]
+        for name, times in sorted(rivals, key=lambda item: item[1]["median_ms"]):
+            ratio = times["median_ms"] / ours_ms
+            spread = [[ratio - times["q1_ms"] / ours_ms], [times["q3_ms"] / ours_ms - ratio]]
+            axes.barh(at, ratio, color=RIVAL, xerr=spread, error_kw={"lw": 0.8})
+            axes.text(max(ratio, times["q3_ms"] / ours_ms) * 1.05, at, f"{ratio:.3g}x", va="center", fontsize=8)
+            ticks.append(at)
+            names.append(name)
+            at += 1
+        at += 0.6
+    axes.axvline(1, color=OURS, lw=1.5)
+    axes.set(xscale="log", yticks=ticks, ylim=(at, -1), xlabel="time over that of clmfast (right of the line: slower)")
+    axes.set_yticklabels(names, fontsize=8)
+    axes.set_title(caption(result), fontsize=8)
+    save(figure, path)
+
+
+def draw_limits(result: Result, path: Path) -> None:
+    """What share of the machine's limit, measured in the same run, every contender of a counted contest reaches."""
+    contests = [c for c in result["contests"] if (c["flops"] or c["bytes_moved"]) and c["curve"] is None]
+    if not contests:
+        return
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(contests) + 1.6))
+    for at, contest in enumerate(contests):
+        for name, times in contest["contenders"].items():
+            is_ours = name == ours_of(contest)
+            axes.plot(times["share_of_limit"], at, "o" if is_ours else "|", color=OURS if is_ours else "#555555", ms=9)
+    limits = result["limits"]
+    axes.axvline(1, color=LIMIT)
+    axes.set(yticks=range(len(contests)), ylim=(len(contests) - 0.5, -0.5), xlim=(0, None))
+    axes.set_yticklabels([c["title"] for c in contests], fontsize=8)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(
+        f"useful work over the limit (fp32 {limits['fma_gflops']:.0f} GFLOP/s, reading {limits['read_gbs']:.0f} GB/s); "
+        "circles: clmfast, strokes: rivals",
+        fontsize=8,
+    )
+    axes.set_title(caption(result), fontsize=8)
+    save(figure, path)
+
+
+def draw_scaling(result: Result, path: Path) -> None:
+    """One panel per suite and axis: the time of every contender along it."""
+    curves: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for contest in result["contests"]:
+        if contest["curve"] is not None:
+            curves[contest["suite"], contest["curve"][0]].append(contest)
+    if not curves:
+        return
+    figure, panels = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.8), squeeze=False)
+    for axes, ((suite, along), contests) in zip(panels[0], sorted(curves.items()), strict=True):
+        names = dict.fromkeys(name for contest in contests for name in contest["contenders"])
+        for name in names:
+            points = sorted(
+                (c["curve"][1], c["contenders"][name]["median_ms"]) for c in contests if name in c["contenders"]
+            )
+            axes.plot(*zip(*points, strict=True), "o-", label=name, lw=2.2 if name == ours_of(contests[0]) else 1, ms=3)
+        axes.set(xscale="log", yscale="log", xlabel=along, ylabel="ms", title=suite)
+        axes.legend(fontsize=6)
+    figure.suptitle(caption(result), fontsize=8)
+    save(figure, path)
+
+
+def caption(result: Result) -> str:
+    machine, versions = result["machine"], result["machine"]["versions"]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "scikit-learn", "faiss-cpu") if name in versions)
+    return f"{machine['cpu']}, {machine['threads']} threads; {told}; commit {machine['commit']}"
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(path)
+
+
+def markdown(result: Result) -> Iterable[str]:
+    """The claims, line by line."""
+    yield "| what | measured | must | aim | |"
+    yield "| --- | --- | --- | --- | --- |"
+    for claim in result["claims"]:
+        sign = "≤" if claim["at_most"] else "≥"
+        bars = ["" if claim[bar] is None else f"{sign} {number(claim[bar], claim['unit'])}" for bar in ("must", "aim")]
+        value = "-" if claim["value"] is None else number(claim["value"], claim["unit"])
+        yield f"| {claim['what']} | {value} | {bars[0]} | {bars[1]} | {claim['verdict']} |"
+
+
+def number(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value:.3g}{unit}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", type=Path, help="a saved JSON file (default: the newest)")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures (default: docs)")
+    options = parser.parse_args()
+    path = options.results or newest()
+    if not path.is_file():
+        raise SystemExit(f"no such file: {path}")
+    result = json.loads(path.read_text())
+    draw_rivals(result, options.out / "rivals.png")
+    draw_limits(result, options.out / "limits.png")
+    draw_scaling(result, options.out / "scaling.png")
+    print(*markdown(result), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
