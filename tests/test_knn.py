@@ -169,8 +169,9 @@ def answers():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(tmp_path, isa):
+    script = "import sys, torch, test_knn as t; torch.save(t.answers(), sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, torch, test_knn as t; torch.save(t.answers(), sys.argv[1])", tmp_path / "x"],
+        [sys.executable, "-c", script, tmp_path / "x"],
         env={**os.environ, "CLMFAST_ISA": isa}, cwd=os.path.dirname(__file__), capture_output=True, text=True,
     )  # fmt: skip
     if "this processor does not have it" in done.stderr:
