@@ -29,6 +29,7 @@ N_CHECKS = N_FULL + 4
 PURITY_TOLERANCE = 0.02  # rounding decides some neighbours, and which of them are tied
 ACCURACY_TOLERANCE = 0.05  # of 128 unseen states
 STATE_TOLERANCE = 1e-3
+CHUNK = 512  # sequences of one forward pass of the plain probe
 
 
 def measured(case: dict[str, Any]) -> Call:
@@ -155,7 +156,7 @@ def our_probe(case: dict[str, Any]) -> Call:
 
     def call(i: int) -> Any:
         assert training.probe is not None
-        found = training.probe.states(training._forward)
+        found = training.probe.states(training.model)
         return [torch.cat([train, *unseen.values()], 1) for train, unseen in found]
 
     return call
@@ -166,8 +167,7 @@ def plain_probe(case: dict[str, Any]) -> Call:
     import torch
     from torch import nn
 
-    from benchmarks.training import OneDnnLinear, our_training, plain_model, run_config
-    from clmfast.measure.probe import CHUNK
+    from benchmarks.training import OneDnnLinear, our_training, padded, plain_model, run_config
 
     training = our_training(run_config(measure_every=1, probe_every=50))
     torch.use_deterministic_algorithms(False)
@@ -183,7 +183,7 @@ def plain_probe(case: dict[str, Any]) -> Call:
     def call(i: int) -> Any:
         for (readout, examples), bank in zip(sets, banks, strict=True):
             for first in range(0, len(examples), CHUNK):
-                batch = tasks.pack(examples[first : first + CHUNK], readout)
+                batch = padded(tasks.pack(examples[first : first + CHUNK], readout))
                 now["bank"] = bank[:, first : first + CHUNK]
                 now["position"] = torch.from_numpy(getattr(batch, readout))
                 model(torch.from_numpy(batch.tokens), now["position"])

@@ -18,7 +18,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from benchmarks.training import PlainTraining, train_examples
+from benchmarks.training import PlainTraining, padded, train_examples
 from clmfast.config import LABEL_KINDS
 from clmfast.data.tasks import draw
 
@@ -54,7 +54,7 @@ class SklearnWindow:
         n_layers, width = config.model.n_layers + 1, config.model.width
         self.train = Ring(n_layers, len(self.config.readouts), self.config.window, width)
         self.unseen = Ring(n_layers, len(self.config.readouts), self.config.unseen_window, width)
-        self.ring, self.batch = self.train, tasks.pack(train_examples(config, tasks, 0))
+        self.ring, self.batch = self.train, padded(tasks.pack(train_examples(config, tasks, 0)))
         self.centroid: dict[tuple[int, int], NDArray[np.float32]] = {}
         self.n_measured = 0
         training.model.on_states(self.see)
@@ -76,11 +76,11 @@ class SklearnWindow:
         examples = train_examples(config, self.tasks, step)
         # The unseen examples see the weights before the update, as in clmfast.
         unseen = draw(self.tasks.splits[SPLIT], self.config.unseen_per_step, config.seed, step, "unseen")
-        self.ring, self.batch = self.unseen, self.tasks.pack(unseen)
+        self.ring, self.batch = self.unseen, padded(self.tasks.pack(unseen))
         with torch.no_grad():
             self.training.model(torch.from_numpy(self.batch.tokens), torch.from_numpy(self.batch.prompt_end))
         self.unseen.advance(unseen)
-        self.ring, self.batch = self.train, self.tasks.pack(examples)
+        self.ring, self.batch = self.train, padded(self.tasks.pack(examples))
         loss = self.training.step()
         self.train.advance(examples)
         return loss

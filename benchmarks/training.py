@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clmfast.config import ModelConfig, RunConfig
-from clmfast.data.tasks import Batch, TaskSet, draw, make_tasks
+from clmfast.data.tasks import PAD, Batch, TaskSet, draw, make_tasks
 from clmfast.run import set_up_torch
 from clmfast.train import Training
 
@@ -149,7 +149,7 @@ class PlainTraining:
 
     def step(self) -> float:
         """One update; returns the loss."""
-        batch = train_batch(self.config, self.tasks, self.n_steps)
+        batch = padded(train_batch(self.config, self.tasks, self.n_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.ours.lr(self.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -168,6 +168,24 @@ def train_examples(config: RunConfig, tasks: TaskSet, step: int) -> NDArray[np.i
 def train_batch(config: RunConfig, tasks: TaskSet, step: int) -> Batch:
     """The batch that the run trains on at `step`."""
     return tasks.pack(train_examples(config, tasks, step))
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedBatch:
+    """A batch as everyone else has it: one sequence a row, ends as places in it, all int64."""
+
+    tokens: NDArray[np.int64]  # [B, T]
+    instruction_end: NDArray[np.int64]  # [B]
+    prompt_end: NDArray[np.int64]  # [B]
+    target: NDArray[np.int64]  # [B]
+
+
+def padded(batch: Batch) -> PaddedBatch:
+    """The sequences right-padded; some 20 us of a step."""
+    length, first = batch.length, batch.offset[:-1]
+    tokens = np.full((len(length), length.max()), PAD)
+    tokens[np.arange(length.max()) < length[:, None]] = batch.tokens
+    return PaddedBatch(tokens, batch.instruction_end - first, batch.prompt_end - first, batch.target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +212,13 @@ def step_flops(config: RunConfig, tasks: TaskSet, n_steps: int = 8) -> StepFlops
     for step in range(n_steps):
         batch = train_batch(config, tasks, step)
         n_batch, length = len(batch.length), batch.length.astype(np.float64)
-        padded = np.full(n_batch, batch.tokens.shape[1], np.float64)
+        longest = np.full(n_batch, length.max())
         head = 2 * D * len(tasks.vocabulary) * n_batch
 
         def blocks(length: NDArray[np.float64], n: int) -> float:
             return float(n * (per_token * length + per_pair * length * (length + 1) / 2).sum())
 
         last = (kv_per_token * length + (per_token - kv_per_token) + per_pair * length).sum()
-        forward = (blocks(padded, n_layers), blocks(length, n_layers), blocks(length, n_layers - 1) + last)
+        forward = (blocks(longest, n_layers), blocks(length, n_layers), blocks(length, n_layers - 1) + last)
         found.append([3 * (work + head) for work in forward])
     return StepFlops(*np.mean(found, axis=0).tolist())
