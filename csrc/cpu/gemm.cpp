@@ -95,6 +95,13 @@ CLMFAST_PER_ISA(void, column_sums_any, (const float* a, int64_t a_stride, int64_
 
 constexpr float ZEROS[PANEL] = {};
 
+// n <= N floats; where n = N, without a call.
+template <int64_t N>
+void copy(const float* from, int64_t n, float* to) {
+  if (n == N) std::memcpy(to, from, N * sizeof(float));
+  else std::memcpy(to, from, n * sizeof(float));
+}
+
 }  // namespace
 
 Panels::Panels(const float* from, int64_t K, int64_t N, int64_t stride_k, int64_t stride_n)
@@ -106,7 +113,7 @@ void Panels::pack(int64_t i_panel) {
   const float* from = from_ + first * stride_n_;
   if (n < PANEL) std::memset(to, 0, K_ * PANEL * sizeof(float));
   if (stride_n_ == 1) {
-    for (int64_t k = 0; k < K_; ++k) std::memcpy(to + k * PANEL, from + k * stride_k_, n * sizeof(float));
+    for (int64_t k = 0; k < K_; ++k) copy<PANEL>(from + k * stride_k_, n, to + k * PANEL);
     return;
   }
   constexpr int64_t SQUARE = 16;  // sixteen steps at a time: whole cache lines on both sides
@@ -141,11 +148,11 @@ void multiply_transposed(const float* a, int64_t a_stride, const float* b, int64
     for (int64_t o = 0; o < n_out; o += OUT_ROWS) {
       const int64_t n_rows = std::min(OUT_ROWS, n_out - o);
       for (int64_t k = 0; k < depth; ++k)
-        std::memcpy(&left[DEPTH * o + k * n_rows], a + (t + k) * a_stride + o, n_rows * sizeof(float));
+        copy<OUT_ROWS>(a + (t + k) * a_stride + o, n_rows, &left[DEPTH * o + k * n_rows]);
     }
     for (int64_t i = 0; i < n_in; i += PANEL) {
       const int64_t n = std::min(PANEL, n_in - i);
-      for (int64_t k = 0; k < depth; ++k) std::memcpy(&panel[k * PANEL], b + (t + k) * n_in + i, n * sizeof(float));
+      for (int64_t k = 0; k < depth; ++k) copy<PANEL>(b + (t + k) * n_in + i, n, &panel[k * PANEL]);
       for (int64_t o = 0; o < n_out; o += OUT_ROWS) {
         const int64_t n_rows = std::min(OUT_ROWS, n_out - o);
         float* to = out + o * n_in + i;
