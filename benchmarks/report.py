@@ -38,20 +38,25 @@ def ours_of(contest: Result) -> str:
     return next(iter(contest["contenders"]))
 
 
+def rivals_of(contest: Result) -> Result:
+    """Who competes, but for other ways of ours."""
+    return {name: times for name, times in contest["contenders"].items() if not name.startswith("clmfast")}
+
+
 def draw_rivals(result: Result, path: Path) -> None:
     """One row of bars per contest: the rivals' medians over ours, with quartiles."""
-    contests = [c for c in result["contests"] if len(c["contenders"]) > 1 and c["curve"] is None]
+    contests = [c for c in result["contests"] if rivals_of(c) and c["curve"] is None]
     if not contests:
         return
-    n_bars = sum(len(c["contenders"]) - 1 for c in contests)
+    n_bars = sum(len(rivals_of(c)) for c in contests)
     figure, axes = plt.subplots(figsize=(10, 0.26 * n_bars + 0.45 * len(contests) + 1))
     at, ticks, names = 0.0, [], []
     for contest in contests:
         ours_ms = contest["contenders"][ours_of(contest)]["median_ms"]
-        axes.text(0.02, at, f"{contest['title']}  (clmfast {ours_ms:.3g} ms)", weight="bold", va="center", fontsize=8)
+        title = f"{contest['title']}: clmfast {ours_ms:.3g} ms"
+        axes.text(0.01, at, title, weight="bold", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         at += 1
-        rivals = [(name, t) for name, t in contest["contenders"].items() if name != ours_of(contest)]
-        for name, times in sorted(rivals, key=lambda item: item[1]["median_ms"]):
+        for name, times in sorted(rivals_of(contest).items(), key=lambda item: item[1]["median_ms"]):
             ratio = times["median_ms"] / ours_ms
             spread = [[ratio - times["q1_ms"] / ours_ms], [times["q3_ms"] / ours_ms - ratio]]
             axes.barh(at, ratio, color=RIVAL, xerr=spread, error_kw={"lw": 0.8})
@@ -63,8 +68,7 @@ def draw_rivals(result: Result, path: Path) -> None:
     axes.axvline(1, color=OURS, lw=1.5)
     axes.set(xscale="log", yticks=ticks, ylim=(at, -1), xlabel="time over that of clmfast (right of the line: slower)")
     axes.set_yticklabels(names, fontsize=8)
-    axes.set_title(caption(result), fontsize=8)
-    save(figure, path)
+    save(figure, path, result)
 
 
 def draw_limits(result: Result, path: Path) -> None:
@@ -87,8 +91,7 @@ def draw_limits(result: Result, path: Path) -> None:
         "circles: clmfast, strokes: rivals",
         fontsize=8,
     )
-    axes.set_title(caption(result), fontsize=8)
-    save(figure, path)
+    save(figure, path, result)
 
 
 def draw_scaling(result: Result, path: Path) -> None:
@@ -109,8 +112,7 @@ def draw_scaling(result: Result, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), "o-", label=name, lw=2.2 if name == ours_of(contests[0]) else 1, ms=3)
         axes.set(xscale="log", yscale="log", xlabel=along, ylabel="ms", title=suite)
         axes.legend(fontsize=6)
-    figure.suptitle(caption(result), fontsize=8)
-    save(figure, path)
+    save(figure, path, result)
 
 
 def caption(result: Result) -> str:
@@ -119,9 +121,10 @@ def caption(result: Result) -> str:
     return f"{machine['cpu']}, {machine['threads']} threads; {told}; commit {machine['commit']}"
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
+    figure.text(0.01, 0.08 / figure.get_figheight(), caption(result), fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(path)
