@@ -73,7 +73,9 @@ int64_t append_any CLMFAST_APPEND_PARAMETERS {
 CLMFAST_AVX512 int64_t append_avx512 CLMFAST_APPEND_PARAMETERS {
   int64_t n = 0;
   for (int64_t c = 0; c < TILE_COLS; c += LANES) {
-    const __m512 distance = _mm512_sqrt_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(tile_row + c)));
+    constexpr __mmask16 ALL = 0xffff;  // of the forms without a mask, GCC 12 says that they read what is not set
+    const __m512 cells = _mm512_maskz_cvtepi32_ps(ALL, _mm512_loadu_si512(tile_row + c));
+    const __m512 distance = _mm512_maskz_sqrt_ps(ALL, cells);
     const __m512 rests = _mm512_add_ps(_mm512_set1_ps(row_rest), _mm512_loadu_ps(rest + c));
     const __m512 low = _mm512_sub_ps(distance, rests), high = _mm512_add_ps(distance, rests);
     const __mmask16 is_close = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(columns >> c), low, _mm512_set1_ps(limit),
