@@ -27,7 +27,7 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",  # vectors never leave a function: what takes or returns one is always inlined
-    "-ffp-contract=off",  # no value depends on fused multiply-add; tile.cpp and the model's ops opt out
+    "-ffp-contract=off",  # no value depends on fused multiply-add; what includes csrc/cpu/fused.h opts out
     "-fno-math-errno",  # a square root is an instruction
     f"-DTORCH_TARGET_VERSION={STABLE_ABI_OF}",
 ]

@@ -1,9 +1,5 @@
 // attention on the CPU: queries four at a time against sixteen keys at a time, whose coordinates are transposed once.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused.h"
 
 #include "../attention.h"
 

@@ -1,9 +1,5 @@
 // The halves of a block on the CPU. A task takes ROWS rows through the whole half while they are in the cache.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused.h"
 
 #include "../block.h"
 

@@ -1,9 +1,4 @@
-// This file lets the compiler fuse multiply and add: gemm.h promises chains of them.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused.h"  // gemm.h promises chains of multiply-adds
 
 #include "gemm.h"
 
@@ -11,6 +6,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "vector.h"
 
 namespace clmfast {
 namespace {
@@ -94,13 +90,6 @@ CLMFAST_PER_ISA(void, column_sums_any, (const float* a, int64_t a_stride, int64_
                 (a, a_stride, T, n_out, out))
 
 constexpr float ZEROS[PANEL] = {};
-
-// n <= N floats; where n = N, without a call.
-template <int64_t N>
-void copy(const float* from, int64_t n, float* to) {
-  if (n == N) std::memcpy(to, from, N * sizeof(float));
-  else std::memcpy(to, from, n * sizeof(float));
-}
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "pair.h"
+#include "vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,7 +17,6 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t LANES = 16;
 
 // The largest cell: it fits 16 bits, and a squared distance an int32.
 double reach_of(int64_t D) { return std::floor(std::sqrt(0x1p29 / static_cast<double>(D))); }
@@ -29,13 +29,8 @@ CLMFAST_BODY double move_row_body(const float* row, const float* centre, double 
   for (int64_t d = 0; d < D; d += LANES) {
     float x[LANES] = {}, c[LANES] = {};
     const int64_t n = std::min(LANES, D - d);
-    if (n == LANES) {
-      std::memcpy(x, row + d, sizeof x);
-      std::memcpy(c, centre + d, sizeof c);
-    } else {
-      std::memcpy(x, row + d, n * sizeof(float));
-      std::memcpy(c, centre + d, n * sizeof(float));
-    }
+    copy<LANES>(row + d, n, x);
+    copy<LANES>(centre + d, n, c);
     for (int64_t l = 0; l < LANES; ++l) {
       double y = x[l] * unit - c[l];
       double cell = y < -reach ? -reach : y;

@@ -12,6 +12,7 @@
 // rest. Floats here are rounded away from exclusion by 2^-20 of themselves, far more than their arithmetic loses.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>

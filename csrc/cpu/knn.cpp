@@ -25,10 +25,8 @@ void search_block(const Knn& op, const Grid& grid, int64_t s, int64_t first) {
     search.add(queries + i * op.D, &bound);
   }
   auto barred = [&](int64_t, int64_t query, int64_t i_panel) {
-    const int64_t from = i_panel * TILE_COLS, own = first + query - from;
-    uint32_t bits = op.is_self && 0 <= own && own < TILE_COLS ? 1u << own : 0;
-    if (op.query_group)
-      bits |= equal_to(op.query_group[first + query], op.point_group + from, std::min(TILE_COLS, op.N - from));
+    uint32_t bits = op.is_self ? same_row(first + query, i_panel) : 0;
+    if (op.query_group) bits |= same_group(op.query_group[first + query], op.point_group, op.N, i_panel);
     return bits;
   };
   int32_t tile[TILE_ROWS * TILE_COLS];

@@ -88,9 +88,8 @@ struct Update {
     const std::vector<Neighbour> no_bound(op.V, NO_NEIGHBOUR);
     for (int64_t i = 0; i < n; ++i) search.add(query(s, rows[i]), no_bound.data());
     auto barred = [&](int64_t v, int64_t i, int64_t i_panel) {
-      const int64_t from = i_panel * TILE_COLS, own = rows[i] - from;
-      const uint32_t self = op.is_self && 0 <= own && own < TILE_COLS ? 1u << own : 0;
-      return self | equal_to(op.query_group[v * Q + rows[i]], op.point_group + v * N + from, std::min(TILE_COLS, N - from));
+      return (op.is_self ? same_row(rows[i], i_panel) : 0) |
+             same_group(op.query_group[v * Q + rows[i]], op.point_group + v * N, N, i_panel);
     };
     int32_t tile[TILE_ROWS * TILE_COLS];
     for (int64_t i_panel = 0; i_panel < n_panels(op.points.n); ++i_panel) {

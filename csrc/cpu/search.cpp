@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "pair.h"
+#include "vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,7 +14,6 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t LANES = 16;
 
 // A distance in steps that no point exceeds whose dist2, rounded to float32, is at most this.
 float limit_for(double unit, double dist2) {
@@ -70,6 +70,15 @@ int64_t append_any CLMFAST_APPEND_PARAMETERS {
 }
 
 #if defined(__x86_64__)
+// The chosen lanes side by side; returns how many. All LANES are written.
+CLMFAST_AVX512 inline int64_t write_chosen(__mmask16 chosen, __m512 low, __m512 high, __m512i point, float* least,
+                                           float* most, uint32_t* index) {
+  _mm512_storeu_ps(least, _mm512_maskz_compress_ps(chosen, low));
+  _mm512_storeu_ps(most, _mm512_maskz_compress_ps(chosen, high));
+  _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(chosen, point));
+  return __builtin_popcount(chosen);
+}
+
 CLMFAST_AVX512 int64_t append_avx512 CLMFAST_APPEND_PARAMETERS {
   int64_t n = 0;
   for (int64_t c = 0; c < TILE_COLS; c += LANES) {
@@ -82,10 +91,7 @@ CLMFAST_AVX512 int64_t append_avx512 CLMFAST_APPEND_PARAMETERS {
                                                        _CMP_LT_OQ);
     const __m512i point = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first + c)),
                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    _mm512_storeu_ps(least + n, _mm512_maskz_compress_ps(is_close, low));
-    _mm512_storeu_ps(most + n, _mm512_maskz_compress_ps(is_close, high));
-    _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(is_close, point));
-    n += __builtin_popcount(is_close);
+    n += write_chosen(is_close, low, high, point, least + n, most + n, index + n);
   }
   return n;
 }
@@ -113,10 +119,7 @@ CLMFAST_AVX512 int64_t keep_below_avx512(float limit, int64_t n, float* least, f
     const __m512 low = _mm512_loadu_ps(least + i), high = _mm512_loadu_ps(most + i);
     const __m512i point = _mm512_loadu_si512(index + i);
     const __mmask16 is_kept = _mm512_mask_cmp_ps_mask(is_there, low, _mm512_set1_ps(limit), _CMP_LT_OQ);
-    _mm512_storeu_ps(least + n_left, _mm512_maskz_compress_ps(is_kept, low));
-    _mm512_storeu_ps(most + n_left, _mm512_maskz_compress_ps(is_kept, high));
-    _mm512_storeu_si512(index + n_left, _mm512_maskz_compress_epi32(is_kept, point));
-    n_left += __builtin_popcount(is_kept);
+    n_left += write_chosen(is_kept, low, high, point, least + n_left, most + n_left, index + n_left);
   }
   return n_left;
 }
@@ -135,6 +138,7 @@ void fetch(const float* row, int64_t D) {
   for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
 }
 
+// Bit c is set where group[c] = own, of n <= TILE_COLS.
 CLMFAST_BODY uint32_t equal_to_body(int64_t own, const int64_t* group, int64_t n) {
   uint32_t bits = 0;
   if (n == TILE_COLS) {
@@ -145,9 +149,19 @@ CLMFAST_BODY uint32_t equal_to_body(int64_t own, const int64_t* group, int64_t n
   return bits;
 }
 
+CLMFAST_PER_ISA(uint32_t, equal_to, (int64_t own, const int64_t* group, int64_t n), (own, group, n))
+
 }  // namespace
 
-CLMFAST_PER_ISA(uint32_t, equal_to, (int64_t own, const int64_t* group, int64_t n), (own, group, n))
+uint32_t same_group(int64_t own, const int64_t* group, int64_t N, int64_t i_panel) {
+  const int64_t first = i_panel * TILE_COLS;
+  return equal_to(own, group + first, std::min(TILE_COLS, N - first));
+}
+
+uint32_t same_row(int64_t row, int64_t i_panel) {
+  const int64_t column = row - i_panel * TILE_COLS;
+  return 0 <= column && column < TILE_COLS ? 1u << column : 0;
+}
 
 float limit_below(double unit, Neighbour bound) {
   if (bound <= 0) return -INF;
@@ -184,7 +198,8 @@ void Search::append(int64_t at, int64_t i_panel, const int32_t* tile_row, uint32
                          &pending_index_[end]);
 }
 
-// Of more than k pending, k are at most as far as the k-th upper bound. Who is certainly farther, also after rounding to float32, is out.
+// Of more than k pending, k are at most as far as the k-th upper bound. Who is certainly farther, also after rounding
+// to float32, is out.
 void Search::tighten(int64_t at) {
   Slot& slot = slots_[at];
   float *least = &pending_least_[at * stride_], *most = &pending_most_[at * stride_];

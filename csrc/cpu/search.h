@@ -84,8 +84,9 @@ class Search {
   std::unique_ptr<uint32_t[]> pending_index_;              // [slots, stride]: the point
 };
 
-// Bit c is set where group[c] = own, of n <= TILE_COLS.
-uint32_t equal_to(int64_t own, const int64_t* group, int64_t n);
+// Bits of the columns of a panel: those whose group [N] is `own`, and that of a row, if it is there.
+uint32_t same_group(int64_t own, const int64_t* group, int64_t N, int64_t i_panel);
+uint32_t same_row(int64_t row, int64_t i_panel);
 
 template <class Barred>
 void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const Barred& barred) {

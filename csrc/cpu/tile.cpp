@@ -1,10 +1,4 @@
-// This file alone lets the compiler fuse multiply and add (the build forbids it elsewhere): tile.h promises a bound,
-// not bits.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused.h"  // tile.h promises a bound, not bits
 
 #include "tile.h"
 

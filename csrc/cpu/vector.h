@@ -4,12 +4,20 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 
 namespace clmfast {
 
 constexpr int64_t LANES = 16;
+
+// n <= N floats; where n = N, without a call.
+template <int64_t N>
+CLMFAST_BODY void copy(const float* from, int64_t n, float* to) {
+  if (n == N) std::memcpy(to, from, N * sizeof(float));
+  else std::memcpy(to, from, n * sizeof(float));
+}
 
 template <class T>
 struct VectorOf {
