@@ -10,21 +10,31 @@
 namespace clmfast {
 
 constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
+// Coordinates that are left of many by turning. Of 60, 72, 96 the best for states of width 128 (Zen 3).
+constexpr int64_t TURNED = 60;
+
+// Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
+constexpr int32_t NOBODY = 3 << 29;
 
 constexpr int64_t grid_depth(int64_t D) { return (D + PAIR - 1) / PAIR; }
 
 struct Grid {
   int64_t S, N, D;
-  float* centre;   // [S, D] in steps
-  double* unit;    // [S] steps per unit of the points
-  int16_t* cells;  // [S, n_panels(N), grid_depth(D), PANEL, PAIR]: whole steps from the centre
-  int32_t* norm2;  // [S, n_panels(N) * PANEL] of the cells
-  float* rest;     // [S, n_panels(N) * PANEL] at least the distance from the cell to the point, in steps; -infinity
-                   // where there is no finite point
+  float* centre;      // [S, D] in steps
+  double* unit;       // [S] steps per unit of the points
+  int64_t* n_turned;  // [S] rows of the turn; 0: the coordinates are the points' own
+  int64_t* wasted;    // [S, 2] pairs of points that ring_knn measured in vain: the first time after the grid was chosen (-1:
+                      // not yet), and how many more than then it has been since
+  float* turn;        // [S, TURNED, D], interleaved as cpu/tile.h wants its rows
+  int16_t* cells;     // [S, n_panels(N), grid_depth(D), PANEL, PAIR]: whole steps from the centre
+  int32_t* norm2;     // [S, n_panels(N) * PANEL] of the cells; or NOBODY
+  float* rest;        // [S, n_panels(N) * PANEL] at least the distance from the cell to the point, in steps; -infinity
+                      // where there is no finite point
 
   int16_t* panel(int64_t s, int64_t i) const { return cells + (s * n_panels(N) + i) * grid_depth(D) * PANEL * PAIR; }
   int32_t* norm2_of(int64_t s) const { return norm2 + s * n_panels(N) * PANEL; }
   float* rest_of(int64_t s) const { return rest + s * n_panels(N) * PANEL; }
+  int64_t n_coordinates(int64_t s) const { return n_turned[s] ? n_turned[s] : D; }
 };
 
 }  // namespace clmfast

@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "block.h"
 #include "capture.h"
+#include "cpu/isa.h"
 #include "grid.h"
 #include "kmeans.h"
 #include "knn.h"
@@ -81,6 +82,7 @@ void require_int64(const char* op, const char* name, const Tensor& x, const Tens
 // ---- what the CPU implementations are given
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  isa();  // what it throws has to be thrown out here
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
@@ -116,15 +118,18 @@ Packed packed(const char* op, const Tensor& points, int64_t N, const Tensor& cen
 }
 
 // The grid of points [S, N, D].
-Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tensor& unit, const Tensor& cells,
-          const Tensor& norm2, const Tensor& rest) {
+Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tensor& unit, const Tensor& n_turned,
+          const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest) {
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2);
-  require(has_shape(centre, {S, D}) && has_shape(unit, {S}) &&
+  require(has_shape(centre, {S, D}) && has_shape(unit, {S}) && has_shape(n_turned, {S}) &&
+              has_shape(wasted, {S, 2}) &&
+              has_shape(turn, {S, TURNED, D}) &&
               has_shape(cells, {S, n_panels(N), grid_depth(D), PANEL, PAIR}) &&
               has_shape(norm2, {S, n_panels(N) * PANEL}) && has_shape(rest, {S, n_panels(N) * PANEL}),
           op, ": the grid must be made for points ", shape(points));
-  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<int16_t>(cells),
-          mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
+  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<int64_t>(n_turned),
+          mutable_data<int64_t>(wasted), mutable_data<float>(turn), mutable_data<int16_t>(cells), mutable_data<int32_t>(norm2),
+          mutable_data<float>(rest)};
 }
 
 // ---- knn
@@ -260,18 +265,18 @@ void ring_pack(const Tensor& points, int64_t n, int64_t first, int64_t count, co
 
 void ring_to_grid(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
                   int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                  const Tensor& unit, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                  const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
                   const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_new) {
   const char* name = "ring_to_grid";
   const Ring of_points = ring(name, points, n, first, count);
   const Ring of_queries = ring(name, queries, n_queries, first_query, count_queries);
-  ring_to_grid_cpu(of_points, grid(name, points, centre, unit, cells, norm2, rest), of_queries,
-                   grid(name, queries, centre, unit, query_cells, query_norm2, query_rest), is_new, parallel_for);
+  ring_to_grid_cpu(of_points, grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest), of_queries,
+                   grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest), is_new, parallel_for);
 }
 
 int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
                  int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                 const Tensor& unit, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                 const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
                  const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_self,
                  const Tensor& query_group, const Tensor& point_group, const Tensor& key, const Tensor& bound,
                  const Tensor& index) {
@@ -279,8 +284,8 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
   RingKnn op;
   op.points = ring(name, points, n, first, count);
   op.queries = ring(name, queries, n_queries, first_query, count_queries);
-  const Grid grid_points = grid(name, points, centre, unit, cells, norm2, rest);
-  const Grid grid_queries = grid(name, queries, centre, unit, query_cells, query_norm2, query_rest);
+  const Grid grid_points = grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest);
+  const Grid grid_queries = grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest);
   const std::pair<const char*, const Tensor*> integers[] = {{"query_group", &query_group},
                                                             {"point_group", &point_group},
                                                             {"key", &key},
@@ -750,12 +755,13 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "Tensor(d!) norm2, bool is_new) -> ()");
   m.def(
       "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) cells, Tensor(d!) norm2, Tensor(e!) rest, "
-      "Tensor(f!) query_cells, Tensor(g!) query_norm2, Tensor(h!) query_rest, bool is_new) -> ()");
+      "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) n_turned, Tensor(d!) wasted, Tensor(e!) turn, "
+      "Tensor(f!) cells, Tensor(g!) norm2, Tensor(h!) rest, Tensor(i!) query_cells, Tensor(j!) query_norm2, Tensor(k!) "
+      "query_rest, bool is_new) -> ()");
   m.def(
       "ring_knn(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor centre, Tensor unit, Tensor cells, Tensor norm2, Tensor rest, Tensor query_cells, Tensor "
-      "query_norm2, Tensor query_rest, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) "
+      "count_queries, Tensor centre, Tensor unit, Tensor n_turned, Tensor(d!) wasted, Tensor turn, Tensor cells, Tensor norm2, Tensor rest, "
+      "Tensor query_cells, Tensor query_norm2, Tensor query_rest, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) "
       "bound, Tensor(c!) index) -> int");
   m.def(
       "separation(Tensor points, Tensor label, int n_labels, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? "

@@ -70,8 +70,7 @@ class Window:
         is_new = self._n_seen[self.train] == 0
         train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
         ops.ring_pack(train, self._packed, is_new=is_new)
-        # States drift and grow while the model trains: once around the ring, a grid has to be chosen anew.
-        ops.ring_to_grid(train, unseen, is_new=is_new or train.first + train.count >= train.points.shape[1])
+        ops.ring_to_grid(train, unseen, is_new=is_new)
         labels, of_unseen = _labels(self.tasks, self.train.example), _labels(self.tasks, self.unseen.example)
         instruction, grammar = labels["instruction"], labels["grammar"]
         (near,) = self.near.update(train, None, (instruction[None], instruction[None]))

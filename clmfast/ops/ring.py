@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL, PAIR = 32, 2  # as in csrc/packed.h and csrc/grid.h
+PANEL, PAIR, TURNED = 32, 2, 60  # as in csrc/packed.h and csrc/grid.h
 
 
 class Packed(NamedTuple):
@@ -27,6 +27,9 @@ class Grid(NamedTuple):
 
     centre: Tensor  # [S, D] float32
     unit: Tensor  # [S] float64
+    n_turned: Tensor  # [S] int64
+    wasted: Tensor  # [S, 2] int64
+    turn: Tensor  # [S, 72, D] float32
     cells: Tensor  # [S, ceil(N / 32), ceil(D / 2), 32, 2] int16
     norm2: Tensor  # [S, ceil(N / 32) * 32] int32
     rest: Tensor  # [S, ceil(N / 32) * 32] float32
@@ -70,6 +73,9 @@ def empty_grid(points: Tensor, shared: Grid | None = None) -> Grid:
     return Grid(
         points.new_empty(S, D) if shared is None else shared.centre,
         points.new_empty(S, dtype=torch.float64) if shared is None else shared.unit,
+        points.new_empty(S, dtype=torch.int64) if shared is None else shared.n_turned,
+        points.new_empty(S, 2, dtype=torch.int64) if shared is None else shared.wasted,
+        points.new_empty(S, TURNED, D) if shared is None else shared.turn,
         points.new_empty(S, n_panels, -(-D // PAIR), PANEL, PAIR, dtype=torch.int16),
         points.new_empty(S, n_panels * PANEL, dtype=torch.int32),
         points.new_empty(S, n_panels * PANEL),
@@ -105,7 +111,7 @@ def _arguments(points: Ring, queries: Ring) -> tuple[Tensor | int, ...]:
     return (
         points.points, points.n, points.first, points.count,
         queries.points, queries.n, queries.first, queries.count,
-        *points.grid, *queries.grid[2:],
+        *points.grid, *queries.grid[5:],
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 #include "grid.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
 #include "isa.h"
 #include "pair.h"
+#include "tile.h"
 #include "vector.h"
 
 #if defined(__x86_64__)
@@ -17,56 +17,16 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t SAMPLE = 256;  // points that a grid is chosen by
+constexpr int64_t TURN_SIZE = (TURNED + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+static_assert(TURN_SIZE == TURNED && TURNED % PAIR == 0, "whole tiles and pairs");
 
-// The largest cell: it fits 16 bits, and a squared distance an int32.
-double reach_of(int64_t D) { return std::floor(std::sqrt(0x1p29 / static_cast<double>(D))); }
-
-// Writes the cells of a row [D] (and zeros up to whole lanes), and returns the sum of (y - cell)^2.
-CLMFAST_BODY double move_row_body(const float* row, const float* centre, double unit, double reach, int64_t D,
-                                  int16_t* cells) {
-  constexpr double WHOLE = 0x1.8p52;  // adding it leaves no digits behind the point
-  double lane[LANES] = {};
-  for (int64_t d = 0; d < D; d += LANES) {
-    float x[LANES] = {}, c[LANES] = {};
-    const int64_t n = std::min(LANES, D - d);
-    copy<LANES>(row + d, n, x);
-    copy<LANES>(centre + d, n, c);
-    for (int64_t l = 0; l < LANES; ++l) {
-      double y = x[l] * unit - c[l];
-      double cell = y < -reach ? -reach : y;
-      cell = cell > reach ? reach : cell;
-      cell = (cell + WHOLE) - WHOLE;
-      lane[l] += (y - cell) * (y - cell);
-      cells[d + l] = static_cast<int16_t>(static_cast<int32_t>(cell));
-    }
-  }
-  double sum = 0;
-  for (double x : lane) sum += x;
-  return sum;
+// The largest cell: it fits 16 bits, and a squared distance an int32 with room to spare.
+double reach_of(int64_t n_coordinates) {
+  return std::floor(std::sqrt(0x1p28 / static_cast<double>(std::max<int64_t>(n_coordinates, 1))));
 }
 
-CLMFAST_PER_ISA(double, move_row,
-                (const float* row, const float* centre, double unit, double reach, int64_t D, int16_t* cells),
-                (row, centre, unit, reach, D, cells))
-
-// At least the distance from the cell to the point, given the sum of squares: the arithmetic of y loses less than 2^-8
-// where the point is near the grid, and less than 2^-20 of the whole where it is far off.
-float rest_of(double squares) { return static_cast<float>(std::sqrt(squares) * (1 + 0x1p-20) + 0x1p-8); }
-
-struct Moved {
-  std::vector<int16_t> cells;
-  float rest;
-  int32_t norm2 = 0;
-
-  Moved(const Grid& grid, int64_t s, const float* row) : cells((grid.D + LANES - 1) / LANES * LANES) {
-    if (!is_finite_row(row, grid.D)) {
-      rest = -INF;
-      return;
-    }
-    rest = rest_of(move_row(row, grid.centre + s * grid.D, grid.unit[s], reach_of(grid.D), grid.D, cells.data()));
-    for (int16_t cell : cells) norm2 += cell * cell;
-  }
-};
+// ---- the choice
 
 // The sum of (y - cell)^2 that a grid of `reach` steps of size `step` leaves, on average over where its cells lie, of
 // coordinates at distance x from the centre.
@@ -86,11 +46,126 @@ CLMFAST_BODY float squared_rests_body(const float* x, int64_t n, float step, flo
 
 CLMFAST_PER_ISA(float, squared_rests, (const float* x, int64_t n, float step, float reach), (x, n, step, reach))
 
-// Writes the centre, returns the unit: the one of a few that leaves least rest. Few coordinates beyond the reach cost
-// less than coarser steps for all.
-double make_grid(const float* points, int64_t n, int64_t D, float* centre) {
-  constexpr int64_t SAMPLE = 256;
-  const int64_t stride = std::max<int64_t>((n + SAMPLE - 1) / SAMPLE, 1);
+// The step that leaves least rest of coordinates at these distances from the centre, of which the largest is 1. Few
+// coordinates beyond the reach cost less than coarser steps for all.
+double best_step(std::vector<float>& distance, int64_t n_coordinates) {
+  distance.resize((distance.size() + LANES - 1) / LANES * LANES);
+  const float reach = static_cast<float>(reach_of(n_coordinates));
+  double least = std::numeric_limits<double>::infinity(), best = 1;
+  for (float end : {1.0f, 0.85f, 0.7f, 0.6f, 0.5f, 0.4f, 0.3f}) {
+    const double rests = squared_rests(distance.data(), static_cast<int64_t>(distance.size()), end / reach, reach);
+    if (rests < least) least = rests, best = end;
+  }
+  return best / reach;
+}
+
+// Rows [n, K] as dot_tile wants them on its left, and on its right; places beyond n are zeros.
+std::vector<float> interleaved(const float* rows, int64_t n, int64_t K, int64_t side) {
+  std::vector<float> out((n + side - 1) / side * side * K);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < K; ++k) out[(i / side * K + k) * side + i % side] = rows[i * K + k];
+  return out;
+}
+
+// a b^T of a [m, K] and b [n, K], m a multiple of TILE_ROWS and n of PANEL, both interleaved.
+std::vector<float> products(const std::vector<float>& a, const std::vector<float>& b, int64_t K) {
+  const int64_t m = static_cast<int64_t>(a.size()) / K, n = static_cast<int64_t>(b.size()) / K;
+  std::vector<float> out(m * n);
+  float tile[TILE_ROWS * PANEL];
+  for (int64_t i = 0; i < m; i += TILE_ROWS) {
+    for (int64_t j = 0; j < n; j += PANEL) {
+      dot_tile(&a[i * K], TILE_ROWS, &b[j * K], K, tile);
+      for (int64_t r = 0; r < TILE_ROWS; ++r) std::copy_n(tile + r * PANEL, PANEL, &out[(i + r) * n + j]);
+    }
+  }
+  return out;
+}
+
+CLMFAST_BODY void add_scaled_body(float* to, float scale, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += scale * from[i];
+}
+
+CLMFAST_PER_ISA(void, add_scaled, (float* to, float scale, const float* from, int64_t n), (to, scale, from, n))
+
+// The Gram matrix of rows [TURNED, D]; its rows are `stride` long.
+constexpr int64_t GRAM_STRIDE = (TURNED + PANEL - 1) / PANEL * PANEL;
+std::vector<float> gram(const std::vector<float>& rows, int64_t D) {
+  return products(interleaved(rows.data(), TURNED, D, TILE_ROWS), interleaved(rows.data(), TURNED, D, PANEL), D);
+}
+
+// Makes the rows [TURNED, D] orthogonal and of length 1, or 0 where they depend on those before: the Cholesky factor of
+// their Gram matrix, inverted. Twice, as the first time leaves what rounding did to rows that were almost dependent.
+void orthogonalise(std::vector<float>& rows, int64_t D) {
+  for (int round = 0; round < 2; ++round) {
+    const std::vector<float> g = gram(rows, D);
+    std::vector<double> factor(TURNED * TURNED);
+    for (int64_t m = 0; m < TURNED; ++m) {
+      for (int64_t i = 0; i <= m; ++i) {
+        double x = g[m * GRAM_STRIDE + i];
+        for (int64_t j = 0; j < i; ++j) x -= factor[m * TURNED + j] * factor[i * TURNED + j];
+        const double pivot = factor[i * TURNED + i];
+        if (i < m) factor[m * TURNED + i] = pivot > 0 ? x / pivot : 0;
+        else factor[m * TURNED + m] = x > 1e-5 * g[m * GRAM_STRIDE + m] ? std::sqrt(x) : 0;
+      }
+    }
+    for (int64_t m = 0; m < TURNED; ++m) {
+      float* row = &rows[m * D];
+      for (int64_t i = 0; i < m; ++i) add_scaled(row, -static_cast<float>(factor[m * TURNED + i]), &rows[i * D], D);
+      const double pivot = factor[m * TURNED + m];
+      const float scale = pivot > 0 ? static_cast<float>(1 / pivot) : 0;
+      for (int64_t d = 0; d < D; ++d) row[d] *= scale;
+    }
+  }
+}
+
+// Scales the rows so that |rows z| <= |z| for certain: no eigenvalue of their Gram matrix exceeds the largest sum of a
+// row's absolute values (Gershgorin 1931).
+void shorten(std::vector<float>& rows, int64_t D) {
+  const std::vector<float> g = gram(rows, D);
+  float most = 0;
+  for (int64_t m = 0; m < TURNED; ++m) {
+    float sum = 0;
+    for (int64_t i = 0; i < TURNED; ++i) sum += std::abs(g[m * GRAM_STRIDE + i]);
+    most = std::max(most, sum);
+  }
+  most += static_cast<float>(TURNED * (D + TURNED)) * 0x1p-23f;  // what rounding may have hidden
+  for (float& x : rows) x *= 1 / std::sqrt(most) * (1 - 0x1p-21f);
+}
+
+double squares(const std::vector<float>& x) {
+  double sum = 0;
+  for (float value : x) sum += static_cast<double>(value) * value;
+  return sum;
+}
+
+// Directions that hold most of the sample [n, D], whose mean is 0: the span of some of its rows, drawn by one step of
+// the power iteration towards that of the first principal components. `projected` is the sample in them, transposed.
+// False if there are none that hold enough.
+bool find_turn(const std::vector<float>& sample, int64_t D, std::vector<float>& rows, std::vector<float>& projected) {
+  constexpr double ENOUGH = 0.85;  // share of the squares
+  const int64_t n = static_cast<int64_t>(sample.size()) / D;
+  if (D < TURNED * 4 / 3 || n < 2 * TURNED) return false;
+  const double all = squares(sample);
+  rows.resize(TURNED * D);
+  for (int64_t m = 0; m < TURNED; ++m) std::copy_n(&sample[m * n / TURNED * D], D, &rows[m * D]);
+  const std::vector<float> panels = interleaved(sample.data(), n, D, PANEL);
+  projected = products(interleaved(rows.data(), TURNED, D, TILE_ROWS), panels, D);
+  // The number of dimensions that the sample fills, (sum of eigenvalues)^2 / sum of their squares: of the covariance,
+  // whose squared eigenvalues are the mean squared product of two points.
+  const double n_products = static_cast<double>(TURNED * n), mean = all / static_cast<double>(n);
+  if (!(mean * mean * n_products < TURNED / 2 * squares(projected))) return false;
+  std::fill(rows.begin(), rows.end(), 0.0f);
+  const int64_t stride = static_cast<int64_t>(projected.size()) / TURNED;
+  for (int64_t m = 0; m < TURNED; ++m)
+    for (int64_t i = 0; i < n; ++i) add_scaled(&rows[m * D], projected[m * stride + i], &sample[i * D], D);
+  orthogonalise(rows, D);
+  shorten(rows, D);
+  projected = products(interleaved(rows.data(), TURNED, D, TILE_ROWS), panels, D);
+  return squares(projected) > ENOUGH * all;
+}
+
+void choose(const Grid& grid, int64_t s, const float* points, int64_t n) {
+  const int64_t D = grid.D, stride = std::max<int64_t>((n + SAMPLE - 1) / SAMPLE, 1);
   std::vector<double> mean(D);
   std::vector<const float*> sample;
   double largest = 0;
@@ -103,42 +178,131 @@ double make_grid(const float* points, int64_t n, int64_t D, float* centre) {
     for (int64_t d = 0; d < D; ++d) mean[d] += row[d];
   }
   for (double& x : mean) x /= static_cast<double>(std::max<size_t>(sample.size(), 1));
-  // The distances of coordinates from the centre, of which the largest becomes 1. Differences that float32 cannot hold,
-  // or are below its normal numbers, need no steps of their own.
+  // Differences from the centre, of which the largest becomes 1. What float32 cannot hold, or is below its normal
+  // numbers, needs no steps of its own.
   double farthest = std::max(largest * 0x1p-24, 0x1p-120);
   for (const float* row : sample)
     for (int64_t d = 0; d < D; ++d) farthest = std::max(farthest, std::abs(row[d] - mean[d]));
-  std::vector<float> distance;
-  for (size_t i = 0; i < sample.size(); i += 8)
-    for (int64_t d = 0; d < D; ++d) distance.push_back(static_cast<float>(std::abs(sample[i][d] - mean[d]) / farthest));
-  distance.resize((distance.size() + LANES - 1) / LANES * LANES);
-  const float reach = static_cast<float>(reach_of(D));
-  double least = std::numeric_limits<double>::infinity(), best = 1;
-  for (float end : {1.0f, 0.85f, 0.7f, 0.6f, 0.5f, 0.4f, 0.3f}) {
-    const double rests = squared_rests(distance.data(), static_cast<int64_t>(distance.size()), end / reach, reach);
-    if (rests < least) least = rests, best = end;
+  std::vector<float> centred(sample.size() * D), turn, distance;
+  for (size_t i = 0; i < sample.size(); ++i)
+    for (int64_t d = 0; d < D; ++d) centred[i * D + d] = static_cast<float>((sample[i][d] - mean[d]) / farthest);
+  double widest = 1;
+  if (find_turn(centred, D, turn, distance)) {
+    grid.n_turned[s] = TURNED;
+    const std::vector<float> tiles = interleaved(turn.data(), TURNED, D, TILE_ROWS);
+    std::copy(tiles.begin(), tiles.end(), grid.turn + s * TURNED * D);
+    widest = 0x1p-60;
+    for (float& x : distance) widest = std::max<double>(widest, x = std::abs(x));
+    for (float& x : distance) x /= static_cast<float>(widest);
+  } else {
+    grid.n_turned[s] = 0;
+    distance.clear();
+    for (size_t i = 0; i < sample.size(); i += 8)
+      for (int64_t d = 0; d < D; ++d) distance.push_back(std::abs(centred[i * D + d]));
   }
-  const double unit = reach / (best * farthest);
-  for (int64_t d = 0; d < D; ++d) centre[d] = static_cast<float>(mean[d] * unit);
-  return unit;
+  grid.unit[s] = 1 / (best_step(distance, grid.n_coordinates(s)) * widest * farthest);
+  for (int64_t d = 0; d < D; ++d) grid.centre[s * D + d] = static_cast<float>(mean[d] * grid.unit[s]);
+  grid.wasted[2 * s] = -1;
+  grid.wasted[2 * s + 1] = 0;
+}
+
+// ---- the move
+
+// z[d, c] = unit row[d] - centre[d] for one column c of a panel; returns |z|^2.
+CLMFAST_BODY float place_body(const float* row, const float* centre, double unit, int64_t D, float* z) {
+  float lane[LANES] = {};
+  for (int64_t first = 0; first < D; first += LANES) {
+    const int64_t n = std::min(LANES, D - first);
+    float part[LANES] = {};
+    if (n == LANES) {
+      for (int64_t l = 0; l < LANES; ++l) part[l] = static_cast<float>(row[first + l] * unit - centre[first + l]);
+    } else {
+      for (int64_t l = 0; l < n; ++l) part[l] = static_cast<float>(row[first + l] * unit - centre[first + l]);
+    }
+    for (int64_t l = 0; l < LANES; ++l) lane[l] += part[l] * part[l];
+    for (int64_t l = 0; l < n; ++l) z[(first + l) * PANEL] = part[l];
+  }
+  float sum = 0;
+  for (float part : lane) sum += part;
+  return sum;
+}
+
+// The cells of y [M, PANEL], their squared norms, and the sums of (y - cell)^2.
+CLMFAST_BODY void to_cells_body(const float* y, int64_t M, float reach, int16_t* cells, int32_t* norm2, float* rest2) {
+  constexpr float WHOLE = 0x1.8p23f;  // adding it leaves no digits behind the point
+  for (int64_t c = 0; c < PANEL; ++c) norm2[c] = 0, rest2[c] = 0;
+  for (int64_t m = 0; m < M; m += PAIR) {
+    int16_t* to = cells + m * PANEL;
+    for (int64_t c = 0; c < PANEL; ++c) {
+      int32_t pair[PAIR] = {};
+      for (int64_t e = 0; e < PAIR; ++e) {
+        const float at = m + e < M ? y[(m + e) * PANEL + c] : 0;
+        float cell = at > -reach ? at : -reach;  // also where it is NaN
+        cell = cell < reach ? cell : reach;
+        cell = (cell + WHOLE) - WHOLE;
+        rest2[c] += (at - cell) * (at - cell);
+        pair[e] = static_cast<int32_t>(cell);
+        norm2[c] += pair[e] * pair[e];
+      }
+      to[c * PAIR] = static_cast<int16_t>(pair[0]);
+      to[c * PAIR + 1] = static_cast<int16_t>(pair[1]);
+    }
+  }
+}
+
+CLMFAST_PER_ISA(float, place, (const float* row, const float* centre, double unit, int64_t D, float* z),
+                (row, centre, unit, D, z))
+CLMFAST_PER_ISA(void, to_cells,
+                (const float* y, int64_t M, float reach, int16_t* cells, int32_t* norm2, float* rest2),
+                (y, M, reach, cells, norm2, rest2))
+
+// Moves points first..first + PANEL - 1, of which those from n on are none. z and y [D, PANEL] are scratch.
+void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* z, float* y) {
+  const int64_t D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
+  const bool is_turned = grid.n_turned[s] > 0;
+  float length2[PANEL], rest2[PANEL];
+  bool is_point[PANEL];
+  for (int64_t c = 0; c < PANEL; ++c) {
+    const float* row = points + (first + c) * D;
+    is_point[c] = first + c < n && is_finite_row(row, D);
+    if (is_point[c]) {
+      length2[c] = place(row, grid.centre + s * D, grid.unit[s], D, z + c);
+    } else {
+      for (int64_t d = 0; d < D; ++d) z[d * PANEL + c] = 0;
+    }
+  }
+  if (is_turned)
+    for (int64_t m = 0; m < M; m += TILE_ROWS)
+      dot_tile(grid.turn + (s * TURNED + m) * D, TILE_ROWS, z, D, y + m * PANEL);
+  to_cells(is_turned ? y : z, M, static_cast<float>(reach_of(M)), grid.panel(s, i_panel), grid.norm2_of(s) + first,
+           rest2);
+  // What y loses by rounding: 2^-24 of z, and (D + 2) 2^-24 of it in every product with a row of the turn.
+  const float lost = is_turned ? static_cast<float>(D + 4) * 0x1p-24f * std::sqrt(static_cast<float>(M)) : 0x1p-23f;
+  for (int64_t c = 0; c < PANEL; ++c) {
+    float rest = std::sqrt(rest2[c]) * (1 + 0x1p-10f) + lost * std::sqrt(length2[c]) * (1 + 0x1p-10f) + 0x1p-8f;
+    if (!(rest < INF)) rest = INF;  // so far away that float32 does not hold it
+    grid.rest_of(s)[first + c] = is_point[c] ? rest : -INF;
+    if (!is_point[c]) grid.norm2_of(s)[first + c] = NOBODY;
+  }
 }
 
 // ---- squared distances of cells: out[r][c] = row_norm2[r] + norm2[c] - 2 sum_d rows[r][d] panel[c][d]
 
-#define CLMFAST_DIST2_PARAMETERS                                                                                    \
-  (const int16_t* rows, int64_t n_rows, const int32_t* row_norm2, const int16_t* panel, const int32_t* norm2, int64_t depth, \
-   int32_t* out)
-#define CLMFAST_DIST2_ARGUMENTS (rows, n_rows, row_norm2, panel, norm2, depth, out)
+#define CLMFAST_DIST2_PARAMETERS                                                                                   \
+  (const int16_t* rows, int64_t n_rows, const int32_t* row_norm2, const int16_t* panel, const int32_t* norm2,      \
+   int64_t depth, float* out, int64_t stride)
+#define CLMFAST_DIST2_ARGUMENTS (rows, n_rows, row_norm2, panel, norm2, depth, out, stride)
 
 void dist2_baseline CLMFAST_DIST2_PARAMETERS {
   for (int64_t r = 0; r < n_rows; ++r) {
-    int32_t sum[TILE_COLS] = {};
+    int32_t sum[PANEL] = {};
     for (int64_t g = 0; g < depth; ++g) {
-      const int16_t* row = rows + (g * TILE_ROWS + r) * PAIR;
-      const int16_t* column = panel + g * TILE_COLS * PAIR;
-      for (int64_t c = 0; c < TILE_COLS; ++c) sum[c] += row[0] * column[c * PAIR] + row[1] * column[c * PAIR + 1];
+      const int16_t* row = rows + (g * GridRows::MOST + r) * PAIR;
+      const int16_t* column = panel + g * PANEL * PAIR;
+      for (int64_t c = 0; c < PANEL; ++c) sum[c] += row[0] * column[c * PAIR] + row[1] * column[c * PAIR + 1];
     }
-    for (int64_t c = 0; c < TILE_COLS; ++c) out[r * TILE_COLS + c] = (row_norm2[r] - sum[c]) + (norm2[c] - sum[c]);
+    for (int64_t c = 0; c < PANEL; ++c)
+      out[r * stride + c] = static_cast<float>((row_norm2[r] - sum[c]) + (norm2[c] - sum[c]));
   }
 }
 
@@ -146,50 +310,56 @@ void dist2_baseline CLMFAST_DIST2_PARAMETERS {
 
 using Two = int32_t __attribute__((may_alias, aligned(2)));  // a PAIR
 
-// R rows, so many that the sums stay in registers.
-template <int R>
-__attribute__((target("avx2"))) void dist2_avx2_rows(const int16_t* rows, const int32_t* row_norm2,
+// 6 rows and 16 columns: their sums are 12 of the 16 registers.
+__attribute__((target("avx2"))) void dist2_avx2_tile(const int16_t* rows, const int32_t* row_norm2,
                                                      const int16_t* panel, const int32_t* norm2, int64_t depth,
-                                                     int32_t* out) {
-  constexpr int C = TILE_COLS / 8;
+                                                     float* out, int64_t stride) {
+  constexpr int R = 6, C = 2;
   __m256i sum[R][C];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) sum[r][c] = _mm256_setzero_si256();
   for (int64_t g = 0; g < depth; ++g) {
-#pragma GCC unroll 4
+    __m256i p[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      p[c] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + (g * PANEL + c * 8) * PAIR));
+      asm("" : "+x"(p[c]));  // or GCC 12 loads it for every row
+    }
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const __m256i row = _mm256_set1_epi32(*reinterpret_cast<const Two*>(rows + (g * TILE_ROWS + r) * PAIR));
-#pragma GCC unroll 4
+      const __m256i row = _mm256_set1_epi32(*reinterpret_cast<const Two*>(rows + (g * GridRows::MOST + r) * PAIR));
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
-        const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + (g * TILE_COLS + c * 8) * PAIR));
-        sum[r][c] = _mm256_add_epi32(sum[r][c], _mm256_madd_epi16(p, row));
+        const __m256i products = _mm256_madd_epi16(p[c], row);
+        asm("vpaddd %1, %0, %0" : "+x"(sum[r][c]) : "x"(products));  // with the intrinsic, it moves the sums about
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       const __m256i of_column = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(norm2 + c * 8));
       const __m256i x = _mm256_add_epi32(_mm256_sub_epi32(_mm256_set1_epi32(row_norm2[r]), sum[r][c]),
                                          _mm256_sub_epi32(of_column, sum[r][c]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * TILE_COLS + c * 8), x);
+      _mm256_storeu_ps(out + r * stride + c * 8, _mm256_cvtepi32_ps(x));
     }
   }
 }
 
-void dist2_avx2 CLMFAST_DIST2_PARAMETERS {
-  for (int64_t r = 0; r < n_rows; r += 2)
-    dist2_avx2_rows<2>(rows + r * PAIR, row_norm2 + r, panel, norm2, depth, out + r * TILE_COLS);
+__attribute__((target("avx2"))) void dist2_avx2 CLMFAST_DIST2_PARAMETERS {
+  for (int64_t c = 0; c < PANEL; c += 16)
+    for (int64_t r = 0; r < n_rows; r += 6)
+      dist2_avx2_tile(rows + r * PAIR, row_norm2 + r, panel + c * PAIR, norm2 + c, depth, out + r * stride + c, stride);
 }
 
 template <int R>
 __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int16_t* rows, const int32_t* row_norm2,
                                                                    const int16_t* panel, const int32_t* norm2,
-                                                                   int64_t depth, int32_t* out) {
-  constexpr int C = TILE_COLS / 16;
+                                                                   int64_t depth, float* out, int64_t stride) {
+  constexpr int C = PANEL / 16;
   __m512i sum[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -198,10 +368,10 @@ __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int16_t
   for (int64_t g = 0; g < depth; ++g) {
     __m512i p[C];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) p[c] = _mm512_loadu_si512(panel + (g * TILE_COLS + c * 16) * PAIR);
+    for (int c = 0; c < C; ++c) p[c] = _mm512_loadu_si512(panel + (g * PANEL + c * 16) * PAIR);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512i row = _mm512_set1_epi32(*reinterpret_cast<const Two*>(rows + (g * TILE_ROWS + r) * PAIR));
+      const __m512i row = _mm512_set1_epi32(*reinterpret_cast<const Two*>(rows + (g * GridRows::MOST + r) * PAIR));
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) {
         __m512i x = sum[r][c];  // with the intrinsic, GCC 12 copies every sum before and after
@@ -210,6 +380,7 @@ __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int16_t
       }
     }
   }
+  constexpr __mmask16 ALL = 0xffff;  // of the form without a mask, GCC 12 says that it reads what is not set
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -217,15 +388,15 @@ __attribute__((target("avx512f,avx512vnni"))) void dist2_vnni_rows(const int16_t
       const __m512i of_column = _mm512_loadu_si512(norm2 + c * 16);
       const __m512i x = _mm512_add_epi32(_mm512_sub_epi32(_mm512_set1_epi32(row_norm2[r]), sum[r][c]),
                                          _mm512_sub_epi32(of_column, sum[r][c]));
-      _mm512_storeu_si512(out + r * TILE_COLS + c * 16, x);
+      _mm512_storeu_ps(out + r * stride + c * 16, _mm512_maskz_cvtepi32_ps(ALL, x));
     }
   }
 }
 
 void dist2_vnni CLMFAST_DIST2_PARAMETERS {
-  if (n_rows > 8) return dist2_vnni_rows<12>(rows, row_norm2, panel, norm2, depth, out);
-  if (n_rows > 4) return dist2_vnni_rows<8>(rows, row_norm2, panel, norm2, depth, out);
-  dist2_vnni_rows<4>(rows, row_norm2, panel, norm2, depth, out);
+  if (n_rows > 8) dist2_vnni_rows<12>(rows, row_norm2, panel, norm2, depth, out, stride);
+  else if (n_rows > 4) dist2_vnni_rows<8>(rows, row_norm2, panel, norm2, depth, out, stride);
+  else dist2_vnni_rows<4>(rows, row_norm2, panel, norm2, depth, out, stride);
 }
 
 #else
@@ -239,86 +410,67 @@ void cell_dist2 CLMFAST_DIST2_PARAMETERS {
   once CLMFAST_DIST2_ARGUMENTS;
 }
 
-CLMFAST_BODY void screen_body(const int32_t* tile, int64_t n_rows, const float* row_limit, const float* column_limit,
-                              uint32_t* passed) {
-  for (int64_t r = 0; r < n_rows; ++r) {
-    uint32_t bits = 0;
-    for (int64_t c = 0; c < TILE_COLS; ++c) {
-      float limit = row_limit[r] + column_limit[c];
-      limit = limit > 0 ? limit : 0;  // also where it is NaN: who has no limit and who is no point
-      bits |= static_cast<uint32_t>(static_cast<float>(tile[r * TILE_COLS + c]) < limit * limit) << c;
-    }
-    passed[r] = bits;
-  }
-}
-
 }  // namespace
 
-CLMFAST_PER_ISA(void, screen,
-                (const int32_t* tile, int64_t n_rows, const float* row_limit, const float* column_limit,
-                 uint32_t* passed),
-                (tile, n_rows, row_limit, column_limit, passed))
-
-GridMemory::GridMemory(int64_t S, int64_t N, int64_t D)
-    : Grid{S, N, D, nullptr, nullptr, nullptr, nullptr, nullptr},
-      floats_(new float[S * (D + n_panels(N) * PANEL)]),
+GridMemory::GridMemory(int64_t S, int64_t N, int64_t D, const Grid* other)
+    : Grid{S, N, D, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+      floats_(new float[S * ((other ? 0 : D + TURNED * D) + n_panels(N) * PANEL)]),
       doubles_(new double[S]),
       integers_(new int32_t[S * n_panels(N) * PANEL]),
+      counts_(new int64_t[3 * S]),
       cells_(new int16_t[S * n_panels(N) * grid_depth(D) * PANEL * PAIR]) {
-  centre = floats_.get();
-  rest = centre + S * D;
-  unit = doubles_.get();
+  rest = floats_.get();
+  centre = other ? other->centre : rest + S * n_panels(N) * PANEL;
+  turn = other ? other->turn : centre + S * D;
+  unit = other ? other->unit : doubles_.get();
+  n_turned = other ? other->n_turned : counts_.get();
+  wasted = other ? other->wasted : counts_.get() + S;
   norm2 = integers_.get();
   cells = cells_.get();
 }
 
+void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n) {
+  choose(grid, s, points + s * grid.N * grid.D, n);
+}
+
 void make_grids(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for) {
-  for_each(parallel_for, grid.S, [&](int64_t s) {
-    grid.unit[s] = make_grid(points + s * grid.N * grid.D, n, grid.D, grid.centre + s * grid.D);
+  for_each(parallel_for, grid.S, [&](int64_t s) { make_grid(grid, s, points, n); });
+}
+
+void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels) {
+  std::unique_ptr<float[]> scratch(new float[(grid.D + TURNED) * PANEL]);
+  for (int64_t i_panel : panels)
+    move_panel(grid, s, points + s * grid.N * grid.D, n, i_panel, scratch.get(), scratch.get() + grid.D * PANEL);
+}
+
+void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for) {
+  constexpr int64_t TASK = 8;  // panels
+  const int64_t n_tasks = (n_panels(grid.N) + TASK - 1) / TASK;
+  for_each(parallel_for, grid.S * n_tasks, [&](int64_t task) {
+    std::vector<int64_t> panels;
+    for (int64_t i = task % n_tasks * TASK; i < std::min((task % n_tasks + 1) * TASK, n_panels(grid.N)); ++i)
+      panels.push_back(i);
+    move_to_grid(grid, task / n_tasks, points, n, panels);
   });
 }
 
-void move_to_grid(const Grid& grid, const float* points, int64_t n, int64_t first, int64_t count,
-                  ParallelFor parallel_for) {
-  const int64_t N = grid.N, D = grid.D, depth = grid_depth(D);
-  const std::vector<int64_t> chosen = panels_of(N, first, count);
-  const int64_t n_chosen = static_cast<int64_t>(chosen.size());
-  for_each(parallel_for, grid.S * n_chosen, [&](int64_t task) {
-    const int64_t s = task / n_chosen, i_panel = chosen[task % n_chosen];
-    int16_t* panel = grid.panel(s, i_panel);
-    std::memset(panel, 0, depth * PANEL * PAIR * sizeof *panel);
-    for (int64_t c = 0; c < PANEL; ++c) {
-      const int64_t i = i_panel * PANEL + c;
-      grid.norm2_of(s)[i] = 0;
-      grid.rest_of(s)[i] = -INF;
-      if (i >= n) continue;
-      const Moved moved(grid, s, points + (s * N + i) * D);
-      grid.norm2_of(s)[i] = moved.norm2;
-      grid.rest_of(s)[i] = moved.rest;
-      for (int64_t g = 0; g < depth; ++g)
-        std::memcpy(panel + (g * PANEL + c) * PAIR, &moved.cells[g * PAIR], PAIR * sizeof *panel);
-    }
-  });
-}
-
-void GridRows::add(const float* row) {
-  const int64_t i = size(), group = i / TILE_ROWS, depth = grid_depth(grid_.D);
-  if (i % TILE_ROWS == 0) {
-    cells_.resize((group + 1) * depth * TILE_ROWS * PAIR);
-    norm2_.resize((group + 1) * TILE_ROWS);
+GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
+    : s_(s), n_(n), depth_(grid_depth(grid.n_coordinates(s))), cells_(depth_ * MOST * PAIR) {
+  for (int64_t r = 0; r < MOST; ++r) {
+    norm2_[r] = 0;
+    if (r >= n) continue;
+    const int64_t i_panel = row[r] / PANEL, c = row[r] % PANEL;
+    norm2_[r] = grid.norm2_of(s)[row[r]];
+    rest_[r] = grid.rest_of(s)[row[r]];
+    const int16_t* from = grid.panel(s, i_panel) + c * PAIR;
+    for (int64_t g = 0; g < depth_; ++g)
+      std::memcpy(&cells_[(g * MOST + r) * PAIR], from + g * PANEL * PAIR, PAIR * sizeof *from);
   }
-  const Moved moved(grid_, s_, row);
-  for (int64_t g = 0; g < depth; ++g)
-    std::memcpy(&cells_[((group * depth + g) * TILE_ROWS + i % TILE_ROWS) * PAIR], &moved.cells[g * PAIR],
-                PAIR * sizeof cells_[0]);
-  norm2_[i] = moved.norm2;
-  rest_.push_back(moved.rest);
 }
 
-void GridRows::dist2(int64_t group, const Grid& other, int64_t i_panel, int32_t* tile) const {
-  const int64_t depth = grid_depth(grid_.D);
-  cell_dist2(&cells_[group * depth * TILE_ROWS * PAIR], n_rows(group), &norm2_[group * TILE_ROWS],
-             other.panel(s_, i_panel), other.norm2_of(s_) + i_panel * PANEL, depth, tile);
+void GridRows::dist2(const Grid& other, int64_t i_panel, float* dist2, int64_t stride) const {
+  cell_dist2(cells_.data(), n_, norm2_, other.panel(s_, i_panel), other.norm2_of(s_) + i_panel * PANEL, depth_, dist2,
+             stride);
 }
 
 }  // namespace clmfast

@@ -1,15 +1,17 @@
 // The screen of knn: points on a grid, and the squared distances of their cells.
 //
-//   y = unit x - centre,  cell = y rounded to whole numbers that 16 bits hold,  rest >= |y - cell|
+//   z = unit x - centre,  y = turn z,  cell = y rounded to whole numbers that 16 bits hold,  rest >= |y - cell|
 //
 // Screening and deciding. knn must compare float64 distances exactly, but needs to compute only few of them. Two
 // products of 16 bits are one lane of one instruction, and nothing is rounded: the squared distance of two cells is an
-// integer. The triangle inequality bounds what it says about the points,
+// integer. No row of the turn is longer than it ought to be: |turn z| <= |z|. So
 //
-//   | unit |q - p| - |cell_q - cell_p| | <= rest_q + rest_p,
+//   unit |q - p| >= |cell_q - cell_p| - rest_q - rest_p,
 //
-// and whoever that cannot exclude is measured by pair_dist2. It holds for any centre and unit; good ones leave little
-// rest. Floats here are rounded away from exclusion by 2^-20 of themselves, far more than their arithmetic loses.
+// and whoever that cannot exclude is measured by pair_dist2. It holds for any centre, unit and such turn; good ones
+// exclude almost all. Where a few directions hold most of what sets points apart, as in the states of a model, they are
+// the turn, and all others are left out; elsewhere there is none. Floats here are rounded away from exclusion by 2^-20
+// of themselves, far more than their arithmetic loses.
 #pragma once
 
 #include <algorithm>
@@ -19,54 +21,48 @@
 
 #include "../grid.h"
 #include "../parallel.h"
-#include "tile.h"
 
 namespace clmfast {
 
-// The memory of a Grid that lives as long as one call.
+// The memory of a Grid that lives as long as one call; with `other`, on its grid.
 struct GridMemory : Grid {
-  GridMemory(int64_t S, int64_t N, int64_t D);
+  GridMemory(int64_t S, int64_t N, int64_t D, const Grid* other = nullptr);
 
  private:
   std::unique_ptr<float[]> floats_;  // not vectors: to clear them first would cost as much as to fill them
   std::unique_ptr<double[]> doubles_;
   std::unique_ptr<int32_t[]> integers_;
+  std::unique_ptr<int64_t[]> counts_;
   std::unique_ptr<int16_t[]> cells_;
 };
 
-// Chooses centre and unit of every set by a sample of the first n of its points [S, N, D].
+// Chooses centre, unit and turn of set s, or of all, by a sample of the first n of its points [S, N, D].
+void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n);
 void make_grids(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for);
 
-// Moves those panels of points [S, N, D] that hold one of the `count` rows from `first` on, round and round; rows from
-// n on are no points.
-void move_to_grid(const Grid& grid, const float* points, int64_t n, int64_t first, int64_t count,
-                  ParallelFor parallel_for);
+// Moves some panels of set s, or all of all, of points [S, N, D]; rows from n on are no points.
+void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels);
+void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for);
 
-// Rows of set s that meet its panels, TILE_ROWS at a time.
+// Some rows of a set that meet its panels, or those of another set on the same grid.
 class GridRows {
  public:
-  GridRows(const Grid& grid, int64_t s) : grid_(grid), s_(s) {}
+  static constexpr int64_t MOST = 12;  // of 32 columns, their sums are 24 of the 32 AVX-512 registers
 
-  void add(const float* row);
+  GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n);
 
-  int64_t size() const { return static_cast<int64_t>(rest_.size()); }
-  int64_t n_groups() const { return (size() + TILE_ROWS - 1) / TILE_ROWS; }
-  int64_t n_rows(int64_t group) const { return std::min(TILE_ROWS, size() - group * TILE_ROWS); }
+  int64_t size() const { return n_; }
+  int64_t panel_bytes() const { return depth_ * PANEL * PAIR * static_cast<int64_t>(sizeof(int16_t)); }
   float rest(int64_t i) const { return rest_[i]; }  // -infinity: the row is not finite
 
-  // The squared distances of a group's cells to those of a panel of `other`, which shares the grid: tile [TILE_ROWS,
-  // TILE_COLS], of which the rows from n_rows(group) on are unspecified.
-  void dist2(int64_t group, const Grid& other, int64_t i_panel, int32_t* tile) const;
+  // The squared distances of their cells to those of a panel: dist2 [size, stride], of which PANEL columns are written.
+  void dist2(const Grid& other, int64_t i_panel, float* dist2, int64_t stride) const;
 
  private:
-  Grid grid_;
-  int64_t s_;
-  std::vector<int16_t> cells_;  // [groups, depth, TILE_ROWS, PAIR]
-  std::vector<int32_t> norm2_;  // [groups * TILE_ROWS]
-  std::vector<float> rest_;
+  int64_t s_, n_, depth_;
+  std::vector<int16_t> cells_;  // [depth, MOST, PAIR]
+  int32_t norm2_[MOST];
+  float rest_[MOST];
 };
-
-// Bit c of passed[r] is set where the cells of row r and column c are closer than row_limit[r] + column_limit[c].
-void screen(const int32_t* tile, int64_t n_rows, const float* row_limit, const float* column_limit, uint32_t* passed);
 
 }  // namespace clmfast

@@ -1,13 +1,21 @@
-// knn on the CPU: one task is a block of queries of one set, which search.h leads past all panels of the set's points.
+// knn on the CPU. Queries meet the points in blocks. In the self form a block of points meets another one once, and both
+// look for neighbours in the same numbers.
 #include "../knn.h"
 
 #include <algorithm>
 #include <limits>
+#include <utility>
+#include <vector>
 
+#include "groups.h"
 #include "search.h"
 
 namespace clmfast {
 namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t BLOCK_PANELS = 8;   // of points that meet each other: their cells stay in the second cache
+constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: enough to reuse a panel, few enough for many threads
 
 // Neighbours at dist2 <= within lie below this.
 Neighbour bound_of(float within) {
@@ -15,46 +23,116 @@ Neighbour bound_of(float within) {
   return neighbour(within, 0) + (Neighbour{1} << 32);
 }
 
-void search_block(const Knn& op, const Grid& grid, int64_t s, int64_t first) {
-  const float* points = op.points + s * op.N * op.D;
-  const float* queries = op.is_self ? points : op.queries + s * op.Q * op.D;
-  const int64_t n_queries = std::min(Search::MOST, op.Q - first);
-  Search search(grid, s, points, op.N, op.k, 1);
-  for (int64_t i = first; i < first + n_queries; ++i) {
+struct Searches {
+  const Knn& op;
+  const Grid &points, &queries;
+  const Groups groups;
+  const int64_t block_size = op.is_self ? BLOCK_PANELS * PANEL : QUERY_BLOCK;
+  const int64_t n_blocks = (op.Q + block_size - 1) / block_size, stride = n_blocks * block_size;
+  std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
+  std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
+
+  const float* query(int64_t s, int64_t i) const { return (op.is_self ? op.points : op.queries) + (s * op.Q + i) * op.D; }
+  int64_t size_of(int64_t block) const { return std::min(block_size, op.Q - block * block_size); }
+
+  void begin(int64_t s, int64_t i) {
+    Neighbour* list = op.index + (s * op.Q + i) * op.k;
+    std::fill_n(list, op.k, NO_NEIGHBOUR);
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
-    search.add(queries + i * op.D, &bound);
+    nearest[s * stride + i] = Nearest(list, op.k, points.unit[s], bound);
   }
-  auto barred = [&](int64_t, int64_t query, int64_t i_panel) {
-    uint32_t bits = op.is_self ? same_row(first + query, i_panel) : 0;
-    if (op.query_group) bits |= same_group(op.query_group[first + query], op.point_group, op.N, i_panel);
-    return bits;
-  };
-  int32_t tile[TILE_ROWS * TILE_COLS];
-  for (int64_t i_panel = 0; i_panel < n_panels(op.N); ++i_panel) {
-    for (int64_t group = 0; group < search.rows().n_groups(); ++group) {
-      search.rows().dist2(group, grid, i_panel, tile);
-      search.take(group, i_panel, tile, barred);
+
+  void bar(int64_t i, int64_t first, int64_t n, float* dist2) const {
+    if (op.is_self && first <= i && i < first + n) dist2[i - first] = INF;
+    if (op.query_group) groups.for_members(op.query_group[i], first, n, [&](int64_t c) { dist2[c - first] = INF; });
+  }
+
+  // Query i looks at a row of numbers.
+  template <class Found>
+  void look_at(int64_t s, int64_t i, int64_t first, int64_t n, float* dist2, const float* column_limit,
+               const Found& found) {
+    bar(i, first, n, dist2);
+    Nearest& own = nearest[s * stride + i];
+    const float* all = op.points + s * op.N * op.D;
+    look({dist2, first, n, queries.rest_of(s)[i], points.rest_of(s) + first, column_limit, query(s, i), all, op.D},
+         op.k, own, found);
+    limit[s * stride + i] = own.limit();
+  }
+
+  // The queries of a block look at panels begin, ..., end - 1, alone.
+  void search(int64_t s, int64_t block, int64_t begin_panel, int64_t end_panel) {
+    const int64_t at = block * block_size;
+    for (int64_t i = at; i < at + size_of(block); ++i) begin(s, i);
+    sweep(grid_rows(queries, s, at, size_of(block)), points, begin_panel, end_panel,
+          [&](int64_t r, int64_t first, int64_t n, float* dist2) {
+            look_at(s, at + r, first, n, dist2, nullptr, [](int64_t, float) { return false; });
+          });
+  }
+
+  // Two blocks of points look at each other.
+  void meet(int64_t s, int64_t block, int64_t other) {
+    const int64_t at = block * block_size, end = std::min((other + 1) * BLOCK_PANELS, n_panels(op.N));
+    sweep(grid_rows(points, s, at, size_of(block)), points, other * BLOCK_PANELS, end,
+          [&](int64_t r, int64_t first, int64_t n, float* dist2) {
+            look_at(s, at + r, first, n, dist2, &limit[s * stride + first], [&](int64_t c, float measured) {
+              Nearest& of_column = nearest[s * stride + first + c];
+              const bool is_taken = of_column.take(neighbour(measured, at + r));
+              limit[s * stride + first + c] = of_column.limit();
+              return is_taken;
+            });
+          });
+  }
+
+  void write(int64_t s, int64_t block) const {
+    for (int64_t e = (s * op.Q + block * block_size) * op.k; e < (s * op.Q + block * block_size + size_of(block)) * op.k; ++e) {
+      const Neighbour found = op.index[e];
+      op.dist2[e] = found == NO_NEIGHBOUR ? INF : dist2_of(found);
+      op.index[e] = found == NO_NEIGHBOUR ? -1 : index_of(found);
     }
   }
-  for (int64_t i = 0; i < n_queries; ++i) {
-    const auto& found = search.finish(i, 0);
-    const int64_t out = (s * op.Q + first + i) * op.k, n_found = static_cast<int64_t>(found.size());
-    for (int64_t e = 0; e < op.k; ++e) {
-      op.dist2[out + e] = e < n_found ? dist2_of(found[e]) : std::numeric_limits<float>::infinity();
-      op.index[out + e] = e < n_found ? index_of(found[e]) : -1;
-    }
-  }
+};
+
+// A round-robin tournament: in each of n_rounds(n) rounds every block is in at most one pair, and every two blocks meet
+// once. The last of an even number stays, the others go round.
+int64_t n_rounds(int64_t n) { return n % 2 ? n : n - 1; }
+
+std::vector<std::pair<int64_t, int64_t>> pairs_of(int64_t n, int64_t round) {
+  const int64_t n_turning = n_rounds(n);
+  std::vector<std::pair<int64_t, int64_t>> pairs;
+  if (n_turning < n) pairs.emplace_back(round, n - 1);
+  for (int64_t i = 1; i <= (n_turning - 1) / 2; ++i)
+    pairs.emplace_back((round + i) % n_turning, (round + n_turning - i) % n_turning);
+  return pairs;
 }
 
 }  // namespace
 
 void knn_cpu(const Knn& op, ParallelFor parallel_for) {
-  const int64_t blocks = (op.Q + Search::MOST - 1) / Search::MOST;
-  const GridMemory grid(op.S, op.N, op.D);
-  make_grids(grid, op.points, op.N, parallel_for);
-  move_to_grid(grid, op.points, op.N, 0, op.N, parallel_for);
-  for_each(parallel_for, op.S * blocks,
-           [&](int64_t task) { search_block(op, grid, task / blocks, task % blocks * Search::MOST); });
+  const GridMemory points(op.S, op.N, op.D);
+  make_grids(points, op.points, op.N, parallel_for);
+  move_to_grid(points, op.points, op.N, parallel_for);
+  const GridMemory queries(op.S, op.is_self ? 0 : op.Q, op.D, &points);
+  if (!op.is_self) move_to_grid(queries, op.queries, op.Q, parallel_for);
+  Searches searches{op, points, op.is_self ? points : static_cast<const Grid&>(queries),
+                    op.query_group ? Groups(op.point_group, op.N) : Groups()};
+  const int64_t n_blocks = searches.n_blocks;
+  if (op.is_self) {
+    for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
+      const int64_t s = task / n_blocks, block = task % n_blocks;
+      searches.search(s, block, block * BLOCK_PANELS, std::min((block + 1) * BLOCK_PANELS, n_panels(op.N)));
+    });
+    for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
+      const auto pairs = pairs_of(n_blocks, round);
+      const int64_t n_pairs = static_cast<int64_t>(pairs.size());
+      for_each(parallel_for, op.S * n_pairs, [&](int64_t task) {
+        searches.meet(task / n_pairs, pairs[task % n_pairs].first, pairs[task % n_pairs].second);
+      });
+    }
+  } else {
+    for_each(parallel_for, op.S * n_blocks,
+             [&](int64_t task) { searches.search(task / n_blocks, task % n_blocks, 0, n_panels(op.N)); });
+  }
+  for_each(parallel_for, op.S * n_blocks, [&](int64_t task) { searches.write(task / n_blocks, task % n_blocks); });
 }
 
 }  // namespace clmfast

@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
+#include <utility>
 #include <vector>
 
-#include "pair.h"
+#include "groups.h"
 #include "panels.h"
 #include "search.h"
 
@@ -17,13 +19,14 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t BLOCK = 64;  // queries of one task: enough to reuse a panel, few enough to balance the threads
 
 struct Changed {
   int64_t N, first, count;
 
   bool has(int64_t i) const {
-    int64_t behind = i - first;
-    return (behind < 0 ? behind + N : behind) < count;
+    const int64_t behind = i - first;
+    return behind + (behind >> 63 & N) < count;
   }
 
   // The filled ones, ascending.
@@ -59,8 +62,9 @@ struct Update {
   const int64_t S = points.S, D = points.D, N = points.N, Q = queries.N;
   const Changed changed_points{N, op.points.first, op.points.count}, changed_queries{Q, op.queries.first,
                                                                                      op.queries.count};
-  // Of the queries that stay, all views: the distance that the rest of the point may be added to. -infinity: of others.
-  std::vector<float> limit = std::vector<float>(S * n_panels(Q) * TILE_COLS);
+  std::vector<Groups> point_groups = {};  // of each view
+  // Of the queries that stay, all views: who is at least as far, in steps, need not be looked at. -infinity: of others.
+  std::vector<float> limit = std::vector<float>(S * n_panels(Q) * PANEL);
 
   Neighbour* list(int64_t v, int64_t s, int64_t q) const { return op.key + ((v * S + s) * Q + q) * op.length; }
   Neighbour& bound(int64_t v, int64_t s, int64_t q) const { return op.bound[(v * S + s) * Q + q]; }
@@ -72,78 +76,83 @@ struct Update {
   }
 
   void find_limits(int64_t s) {
-    float* out = &limit[s * n_panels(Q) * TILE_COLS];
-    std::fill_n(out, n_panels(Q) * TILE_COLS, -INF);
+    float* out = &limit[s * n_panels(Q) * PANEL];
+    std::fill_n(out, n_panels(Q) * PANEL, -INF);
     for (int64_t q = 0; q < op.queries.n; ++q) {
       if (changed_queries.has(q)) continue;
-      for (int64_t v = 0; v < op.V; ++v) out[q] = std::max(out[q], limit_below(queries.unit[s], bound(v, s, q)));
-      out[q] += queries.rest_of(s)[q];
+      Neighbour farthest = bound(0, s, q);
+      for (int64_t v = 1; v < op.V; ++v) farthest = std::max(farthest, bound(v, s, q));
+      out[q] = limit_below(queries.unit[s], farthest);
     }
   }
 
-  // The queries `rows` [n] look for their neighbours, and write their lists.
-  // With `arrivals`, queries that stay also look for neighbours among `rows`, which are points then.
-  void search(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>* arrivals) const {
-    Search search(points, s, point(s, 0), op.points.n, op.length, op.V);
-    const std::vector<Neighbour> no_bound(op.V, NO_NEIGHBOUR);
-    for (int64_t i = 0; i < n; ++i) search.add(query(s, rows[i]), no_bound.data());
-    auto barred = [&](int64_t v, int64_t i, int64_t i_panel) {
-      return (op.is_self ? same_row(rows[i], i_panel) : 0) |
-             same_group(op.query_group[v * Q + rows[i]], op.point_group + v * N, N, i_panel);
-    };
-    int32_t tile[TILE_ROWS * TILE_COLS];
-    for (int64_t i_panel = 0; i_panel < n_panels(op.points.n); ++i_panel) {
-      for (int64_t group = 0; group < search.rows().n_groups(); ++group) {
-        search.rows().dist2(group, points, i_panel, tile);
-        if (arrivals) note_arrivals(s, search.rows(), group, rows, i_panel, tile, *arrivals);
-        search.take(group, i_panel, tile, barred);
-      }
-    }
+  // A point that query q may have to take into a list; returns whether it has to.
+  bool note(int64_t v, int64_t s, int64_t q, Neighbour point, std::vector<Arrival>& arrivals) const {
+    const bool is_arrival = point < bound(v, s, q) && !is_barred(v, q, index_of(point));
+    if (is_arrival) arrivals.push_back({v, q, point});
+    return is_arrival;
+  }
+
+  // The queries `rows` [n] look for their neighbours, and write their lists. With `arrivals`, these rows are new points as
+  // well, and the queries that stay look for neighbours among them.
+  // Returns how many points it measured in vain.
+  int64_t search(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>* arrivals) const {
+    int64_t n_wasted = 0;
+    std::vector<Nearest> nearest;
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t v = 0; v < op.V; ++v) {
-        const auto& found = search.finish(i, v);
-        Neighbour* out = list(v, s, rows[i]);
-        std::fill(std::copy(found.begin(), found.end(), out), out + op.length, NO_NEIGHBOUR);
+        std::fill_n(list(v, s, rows[i]), op.length, NO_NEIGHBOUR);
+        nearest.emplace_back(list(v, s, rows[i]), op.length, points.unit[s], NO_NEIGHBOUR);
+      }
+    }
+    std::vector<std::pair<int64_t, float>> barred;  // column, and what stood there
+    sweep(grid_rows(queries, s, rows, n), points, 0, n_panels(op.points.n),
+          [&](int64_t r, int64_t first, int64_t n_columns, float* dist2) {
+            const int64_t q = rows[r];
+            auto bar = [&](int64_t i) {
+              barred.emplace_back(i - first, dist2[i - first]);
+              dist2[i - first] = INF;
+            };
+            for (int64_t v = 0; v < op.V; ++v) {
+              if (op.is_self && first <= q && q < first + n_columns) bar(q);
+              point_groups[v].for_members(op.query_group[v * Q + q], first, n_columns, bar);
+              n_wasted += look(
+                  {dist2, first, n_columns, queries.rest_of(s)[q], points.rest_of(s) + first,
+                    arrivals ? &limit[s * n_panels(Q) * PANEL + first] : nullptr, query(s, q), point(s, 0), D},
+                   op.length, nearest[r * op.V + v], [&](int64_t c, float measured) {
+                     return arrivals && !changed_queries.has(first + c) &&
+                            note(v, s, first + c, neighbour(measured, q), *arrivals);
+                   });
+              for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
+            }
+          });
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t v = 0; v < op.V; ++v) {
         // A list that is not full holds every candidate there is.
-        bound(v, s, rows[i]) = out[op.length - 1] == NO_NEIGHBOUR ? NO_NEIGHBOUR : out[op.length - 1] + 1;
+        const Neighbour last = list(v, s, rows[i])[op.length - 1];
+        bound(v, s, rows[i]) = last == NO_NEIGHBOUR ? NO_NEIGHBOUR : last + 1;
       }
     }
-  }
-
-  // Of a tile of points `rows` against a panel of queries: who of the queries that stay has to take which point.
-  void note_arrivals(int64_t s, const GridRows& grid_rows, int64_t group, const int64_t* rows, int64_t i_panel,
-                     const int32_t* tile, std::vector<Arrival>& arrivals) const {
-    const int64_t n = grid_rows.n_rows(group), first = group * TILE_ROWS;
-    float rest[TILE_ROWS];
-    uint32_t passed[TILE_ROWS];
-    for (int64_t r = 0; r < n; ++r) rest[r] = grid_rows.rest(first + r);
-    screen(tile, n, rest, &limit[(s * n_panels(Q) + i_panel) * TILE_COLS], passed);
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t i_point = rows[first + r];
-      for (uint32_t bits = passed[r]; bits; bits &= bits - 1) {
-        const int64_t q = i_panel * TILE_COLS + __builtin_ctz(bits);
-        Neighbour arrived = NO_NEIGHBOUR;
-        for (int64_t v = 0; v < op.V; ++v) {
-          if (is_barred(v, q, i_point)) continue;
-          if (arrived == NO_NEIGHBOUR)
-            arrived = neighbour(static_cast<float>(pair_dist2(query(s, q), point(s, i_point), D)), i_point);
-          if (arrived < bound(v, s, q)) arrivals.push_back({v, q, arrived});
-        }
-      }
-    }
+    return n_wasted;
   }
 
   // Queries that stay look for neighbours among the points `rows`, where queries and points are different rings.
-  void meet_queries(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>& arrivals) const {
-    GridRows grid_rows(points, s);
-    for (int64_t i = 0; i < n; ++i) grid_rows.add(point(s, rows[i]));
-    int32_t tile[TILE_ROWS * TILE_COLS];
-    for (int64_t i_panel = 0; i_panel < n_panels(op.queries.n); ++i_panel) {
-      for (int64_t group = 0; group < grid_rows.n_groups(); ++group) {
-        grid_rows.dist2(group, queries, i_panel, tile);
-        note_arrivals(s, grid_rows, group, rows, i_panel, tile, arrivals);
-      }
-    }
+  int64_t meet_queries(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>& arrivals) const {
+    int64_t n_wasted = 0;
+    Nearest nobody;
+    sweep(grid_rows(points, s, rows, n), queries, 0, n_panels(op.queries.n),
+          [&](int64_t r, int64_t first, int64_t n_columns, float* dist2) {
+            n_wasted += look(
+                {dist2, first, n_columns, points.rest_of(s)[rows[r]], queries.rest_of(s) + first,
+                  &limit[s * n_panels(Q) * PANEL + first], point(s, rows[r]), query(s, 0), D},
+                 0, nobody, [&](int64_t c, float measured) {
+                   bool is_taken = false;
+                   for (int64_t v = 0; v < op.V; ++v)
+                     is_taken |= note(v, s, first + c, neighbour(measured, rows[r]), arrivals);
+                   return is_taken;
+                 });
+          });
+    return n_wasted;
   }
 
   // Brings the lists of the queries that stay up to date, and returns the queries whose list ran short.
@@ -185,7 +194,7 @@ struct Update {
   }
 
   int64_t run() {
-    auto blocks_of = [](int64_t n) { return (n + Search::MOST - 1) / Search::MOST; };
+    auto blocks_of = [](int64_t n) { return (n + BLOCK - 1) / BLOCK; };
     const std::vector<int64_t> new_queries = changed_queries.rows(op.queries.n);
     const std::vector<int64_t> new_points = changed_points.rows(op.points.n);
     const int64_t n_new = static_cast<int64_t>(new_queries.size()), n_blocks = blocks_of(n_new);
@@ -193,19 +202,28 @@ struct Update {
     const int64_t n_met = n_new == op.queries.n ? 0 : static_cast<int64_t>(new_points.size());
     const int64_t n_meetings = blocks_of(n_met), n_tasks = n_blocks + (op.is_self ? 0 : n_meetings);
     std::vector<std::vector<Arrival>> arrivals(S * n_tasks);
+    for (int64_t v = 0; v < op.V; ++v) point_groups.emplace_back(op.point_group + v * N, op.points.n);
 
     for_each(parallel_for, S, [&](int64_t s) { find_limits(s); });
+    std::vector<int64_t> wasted(S * n_tasks);
     for_each(parallel_for, S * n_tasks, [&](int64_t task) {
       const int64_t s = task / n_tasks, block = task % n_tasks;
       if (block < n_blocks) {
-        const int64_t first = block * Search::MOST;
-        search(s, &new_queries[first], std::min(Search::MOST, n_new - first),
+        const int64_t first = block * BLOCK;
+        wasted[task] = search(s, &new_queries[first], std::min(BLOCK, n_new - first),
                op.is_self && n_met ? &arrivals[task] : nullptr);
       } else {
-        const int64_t first = (block - n_blocks) * Search::MOST;
-        meet_queries(s, &new_points[first], std::min(Search::MOST, n_met - first), arrivals[task]);
+        const int64_t first = (block - n_blocks) * BLOCK;
+        wasted[task] = meet_queries(s, &new_points[first], std::min(BLOCK, n_met - first), arrivals[task]);
       }
     });
+
+    for (int64_t s = 0; s < S; ++s) {
+      int64_t &at_first = points.wasted[2 * s], &more = points.wasted[2 * s + 1];
+      const int64_t n = std::accumulate(&wasted[s * n_tasks], &wasted[s * n_tasks] + n_tasks, int64_t{0});
+      if (at_first < 0) at_first = n;
+      else more += std::max<int64_t>(0, n - at_first);
+    }
 
     std::vector<std::vector<int64_t>> refill(S);
     for_each(parallel_for, S, [&](int64_t s) { refill[s] = merge(s, arrivals.data() + s * n_tasks, n_tasks); });
@@ -213,12 +231,12 @@ struct Update {
     std::vector<std::pair<int64_t, int64_t>> blocks;  // set, first
     for (int64_t s = 0; s < S; ++s) {
       n_refilled += static_cast<int64_t>(refill[s].size());
-      for (int64_t block = 0; block < blocks_of(refill[s].size()); ++block) blocks.emplace_back(s, block * Search::MOST);
+      for (int64_t block = 0; block < blocks_of(refill[s].size()); ++block) blocks.emplace_back(s, block * BLOCK);
     }
     for_each(parallel_for, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
       const auto [s, first] = blocks[task];
       const int64_t n = static_cast<int64_t>(refill[s].size());
-      search(s, &refill[s][first], std::min(Search::MOST, n - first), nullptr);
+      search(s, &refill[s][first], std::min(BLOCK, n - first), nullptr);
     });
     for_each(parallel_for, S, [&](int64_t s) { write_index(s); });
     return n_refilled;
@@ -243,10 +261,19 @@ void ring_pack_cpu(const Ring& points, const Packed& packed, bool is_new, Parall
 
 void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries, const Grid& query_grid, bool is_new,
                       ParallelFor parallel_for) {
-  if (is_new) make_grids(grid, points.points, points.n, parallel_for);
-  move_to_grid(grid, points.points, points.n, points.first, is_new ? grid.N : points.count, parallel_for);
-  move_to_grid(query_grid, queries.points, queries.n, queries.first, is_new ? query_grid.N : queries.count,
-               parallel_for);
+  // To choose a grid and to move all points to it costs about as much as measuring so many pairs (Zen 3, 2048 x 128).
+  constexpr int64_t PRICE = 60000;
+  const std::vector<int64_t> changed = panels_of(grid.N, points.first, points.count), all = panels_of(grid.N, 0, grid.N);
+  const std::vector<int64_t> changed_queries = panels_of(query_grid.N, queries.first, queries.count),
+                             all_queries = panels_of(query_grid.N, 0, query_grid.N);
+  const bool is_shared = grid.cells == query_grid.cells;
+  for_each(parallel_for, grid.S, [&](int64_t s) {
+    const bool is_chosen_anew = is_new || grid.wasted[2 * s + 1] > PRICE;
+    if (is_chosen_anew) make_grid(grid, s, points.points, points.n);
+    move_to_grid(grid, s, points.points, points.n, is_chosen_anew ? all : changed);
+    if (!is_shared)
+      move_to_grid(query_grid, s, queries.points, queries.n, is_chosen_anew ? all_queries : changed_queries);
+  });
 }
 
 int64_t ring_knn_cpu(const RingKnn& op, const Grid& points, const Grid& queries, ParallelFor parallel_for) {

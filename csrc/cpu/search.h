@@ -1,20 +1,20 @@
-// Search: the nearest points of a few queries of one set, exactly. What knn and ring_knn are made of.
+// Search: the nearest points of a query, exactly. What knn and ring_knn are made of.
 //
-// Queries meet the points panel by panel, as tiles of squared distances of cells (grid.h). What passes a query's limit
-// waits in `pending` with the bounds on its distance, which tell from time to time which of it can still be among the k
-// nearest. Only what is left at the end is measured by pair_dist2.
-//
-// The same queries may ask several times, in views that bar different points.
+// Squared distances of cells (grid.h) come as rows of numbers, one for each column that a point is. Who is too far by
+// them is out; the rest is measured by pair_dist2 at once, which brings the limit down. So that it is low from the
+// start, the first row is looked at twice: first at little more than its k smallest numbers.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
 #include "grid.h"
+#include "pair.h"
 
 namespace clmfast {
 
@@ -40,73 +40,131 @@ inline float dist2_of(Neighbour x) {
 // The distance in steps of `unit` at and above which no point is a neighbour below `bound`.
 float limit_below(double unit, Neighbour bound);
 
-class Search {
+// The k nearest points of one query that have been found so far, in a list [k] of its owner's.
+class Nearest {
  public:
-  static constexpr int64_t MOST = 4 * TILE_ROWS;  // queries: enough to reuse a panel, few enough to balance the threads
+  Nearest() = default;
+  // Looks for neighbours below `bound`; the list must be full of NO_NEIGHBOUR.
+  Nearest(Neighbour* list, int64_t k, double unit, Neighbour bound)
+      : list_(list), k_(k), unit_(unit), bound_(bound), limit_(limit_below(unit, bound)) {}
 
-  // For up to k neighbours each among points [n, D] of set s, which are on the grid.
-  Search(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t k, int64_t n_views);
+  float limit() const { return limit_; }  // who is at least as far, in steps, need not be measured
+  bool is_full() const { return k_ == 0 || list_[k_ - 1] != NO_NEIGHBOUR; }
+  // Can a point of this index still be taken?
+  bool may_take(int64_t index) const { return neighbour(0, index) < bound_; }
 
-  // A further query: in each view it looks for neighbours below bound[view].
-  void add(const float* row, const Neighbour* bound);
-
-  const GridRows& rows() const { return rows_; }
-
-  // Takes what the group can use of a tile of its distances to panel i_panel. barred(view, query, i_panel) has the bits
-  // of those of the panel that are no neighbours.
-  template <class Barred>
-  void take(int64_t group, int64_t i_panel, const int32_t* tile, const Barred& barred);
-
-  // The neighbours found, ascending.
-  const std::vector<Neighbour>& finish(int64_t query, int64_t view);
+  // Returns whether it belongs to them.
+  bool take(Neighbour x) {
+    if (x >= bound_) return false;
+    int64_t e = k_ - 1;
+    for (; e > 0 && list_[e - 1] > x; --e) list_[e] = list_[e - 1];
+    list_[e] = x;
+    if (list_[k_ - 1] >= bound_) return true;
+    bound_ = list_[k_ - 1];
+    limit_ = limit_below(unit_, bound_);
+    return true;
+  }
 
  private:
-  struct Slot {
-    float limit;  // who is at least as far, in steps, is no neighbour
-    Neighbour bound;
-    int64_t n_pending = 0;
-    std::vector<Neighbour> nearest;  // the best k measured so far
-  };
-
-  void append(int64_t slot, int64_t i_panel, const int32_t* tile_row, uint32_t columns);
-  void tighten(int64_t slot);
-  void make_room(int64_t slot);
-  void measure(int64_t slot);
-
-  Grid grid_;
-  int64_t s_;
-  const float* points_;
-  int64_t k_, n_views_, capacity_, stride_;
-  GridRows rows_;
-  std::vector<const float*> query_;
-  std::vector<Slot> slots_;                         // [queries, views]
-  std::unique_ptr<float[]> pending_least_, pending_most_;  // [slots, stride]: bounds on the distance, in steps
-  std::unique_ptr<uint32_t[]> pending_index_;              // [slots, stride]: the point
+  Neighbour* list_ = nullptr;
+  int64_t k_ = 0;
+  double unit_ = 1;
+  Neighbour bound_ = 0;
+  float limit_ = -std::numeric_limits<float>::infinity();
 };
 
-// Bits of the columns of a panel: those whose group [N] is `own`, and that of a row, if it is there.
-uint32_t same_group(int64_t own, const int64_t* group, int64_t N, int64_t i_panel);
-uint32_t same_row(int64_t row, int64_t i_panel);
+// ---- rows of squared distances of cells
 
-template <class Barred>
-void Search::take(int64_t group, int64_t i_panel, const int32_t* tile, const Barred& barred) {
-  float limit[TILE_ROWS] = {};
-  uint32_t passed[TILE_ROWS];
-  const int64_t first = group * TILE_ROWS, n = rows_.n_rows(group);
-  for (int64_t r = 0; r < n; ++r) {
-    limit[r] = slots_[(first + r) * n_views_].limit;
-    for (int64_t v = 1; v < n_views_; ++v) limit[r] = std::max(limit[r], slots_[(first + r) * n_views_ + v].limit);
-    limit[r] += rows_.rest(first + r);
+// Bit c % PANEL of bits[c / PANEL] is set where dist2[c] lets column c be closer than the larger of the limits (the
+// column's own: null for none) plus both rests. n is a multiple of PANEL.
+void close_ones(const float* dist2, int64_t n, float limit, float rest, const float* column_limit,
+                const float* column_rest, uint32_t* bits);
+
+// The same where dist2[c] <= most.
+void small_ones(const float* dist2, int64_t n, float most, uint32_t* bits);
+
+// A little more than the k-th smallest of the numbers, or infinity: at least k of them, if not all, are at most this.
+float about_kth(const float* dist2, int64_t n, int64_t k);
+
+// One query beside points first, ..., first + n - 1. Who is barred has dist2 infinity.
+struct Row {
+  static constexpr int64_t MOST = 2048;  // columns
+
+  const float* dist2;
+  int64_t first, n;
+  float rest;                 // of the query; negative: it is not finite
+  const float* column_rest;   // of the points
+  const float* column_limit;  // [n] as the points, too, look for neighbours; null: they don't
+  const float *query, *points;
+  int64_t D;
+};
+
+// Rows that are measured lie anywhere: memory is asked for them ahead of time.
+inline void fetch(const float* row, int64_t D) {
+  constexpr int64_t LINE = 16;
+  for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
+}
+
+// Measures who is closer than the limit of `nearest`, which takes it, or than its column's. Of the latter,
+// found(column, dist2) hears of all, and maybe of others, and says whether it takes it. Returns how many nobody took.
+template <class Found>
+int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
+  if (row.rest < 0) return 0;
+  int64_t n_wasted = 0;
+  uint32_t bits[Row::MOST / PANEL];
+  int32_t column[Row::MOST];
+  float done = -1;  // whose dist2 is at most this has been measured
+  auto measure = [&](float up_to) {
+    int64_t n = 0;
+    for (int64_t p = 0; p < row.n / PANEL; ++p)
+      for (uint32_t left = bits[p]; left; left &= left - 1)
+        column[n++] = static_cast<int32_t>(p * PANEL + __builtin_ctz(left));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = column[i];
+      if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
+      if (row.dist2[c] <= done) continue;
+      // The limit may have come down since the bits were made.
+      float reach = nearest.may_take(row.first + c) ? nearest.limit() : -std::numeric_limits<float>::infinity();
+      if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
+      reach += row.rest + row.column_rest[c];
+      if (!(reach > 0 && row.dist2[c] < reach * reach) && !(row.dist2[c] <= up_to)) continue;
+      const float dist2 = static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+      const bool is_taken = nearest.take(neighbour(dist2, row.first + c));
+      n_wasted += !(found(c, dist2) || is_taken);
+    }
+    done = up_to;
+  };
+  if (!nearest.is_full()) {
+    const float kth = about_kth(row.dist2, row.n, k);
+    if (kth < static_cast<float>(NOBODY)) {
+      small_ones(row.dist2, row.n, kth, bits);
+      measure(kth);
+    }
   }
-  screen(tile, n, limit, grid_.rest_of(s_) + i_panel * TILE_COLS, passed);
-  // Twice as many points have been seen as when the limit was looked at last: it may have sunk by much.
-  const bool is_due = i_panel >= 3 && (i_panel & (i_panel + 1)) == 0;
-  for (int64_t r = 0; r < n; ++r) {
-    if (!passed[r] && !is_due) continue;
-    for (int64_t v = 0; v < n_views_; ++v) {
-      const int64_t at = (first + r) * n_views_ + v;
-      append(at, i_panel, tile + r * TILE_COLS, passed[r] & ~barred(v, first + r, i_panel));
-      if (is_due || slots_[at].n_pending + TILE_COLS > capacity_) make_room(at);
+  close_ones(row.dist2, row.n, nearest.limit(), row.rest, row.column_limit, row.column_rest, bits);
+  measure(done);
+  return n_wasted;
+}
+
+// Rows first, ..., first + n - 1 of a set, as they meet panels.
+std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, int64_t first, int64_t n);
+// Rows that lie anywhere.
+std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, const int64_t* row, int64_t n);
+
+// The rows meet panels begin, ..., end - 1 of set s of `columns`: visit(i_row, first column, n columns, dist2).
+template <class Visit>
+void sweep(const std::vector<GridRows>& rows, const Grid& columns, int64_t begin, int64_t end, const Visit& visit) {
+  if (rows.empty()) return;
+  constexpr int64_t CACHE = 320 << 10;  // a chunk of panels stays in the second cache
+  const int64_t chunk = std::clamp<int64_t>(CACHE / rows[0].panel_bytes(), 4, Row::MOST / PANEL);
+  constexpr int64_t STRIDE = Row::MOST + PANEL;  // rows a power of two apart would share a few places of the first cache
+  std::unique_ptr<float[]> dist2(new float[GridRows::MOST * STRIDE]);
+  for (; begin < end; begin += chunk) {
+    const int64_t n = std::min(chunk, end - begin);
+    int64_t i_row = 0;
+    for (const GridRows& group : rows) {
+      for (int64_t p = 0; p < n; ++p) group.dist2(columns, begin + p, &dist2[p * PANEL], STRIDE);
+      for (int64_t r = 0; r < group.size(); ++r) visit(i_row++, begin * PANEL, n * PANEL, &dist2[r * STRIDE]);
     }
   }
 }
