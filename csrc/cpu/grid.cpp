@@ -456,6 +456,7 @@ void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor 
 
 GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
     : s_(s), n_(n), depth_(grid_depth(grid.n_coordinates(s))), cells_(depth_ * MOST * PAIR) {
+  bool is_copied = false;
   for (int64_t r = 0; r < MOST; ++r) {
     norm2_[r] = 0;
     if (r >= n) continue;
@@ -463,6 +464,12 @@ GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
     norm2_[r] = grid.norm2_of(s)[row[r]];
     rest_[r] = grid.rest_of(s)[row[r]];
     const int16_t* from = grid.panel(s, i_panel) + c * PAIR;
+    if (r == 0 && n == MOST && row[n - 1] == row[0] + n - 1 && row[n - 1] / PANEL == i_panel) {  // side by side
+      for (int64_t g = 0; g < depth_; ++g)
+        std::memcpy(&cells_[g * MOST * PAIR], from + g * PANEL * PAIR, MOST * PAIR * sizeof *from);
+      is_copied = true;
+    }
+    if (is_copied) continue;
     for (int64_t g = 0; g < depth_; ++g)
       std::memcpy(&cells_[(g * MOST + r) * PAIR], from + g * PANEL * PAIR, PAIR * sizeof *from);
   }

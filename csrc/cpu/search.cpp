@@ -115,7 +115,23 @@ CLMFAST_BODY float kth_of_body(const float* x, int64_t n, int64_t k) {
 
 CLMFAST_PER_ISA(float, kth_of, (const float* x, int64_t n, int64_t k), (x, n, k))
 
+// Every place gets its neighbour to the left if that is above x, or else x if x is below it: nothing to predict.
+CLMFAST_BODY void insert_chunk_body(Neighbour* list, int64_t n, Neighbour x, Neighbour* scratch) {
+  for (int64_t e = 0; e < n; ++e) scratch[e] = list[e - 1] > x ? list[e - 1] : x < list[e] ? x : list[e];
+  for (int64_t e = 0; e < n; ++e) list[e] = scratch[e];
+}
+
+CLMFAST_PER_ISA(void, insert_chunk, (Neighbour* list, int64_t n, Neighbour x, Neighbour* scratch), (list, n, x, scratch))
+
 }  // namespace
+
+void insert(Neighbour* list, int64_t k, Neighbour x) {
+  constexpr int64_t CHUNK = 64;
+  Neighbour scratch[CHUNK];
+  for (; k > 1 && list[k - 2] > x; k -= std::min(k - 1, CHUNK))  // from behind, as long as something moves
+    insert_chunk(list + k - std::min(k - 1, CHUNK), std::min(k - 1, CHUNK), x, scratch);
+  if (k >= 1 && x < list[k - 1]) list[k - 1] = x;
+}
 
 void close_ones CLMFAST_CLOSE_PARAMETERS {
   static const auto once = pick(close_ones_baseline, close_ones_avx2, close_ones_avx2);

@@ -40,6 +40,9 @@ inline float dist2_of(Neighbour x) {
 // The distance in steps of `unit` at and above which no point is a neighbour below `bound`.
 float limit_below(double unit, Neighbour bound);
 
+// Puts x < list[k - 1] in its place among the k ascending ones; the last falls off.
+void insert(Neighbour* list, int64_t k, Neighbour x);
+
 // The k nearest points of one query that have been found so far, in a list [k] of its owner's.
 class Nearest {
  public:
@@ -48,20 +51,22 @@ class Nearest {
   Nearest(Neighbour* list, int64_t k, double unit, Neighbour bound)
       : list_(list), k_(k), unit_(unit), bound_(bound), limit_(limit_below(unit, bound)) {}
 
-  float limit() const { return limit_; }  // who is at least as far, in steps, need not be measured
   bool is_full() const { return k_ == 0 || list_[k_ - 1] != NO_NEIGHBOUR; }
   // Can a point of this index still be taken?
   bool may_take(int64_t index) const { return neighbour(0, index) < bound_; }
 
+  // Who is at least as far, in steps, need not be measured.
+  float limit() {
+    if (is_late_) limit_ = limit_below(unit_, bound_);
+    is_late_ = false;
+    return limit_;
+  }
+
   // Returns whether it belongs to them.
   bool take(Neighbour x) {
     if (x >= bound_) return false;
-    int64_t e = k_ - 1;
-    for (; e > 0 && list_[e - 1] > x; --e) list_[e] = list_[e - 1];
-    list_[e] = x;
-    if (list_[k_ - 1] >= bound_) return true;
-    bound_ = list_[k_ - 1];
-    limit_ = limit_below(unit_, bound_);
+    insert(list_, k_, x);
+    if (list_[k_ - 1] < bound_) bound_ = list_[k_ - 1], is_late_ = true;
     return true;
   }
 
@@ -71,6 +76,7 @@ class Nearest {
   double unit_ = 1;
   Neighbour bound_ = 0;
   float limit_ = -std::numeric_limits<float>::infinity();
+  bool is_late_ = false;  // has the bound come down since the limit was found?
 };
 
 // ---- rows of squared distances of cells
