@@ -257,8 +257,8 @@ def test_seed():
 def test_opcheck():
     points = normal(2, 20, 5)
     op = torch.ops.clmfast.kmeans.default
-    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, *(None,) * 7))
-    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, *(None,) * 7))
+    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, *(None,) * 6))
+    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, *(None,) * 6))
 
 
 def test_compiled():
