@@ -8,7 +8,6 @@
 
 #include "isa.h"
 #include "pair.h"
-#include "vector.h"
 
 namespace clmfast {
 namespace {
@@ -20,6 +19,14 @@ constexpr int64_t TILE = 4;   // rows side by side: with three registers of cent
 typedef float Eight __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 typedef int32_t EightI __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 
+CLMFAST_BODY Eight eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
+
+CLMFAST_BODY float sum_of(Eight x) {
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  return x[0] + x[1];
+}
+
 struct Screen {
   const float *centre, *columns, *norm2;
   int64_t D, n_blocks, n_registers;  // registers of the last block that hold centroids
@@ -28,14 +35,16 @@ struct Screen {
 
 // p~ [D] and, returned, its squared norm.
 CLMFAST_BODY float place(const float* point, const Screen& screen, float* out) {
-  Vector<float> squares = {};
+  Eight squares[4] = {};
   int64_t d = 0;
-  for (; d + LANES <= screen.D; d += LANES) {
-    const Vector<float> x = load(point + d) * screen.scale - load(screen.centre + d);
-    store(out + d, x);
-    squares += x * x;
+  for (; d + 4 * WIDTH <= screen.D; d += 4 * WIDTH) {
+    for (int64_t e = 0; e < 4; ++e) {
+      const Eight x = eight(point + d + e * WIDTH) * screen.scale - eight(screen.centre + d + e * WIDTH);
+      *reinterpret_cast<Eight*>(out + d + e * WIDTH) = x;
+      squares[e] += x * x;
+    }
   }
-  float norm2 = sum_of<float>(squares);
+  float norm2 = sum_of((squares[0] + squares[2]) + (squares[1] + squares[3]));
   for (; d < screen.D; ++d) {
     out[d] = point[d] * screen.scale - screen.centre[d];
     norm2 += out[d] * out[d];
@@ -50,14 +59,14 @@ CLMFAST_BODY void screen_block(const float* placed, const float* columns, const 
   Eight sum[R][C] = {};
   for (int64_t d = 0; d < D; ++d) {
     Eight column[C];
-    for (int c = 0; c < C; ++c) column[c] = *reinterpret_cast<const Eight*>(columns + d * GROUPS + c * WIDTH);
+    for (int c = 0; c < C; ++c) column[c] = eight(columns + d * GROUPS + c * WIDTH);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) sum[r][c] += placed[r * D + d] * column[c];
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c)
       *reinterpret_cast<Eight*>(out + r * stride + c * WIDTH) =
-          *reinterpret_cast<const Eight*>(norm2 + c * WIDTH) - 2 * sum[r][c];
+          eight(norm2 + c * WIDTH) - 2 * sum[r][c];
 }
 
 template <int R>
@@ -88,9 +97,9 @@ CLMFAST_BODY void screen_tile_body(const Screen& screen, const float* const* poi
   for (int64_t r = 0; r < TILE; ++r) {
     float* v = screened + r * width;
     if (excluded && excluded[r] >= 0) v[excluded[r]] = INF;
-    Eight least = *reinterpret_cast<const Eight*>(v);
+    Eight least = eight(v);
     for (int64_t k = WIDTH; k < width; k += WIDTH) {
-      const Eight x = *reinterpret_cast<const Eight*>(v + k);
+      const Eight x = eight(v + k);
       least = x < least ? x : least;
     }
     float best = least[0];
@@ -100,7 +109,7 @@ CLMFAST_BODY void screen_tile_body(const Screen& screen, const float* const* poi
     verdict[r].limit = best + verdict[r].slack;
     EightI close = {};
     const Eight limit = Eight{} + verdict[r].limit;
-    for (int64_t k = 0; k < width; k += WIDTH) close += *reinterpret_cast<const Eight*>(v + k) <= limit;
+    for (int64_t k = 0; k < width; k += WIDTH) close += eight(v + k) <= limit;
     int32_t n_close = 0;
     for (int64_t l = 0; l < WIDTH; ++l) n_close -= close[l];
     verdict[r].n_close = n_close;
@@ -147,14 +156,15 @@ CLMFAST_PER_ISA(void, find_beyond,
 
 // sum_d (a_d - b_d)^2
 CLMFAST_BODY float difference2_body(const float* a, const float* b, int64_t D) {
-  Vector<float> even = {}, odd = {};
+  Eight squares[4] = {};
   int64_t d = 0;
-  for (; d + 2 * LANES <= D; d += 2 * LANES) {
-    const Vector<float> x = load(a + d) - load(b + d), y = load(a + d + LANES) - load(b + d + LANES);
-    even += x * x;
-    odd += y * y;
+  for (; d + 4 * WIDTH <= D; d += 4 * WIDTH) {
+    for (int64_t e = 0; e < 4; ++e) {
+      const Eight x = eight(a + d + e * WIDTH) - eight(b + d + e * WIDTH);
+      squares[e] += x * x;
+    }
   }
-  float sum = sum_of<float>(even + odd);
+  float sum = sum_of((squares[0] + squares[2]) + (squares[1] + squares[3]));
   for (; d < D; ++d) sum += (a[d] - b[d]) * (a[d] - b[d]);
   return sum;
 }
@@ -325,7 +335,7 @@ Between Centroids::between(const float* point, int64_t k) const {
     const double dist = std::sqrt(pair_dist2(point, centroid_ + k * D_, D_));
     return {static_cast<float>(dist * (1 - 0x1p-20)), static_cast<float>(dist * (1 + 0x1p-20)) + 0x1p-120f};
   }
-  const float error = static_cast<float>(D_ / LANES + 32) * 0x1p-24f, dist = std::sqrt(dist2);  // of the root, half of it
+  const float error = static_cast<float>(D_ / 32 + 48) * 0x1p-24f, dist = std::sqrt(dist2);  // of the root, half of it
   return {dist * (1 - error), dist * (1 + error)};
 }
 

@@ -11,7 +11,7 @@
 //   underflow          less than eta = (D + 8) 2^-118 in all, even where denormals are flushed to zero
 // so | dist2 - (P^2 + v) | <= kappa (C^2 + P^2) + eta with kappa = gamma_{D+8}; D < 2^20 keeps it below 1/8.
 //
-// One centroid, by differences: sum_d (p_d - c_d)^2 in float32 is within a factor of 1 -+ (D / LANES + 16) u, but for
+// One centroid, by differences: sum_d (p_d - c_d)^2 in float32 is within a factor of 1 -+ (D / 32 + 41) u, but for
 // underflow and overflow, which send the pair to float64.
 #pragma once
 
