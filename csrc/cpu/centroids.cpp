@@ -1,4 +1,4 @@
-#include "fused.h"  // only the screens below, which promise a bound, multiply and add floats
+#include "fused.h"  // screens promise a bound, not bits
 
 #include "centroids.h"
 
@@ -171,48 +171,7 @@ CLMFAST_BODY float difference2_body(const float* a, const float* b, int64_t D) {
 
 CLMFAST_PER_ISA(float, difference2, (const float* a, const float* b, int64_t D), (a, b, D))
 
-CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t first, int64_t last,
-                                 double* sum) {
-  for (int64_t d = first; d < last; ++d) {
-    const double shifted = static_cast<double>(point[d]) + magic[d];
-    sum[d] += sign * (shifted - magic[d]);
-  }
-}
-
-CLMFAST_BODY void add_to_body(const float* point, int64_t D, double* sum) {
-  for (int64_t d = 0; d < D; ++d) sum[d] += point[d];
-}
-
-CLMFAST_BODY void widen_reach_of_body(const float* point, int64_t D, float* reach) {
-  for (int64_t d = 0; d < D; ++d) {
-    const float x = std::fabs(point[d]);
-    reach[d] = x > reach[d] ? x : reach[d];
-  }
-}
-
-CLMFAST_PER_ISA(void, widen_reach_of, (const float* point, int64_t D, float* reach), (point, D, reach))
-
 }  // namespace
-
-CLMFAST_PER_ISA(void, add_point,
-                (const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum),
-                (point, magic, sign, first, last, sum))
-
-CLMFAST_PER_ISA(void, add_to, (const float* point, int64_t D, double* sum), (point, D, sum))
-
-void widen_reach(const float* points, int64_t n, int64_t D, float* reach) {
-  for (int64_t i = 0; i < n; ++i)
-    if (is_finite_row(points + i * D, D)) widen_reach_of(points + i * D, D, reach);
-}
-
-void find_magic(const float* reach, int64_t D, int64_t N, double* magic) {
-  for (int64_t d = 0; d < D; ++d) {
-    // N |x| < 2^exponent
-    const int exponent = std::ilogb(std::max(reach[d], std::numeric_limits<float>::min())) + 1 +
-                         std::ilogb(static_cast<double>(std::max<int64_t>(N, 1))) + 1;
-    magic[d] = std::ldexp(1.5, exponent);
-  }
-}
 
 void Centroids::pack(const float* centroid, int64_t K, int64_t D) {
   centroid_ = centroid, K_ = K, D_ = D, n_blocks_ = (K + GROUPS - 1) / GROUPS;

@@ -55,18 +55,4 @@ class Centroids {
   std::vector<float> centre_, columns_, norm2_;  // [D], [n_blocks, D, GROUPS], [n_blocks, GROUPS]
 };
 
-// Sums of points by group that do not depend on the order of adding: every coordinate is first rounded to a multiple of
-// a quantum, of which N times the largest coordinate of its column are at most 2^52, so that float64 sums are exact.
-//   magic [D]: 1.5 * 2^52 quanta; adding and subtracting it rounds. A pure function of the points
-void find_magic(const float* reach, int64_t D, int64_t N, double* magic);
-
-// reach [D] = max(reach, |point|) of every row of points [n, D] that is finite.
-void widen_reach(const float* points, int64_t n, int64_t D, float* reach);
-
-// Adds `sign` times coordinates first..last-1 of the rounded point to sum [D].
-void add_point(const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum);
-
-// sum [D] += point.
-void add_to(const float* point, int64_t D, double* sum);
-
 }  // namespace clmfast

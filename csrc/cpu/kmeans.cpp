@@ -1,7 +1,7 @@
 // kmeans on the CPU, one restart of one set at a time or side by side.
 //
 // Bounds on distances (Elkan 2003; by group of centroids, as in Ding et al. 2015) tell which labels may have changed, so
-// that most points of most iterations meet no centroid. Sums are exact (centroids.h): a point that changes its cluster
+// that most points of most iterations meet no centroid. Sums are exact (sums.h): a point that changes its cluster
 // leaves the one and enters the other, and no order shows in a result.
 #include "../kmeans.h"
 
@@ -15,6 +15,7 @@
 #include "centroids.h"
 #include "isa.h"
 #include "pair.h"
+#include "sums.h"
 
 namespace clmfast {
 namespace {
@@ -379,12 +380,10 @@ std::vector<Taken> take_over(const Kmeans& op, const Run& run) {
     if (run.count[k] == 0) empty.push_back(static_cast<int32_t>(k));
   if (empty.empty()) return {};
   std::vector<std::pair<double, int64_t>> far;  // (-dist2, point): the farthest first, of equals the smaller index
-  for (int64_t i = 0; i < op.N; ++i) {
-    const int32_t k = run.known.label[i];
-    if (k < 0) continue;
-    const double dist2 = pair_dist2(run.points + i * op.D, &run.centroid[k * op.D], op.D);
-    if (dist2 > 0) far.emplace_back(-dist2, i);
-  }
+  std::vector<double> dist2(op.N);
+  dist2_to_groups(run.points, 0, op.N, op.D, run.known.label, run.centroid.data(), dist2.data());
+  for (int64_t i = 0; i < op.N; ++i)
+    if (dist2[i] > 0) far.emplace_back(-dist2[i], i);
   const size_t n = std::min(far.size(), empty.size());
   std::partial_sort(far.begin(), far.begin() + n, far.end());
   std::vector<Taken> taken;
@@ -444,11 +443,10 @@ bool has_moved(const Kmeans& op, Run& run) {
 }
 
 void sum_inertia(const Kmeans& op, Run& run, int64_t chunk) {
-  double sum = 0;
-  for (int64_t i = chunk * CHUNK; i < std::min((chunk + 1) * CHUNK, op.N); ++i) {
-    const int32_t k = run.known.label[i];
-    if (k >= 0) sum += pair_dist2(run.points + i * op.D, &run.centroid[k * op.D], op.D);
-  }
+  const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first);
+  double dist2[CHUNK], sum = 0;
+  dist2_to_groups(run.points, first, n, op.D, run.known.label + first, run.centroid.data(), dist2);
+  for (int64_t e = 0; e < n; ++e) sum += dist2[e];
   run.inertia[chunk] = sum;
 }
 

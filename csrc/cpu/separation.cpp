@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "centroids.h"
 #include "pair.h"
+#include "sums.h"
 
 namespace clmfast {
 namespace {
@@ -53,14 +53,16 @@ Sums sum_chunk(const Separation& op, int64_t s, const Set& set, int64_t chunk) {
   std::iota(row, row + n, first);
   std::copy_n(op.label + first, n, own);
   set.packed.nearest(points, row, n, own, other, nullptr, nullptr);
+  for (int64_t c = 0; c < n; ++c)
+    if (other[c] < 0) own[c] = -1;  // not finite
+  double a2[CHUNK], b2[CHUNK];
+  dist2_to_groups(points, first, n, D, own, set.centroid.data(), a2);
   Sums sums;
+  for (int64_t c = 0; c < n; ++c) sums.within += a2[c];
+  if (set.n_present < 2) return sums;
+  dist2_to_groups(points, first, n, D, other, set.centroid.data(), b2);
   for (int64_t c = 0; c < n; ++c) {
-    if (other[c] < 0) continue;  // not finite
-    const float* point = points + row[c] * D;
-    const double a2 = pair_dist2(point, &set.centroid[own[c] * D], D);
-    sums.within += a2;
-    if (set.n_present < 2) continue;
-    const double a = std::sqrt(a2), b = std::sqrt(pair_dist2(point, &set.centroid[other[c] * D], D));
+    const double a = std::sqrt(a2[c]), b = std::sqrt(b2[c]);
     if (a > 0 || b > 0) sums.silhouette += (b - a) / std::max(a, b);
   }
   return sums;

@@ -1,0 +1,89 @@
+#include "sums.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "isa.h"
+#include "pair.h"
+
+namespace clmfast {
+namespace {
+
+// Four lanes each: of pair_dist2's sixteen, what AVX2 has registers for without help.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef double FourD __attribute__((vector_size(32), aligned(8), may_alias));
+
+CLMFAST_BODY void add_squares(const float* a, const float* b, FourD* lane) {
+  for (int64_t e = 0; e < 4; ++e) {
+    const FourD x = __builtin_convertvector(*reinterpret_cast<const Four*>(a + 4 * e), FourD) -
+                    __builtin_convertvector(*reinterpret_cast<const Four*>(b + 4 * e), FourD);
+    lane[e] += x * x;
+  }
+}
+
+CLMFAST_BODY void dist2_to_groups_body(const float* points, int64_t first, int64_t n, int64_t D, const int32_t* group,
+                                       const float* centroid, double* dist2) {
+  for (int64_t i = 0; i < n; ++i) {
+    dist2[i] = 0;
+    if (group[i] < 0) continue;
+    const float *a = points + (first + i) * D, *b = centroid + group[i] * D;
+    FourD lane[4] = {};
+    int64_t d = 0;
+    for (; d + 16 <= D; d += 16) add_squares(a + d, b + d, lane);
+    if (d < D) {
+      float last_a[16] = {}, last_b[16] = {};
+      std::memcpy(last_a, a + d, (D - d) * sizeof(float));
+      std::memcpy(last_b, b + d, (D - d) * sizeof(float));
+      add_squares(last_a, last_b, lane);
+    }
+    const FourD sum = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    dist2[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  }
+}
+
+CLMFAST_BODY void add_to_body(const float* point, int64_t D, double* sum) {
+  for (int64_t d = 0; d < D; ++d) sum[d] += point[d];
+}
+
+CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t first, int64_t last,
+                                 double* sum) {
+  for (int64_t d = first; d < last; ++d) {
+    const double shifted = static_cast<double>(point[d]) + magic[d];
+    sum[d] += sign * (shifted - magic[d]);
+  }
+}
+
+CLMFAST_BODY void widen_reach_of_body(const float* point, int64_t D, float* reach) {
+  for (int64_t d = 0; d < D; ++d) {
+    const float x = std::fabs(point[d]);
+    reach[d] = x > reach[d] ? x : reach[d];
+  }
+}
+
+CLMFAST_PER_ISA(void, widen_reach_of, (const float* point, int64_t D, float* reach), (point, D, reach))
+
+}  // namespace
+
+CLMFAST_PER_ISA(void, dist2_to_groups,
+                (const float* points, int64_t first, int64_t n, int64_t D, const int32_t* group, const float* centroid,
+                 double* dist2),
+                (points, first, n, D, group, centroid, dist2))
+CLMFAST_PER_ISA(void, add_to, (const float* point, int64_t D, double* sum), (point, D, sum))
+CLMFAST_PER_ISA(void, add_point,
+                (const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum),
+                (point, magic, sign, first, last, sum))
+
+void widen_reach(const float* points, int64_t n, int64_t D, float* reach) {
+  for (int64_t i = 0; i < n; ++i)
+    if (is_finite_row(points + i * D, D)) widen_reach_of(points + i * D, D, reach);
+}
+
+void find_magic(const float* reach, int64_t D, int64_t N, double* magic) {
+  const int log2_N = std::ilogb(static_cast<double>(std::max<int64_t>(N, 1))) + 1;
+  for (int64_t d = 0; d < D; ++d)
+    magic[d] = std::ldexp(1.5, std::ilogb(std::max(reach[d], std::numeric_limits<float>::min())) + 1 + log2_N);
+}
+
+}  // namespace clmfast
