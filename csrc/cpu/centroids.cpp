@@ -298,62 +298,54 @@ Between Centroids::between(const float* point, int64_t k) const {
   return {dist * (1 - error), dist * (1 + error)};
 }
 
-void Centroids::renew(const float* point, int32_t& label, float& within, float* beyond) const {
+void Centroids::renew(const float* point, uint32_t near, int32_t& label, float& within, float* beyond) const {
   const Between own = between(point, label);
   within = own.high;
-  bool is_certain = true;
-  for (int64_t g = 0; g < GROUPS; ++g) is_certain &= within < beyond[g];
-  if (is_certain) return;
+  for (uint32_t rest = near; rest; rest &= rest - 1)
+    if (own.high < beyond[__builtin_ctz(rest)]) near &= ~(rest & -rest);
+  if (!near) return;
 
-  // Of all that may be nearer: the bounds, and which is the nearest.
-  constexpr int64_t MANY = 64;
-  int32_t close[MANY];
-  float low[MANY];
-  int64_t n = 0;
-  close[0] = label, low[0] = own.low, n = 1;
-  float limit = own.high;
-  for (int64_t g = 0; g < GROUPS; ++g) {
-    if (own.high < beyond[g]) continue;
-    for (int64_t k = g; k < K_; k += GROUPS) {
-      if (k == label) continue;
-      if (n == MANY) {
-        close[0] = -1;
-        break;
+  // All that may be nearer.
+  constexpr int64_t MOST = 64;
+  int32_t rival[MOST];
+  float low[MOST], least = own.high;
+  rival[0] = label, low[0] = own.low;
+  int64_t n = 1;
+  for (uint32_t rest = near; rest; rest &= rest - 1) {
+    for (int64_t k = __builtin_ctz(rest); k < K_; k += GROUPS) {
+      if (k == label || !(norm2_[k] < INF)) continue;
+      if (n == MOST) {
+        const int64_t row = 0;
+        return nearest(point, &row, 1, nullptr, &label, &within, beyond);
       }
-      const Between other = norm2_[k] < INF ? between(point, k) : Between{INF, INF};
-      close[n] = static_cast<int32_t>(k), low[n] = other.low, ++n;
-      limit = std::min(limit, other.high);
+      const Between other = between(point, k);
+      rival[n] = static_cast<int32_t>(k), low[n] = other.low, ++n;
+      least = std::min(least, other.high);
     }
   }
-  if (close[0] < 0) {
-    int64_t row = 0;
-    return nearest(point, &row, 1, nullptr, &label, &within, beyond);
-  }
-  double least = std::numeric_limits<double>::infinity();
+  within = least;
   int64_t n_close = 0, best = 0;
   for (int64_t e = 0; e < n; ++e)
-    if (low[e] <= limit) ++n_close, best = e;
+    if (low[e] <= least) ++n_close, best = e;
   if (n_close > 1) {
+    double best2 = std::numeric_limits<double>::infinity();
     best = -1;
     for (int64_t e = 0; e < n; ++e) {
-      if (low[e] > limit) continue;
-      const double dist2 = pair_dist2(point, centroid_ + close[e] * D_, D_);
+      if (low[e] > least) continue;
+      const double dist2 = pair_dist2(point, centroid_ + rival[e] * D_, D_);
       low[e] = static_cast<float>(std::sqrt(dist2) * (1 - 0x1p-20));
-      if (best < 0 || dist2 < least || (dist2 == least && close[e] < close[best])) {
+      if (best < 0 || dist2 < best2 || (dist2 == best2 && rival[e] < rival[best])) {
         best = e;
-        least = dist2;
+        best2 = dist2;
       }
     }
-    within = static_cast<float>(std::sqrt(least) * (1 + 0x1p-20)) + 0x1p-120f;
-  } else {
-    within = limit;
+    within = static_cast<float>(std::sqrt(best2) * (1 + 0x1p-20)) + 0x1p-120f;
   }
-  // Groups that were looked into are known anew; that of the old label got it back.
-  for (int64_t g = 0; g < GROUPS; ++g)
-    if (!(own.high < beyond[g])) beyond[g] = INF;
+  // The groups that were looked into are known anew, and that of the old label may have got it back.
+  for (uint32_t rest = near; rest; rest &= rest - 1) beyond[__builtin_ctz(rest)] = INF;
   for (int64_t e = 0; e < n; ++e)
-    if (e != best) beyond[close[e] % GROUPS] = std::min(beyond[close[e] % GROUPS], low[e]);
-  label = close[best];
+    if (e != best) beyond[rival[e] % GROUPS] = std::min(beyond[rival[e] % GROUPS], low[e]);
+  label = rival[best];
 }
 
 }  // namespace clmfast

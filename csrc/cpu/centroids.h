@@ -39,9 +39,8 @@ class Centroids {
   void nearest(const float* points, const int64_t* row, int64_t n, const int32_t* excluded, int32_t* label,
                float* within, float* beyond) const;
 
-  // The same for one row whose label and bounds are good but for groups whose bound is not above `within`. Brings them
-  // up to date.
-  void renew(const float* point, int32_t& label, float& within, float* beyond) const;
+  // The same for one row, whose bounds are good and may show that the label is: those of all groups but `near` (bits) do.
+  void renew(const float* point, uint32_t near, int32_t& label, float& within, float* beyond) const;
 
  private:
   Between between(const float* point, int64_t k) const;

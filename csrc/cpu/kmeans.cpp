@@ -60,6 +60,13 @@ double uniform(const Run& run, int64_t seed, int64_t draw) {
   return static_cast<double>(hash >> 11) * 0x1p-53;
 }
 
+// Scattered rows come from a far cache: asking for them early hides the way.
+constexpr int64_t AHEAD = 3;
+
+void prefetch(const float* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
+}
+
 bool is_fresh(const Run& run, int64_t i) { return run.known.within[i] == INF; }
 
 std::vector<int64_t> finite_points(const Kmeans& op, const float* points) {
@@ -282,44 +289,50 @@ void label_fresh(const Kmeans& op, Run& run, int64_t chunk) {
   if (n > 0) label_anew(op, run, row, n);
 }
 
-// Widens the bounds of n points by how far the centroids moved; n_near[i]: groups that may have come nearer than the
+// Widens the bounds of n points by how far the centroids moved; bit g of near[i]: group g may have come nearer than the
 // point's own centroid.
 CLMFAST_BODY void widen_bounds_body(const int32_t* label, int64_t n, const float* move, const float* group_move,
-                                    float* within, float* beyond, int32_t* n_near) {
+                                    float* within, float* beyond, uint32_t* near) {
+  uint32_t bit[GROUPS];
+  for (int64_t g = 0; g < GROUPS; ++g) bit[g] = 1u << g;
   for (int64_t i = 0; i < n; ++i) {
-    n_near[i] = 0;
+    near[i] = 0;
     if (label[i] < 0) continue;
     const float own = (within[i] + move[label[i]]) * (1 + 0x1p-22f);
     within[i] = own;
-    int32_t near = 0;
+    uint32_t groups = 0;
     for (int64_t g = 0; g < GROUPS; ++g) {
       const float other = (beyond[i * GROUPS + g] - group_move[g]) * (1 - 0x1p-22f);
       beyond[i * GROUPS + g] = other;
-      near += !(own < other);
+      groups |= own < other ? 0 : bit[g];
     }
-    n_near[i] = near;
+    near[i] = groups;
   }
 }
 
 CLMFAST_PER_ISA(void, widen_bounds,
                 (const int32_t* label, int64_t n, const float* move, const float* group_move, float* within,
-                 float* beyond, int32_t* n_near),
-                (label, n, move, group_move, within, beyond, n_near))
+                 float* beyond, uint32_t* near),
+                (label, n, move, group_move, within, beyond, near))
 
 // Labels the points of a chunk after the centroids moved.
 void label_chunk(const Kmeans& op, Run& run, int64_t chunk) {
-  constexpr int32_t MANY_NEAR = 5;  // from here on all centroids at once cost less than one by one
-  int32_t n_near[CHUNK];
-  int64_t row[CHUNK], n_rows = 0;
-  const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first);
+  constexpr int MANY_NEAR = 5;  // from here on all centroids at once cost less than one by one
+  uint32_t near[CHUNK];
+  int64_t row[CHUNK], one_by_one[CHUNK], n_rows = 0, n_one_by_one = 0;
+  const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first), D = op.D;
   KnownSet& known = run.known;
   widen_bounds(known.label + first, n, run.move.data(), run.group_move.data(), known.within + first,
-               known.beyond + first * GROUPS, n_near);
+               known.beyond + first * GROUPS, near);
   for (int64_t e = 0; e < n; ++e) {
-    const int64_t i = first + e;
-    if (n_near[e] >= MANY_NEAR) row[n_rows++] = i;
-    else if (n_near[e] > 0)
-      run.packed.renew(run.points + i * op.D, known.label[i], known.within[i], known.beyond + i * GROUPS);
+    if (near[e] == 0) continue;
+    if (__builtin_popcount(near[e]) >= MANY_NEAR) row[n_rows++] = first + e;
+    else one_by_one[n_one_by_one++] = first + e;
+  }
+  for (int64_t e = 0; e < n_one_by_one; ++e) {
+    if (e + AHEAD < n_one_by_one) prefetch(run.points + one_by_one[e + AHEAD] * D, D);
+    const int64_t i = one_by_one[e];
+    run.packed.renew(run.points + i * D, near[i - first], known.label[i], known.within[i], known.beyond + i * GROUPS);
   }
   if (n_rows > 0) label_anew(op, run, row, n_rows);
 }
@@ -353,7 +366,10 @@ void sum_changed(const Kmeans& op, Run& run, ParallelFor parallel_for) {
     if (run.known.label[i] != run.summed[i]) run.changed.push_back(i);
   for_each(parallel_for, (D + SUM_BLOCK - 1) / SUM_BLOCK, [&](int64_t block) {
     const int64_t first = block * SUM_BLOCK, last = std::min(D, first + SUM_BLOCK);
-    for (int64_t i : run.changed) {
+    const int64_t n = static_cast<int64_t>(run.changed.size());
+    for (int64_t e = 0; e < n; ++e) {
+      if (e + AHEAD < n) prefetch(run.points + run.changed[e + AHEAD] * D + first, last - first);
+      const int64_t i = run.changed[e];
       const int32_t from = run.summed[i], to = run.known.label[i];
       if (from >= 0) add_point(run.points + i * D, run.magic(op), -1, first, last, run.known.sum + from * D);
       if (to >= 0) add_point(run.points + i * D, run.magic(op), 1, first, last, run.known.sum + to * D);
