@@ -402,6 +402,23 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
   return scores;
 }
 
+Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, int64_t n_label) {
+  const char* name = "adjusted_rand";
+  require_int64(name, "truth", truth, truth);
+  require_int64(name, "label", label, truth);
+  require(truth.dim() == 2 && label.dim() == 2 && truth.size(1) == label.size(1), name,
+          ": truth must be [V, N] and label [S, N], got ", shape(truth), " and ", shape(label));
+  require(0 <= n_truth && n_truth < 1 << 28 && 0 <= n_label && n_label < 1 << 28, name,
+          ": n_truth and n_label must be in [0, 2^28), got ", n_truth, " and ", n_label);
+  Tensor score = empty(truth, {truth.size(0), label.size(0)}, ScalarType::Double);
+  Tensor dense_truth = torch::stable::contiguous(truth), dense_label = torch::stable::contiguous(label);
+  const AdjustedRand op{data<int64_t>(dense_truth), data<int64_t>(dense_label), truth.size(0), label.size(0),
+                        truth.size(1),              n_truth,                    n_label,       mutable_data<double>(score)};
+  require(adjusted_rand_cpu(op, parallel_for), name, ": truth must be in [0, n_truth) and label in [-1, n_label), with n_truth=",
+          n_truth, " and n_label=", n_label);
+  return score;
+}
+
 // ---- capture_rows
 
 void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, const Tensor& slot, const Tensor& bank,
@@ -760,6 +777,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
   m.def("majority_vote(Tensor index, Tensor label) -> Tensor");
   m.def("label_shares(Tensor index, Tensor label, Tensor truth, int n_labels) -> Tensor");
   m.def("partition_scores(Tensor truth, Tensor label, int? n_truth, int? n_label) -> Tensor");
+  m.def("adjusted_rand(Tensor truth, Tensor label, int n_truth, int n_label) -> Tensor");
   m.def("capture_rows(Tensor x, Tensor start, Tensor stop, Tensor slot, Tensor(a!) bank, Tensor(b!) norm2) -> ()");
 }
 
@@ -773,6 +791,7 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
   m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
   m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
+  m.impl("adjusted_rand", TORCH_BOX(&clmfast::adjusted_rand));
   m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
   m.impl("attention", TORCH_BOX(&clmfast::attention));
   m.impl("attention_backward", TORCH_BOX(&clmfast::attention_backward));
