@@ -11,14 +11,14 @@
 namespace clmfast {
 namespace {
 
-// Four lanes each: of pair_dist2's sixteen, what AVX2 has registers for without help.
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef double FourD __attribute__((vector_size(32), aligned(8), may_alias));
+typedef double Four __attribute__((vector_size(4 * sizeof(double)), aligned(8), may_alias));
 
-CLMFAST_BODY void add_squares(const float* a, const float* b, FourD* lane) {
+CLMFAST_BODY Four widened(const float* x) { return Four{x[0], x[1], x[2], x[3]}; }
+
+// Lanes 4 e to 4 e + 3 of pair_dist2's sixteen are lane[e].
+CLMFAST_BODY void add_squares(const float* a, const float* b, Four* lane) {
   for (int64_t e = 0; e < 4; ++e) {
-    const FourD x = __builtin_convertvector(*reinterpret_cast<const Four*>(a + 4 * e), FourD) -
-                    __builtin_convertvector(*reinterpret_cast<const Four*>(b + 4 * e), FourD);
+    const Four x = widened(a + 4 * e) - widened(b + 4 * e);
     lane[e] += x * x;
   }
 }
@@ -29,7 +29,7 @@ CLMFAST_BODY void dist2_to_groups_body(const float* points, int64_t first, int64
     dist2[i] = 0;
     if (group[i] < 0) continue;
     const float *a = points + (first + i) * D, *b = centroid + group[i] * D;
-    FourD lane[4] = {};
+    Four lane[4] = {};
     int64_t d = 0;
     for (; d + 16 <= D; d += 16) add_squares(a + d, b + d, lane);
     if (d < D) {
@@ -38,7 +38,7 @@ CLMFAST_BODY void dist2_to_groups_body(const float* points, int64_t first, int64
       std::memcpy(last_b, b + d, (D - d) * sizeof(float));
       add_squares(last_a, last_b, lane);
     }
-    const FourD sum = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+    const Four sum = (lane[0] + lane[2]) + (lane[1] + lane[3]);
     dist2[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]);
   }
 }
