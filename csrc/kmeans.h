@@ -7,7 +7,7 @@
 //            within = infinity; points may be added behind the last, and none taken away.
 //   label    [S, N] int64          the nearest centroid by float64 dist2 (cpu/pair.h), of equals the smaller index:
 //                                  a pure function of points and centroid
-//   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-51 or less of
+//   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-43 or less of
 //                                  N times the largest in its column: float64 sums are then exact in any order
 //   inertia  [S] float64           sum over points of the float64 dist2 to their centroid
 //   n_iter   [S] int64             iterations of the restart that is returned

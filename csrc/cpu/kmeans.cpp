@@ -317,7 +317,11 @@ CLMFAST_PER_ISA(void, widen_bounds,
 
 // Labels the points of a chunk after the centroids moved.
 void label_chunk(const Kmeans& op, Run& run, int64_t chunk) {
-  constexpr int MANY_NEAR = 5;  // from here on all centroids at once cost less than one by one
+  // With more near groups than these four, all centroids at once cost less than one by one.
+  auto is_few = [](uint32_t groups) {
+    for (int e = 0; e < 4; ++e) groups &= groups - 1;
+    return groups == 0;
+  };
   uint32_t near[CHUNK];
   int64_t row[CHUNK], one_by_one[CHUNK], n_rows = 0, n_one_by_one = 0;
   const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first), D = op.D;
@@ -326,8 +330,8 @@ void label_chunk(const Kmeans& op, Run& run, int64_t chunk) {
                known.beyond + first * GROUPS, near);
   for (int64_t e = 0; e < n; ++e) {
     if (near[e] == 0) continue;
-    if (__builtin_popcount(near[e]) >= MANY_NEAR) row[n_rows++] = first + e;
-    else one_by_one[n_one_by_one++] = first + e;
+    if (is_few(near[e])) one_by_one[n_one_by_one++] = first + e;
+    else row[n_rows++] = first + e;
   }
   for (int64_t e = 0; e < n_one_by_one; ++e) {
     if (e + AHEAD < n_one_by_one) prefetch(run.points + one_by_one[e + AHEAD] * D, D);

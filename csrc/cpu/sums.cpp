@@ -81,9 +81,12 @@ void widen_reach(const float* points, int64_t n, int64_t D, float* reach) {
 }
 
 void find_magic(const float* reach, int64_t D, int64_t N, double* magic) {
+  constexpr int STEP = 8;  // in powers of two: where points come and go, all that is finer changes at every other step
   const int log2_N = std::ilogb(static_cast<double>(std::max<int64_t>(N, 1))) + 1;
-  for (int64_t d = 0; d < D; ++d)
-    magic[d] = std::ldexp(1.5, std::ilogb(std::max(reach[d], std::numeric_limits<float>::min())) + 1 + log2_N);
+  for (int64_t d = 0; d < D; ++d) {
+    const int exponent = std::ilogb(std::max(reach[d], std::numeric_limits<float>::min())) + 1 + log2_N;
+    magic[d] = std::ldexp(1.5, (exponent + 1024 + STEP - 1) / STEP * STEP - 1024);
+  }
 }
 
 }  // namespace clmfast

@@ -13,7 +13,7 @@ void dist2_to_groups(const float* points, int64_t first, int64_t n, int64_t D, c
 void add_to(const float* point, int64_t D, double* sum);
 
 // Sums that do not depend on the order of adding: every coordinate is first rounded to a multiple of a quantum, of which
-// N times the largest coordinate of its column are at most 2^52, so that float64 sums are exact.
+// N times the largest coordinate of its column are at most 2^52 (and at least 2^43), so that float64 sums are exact.
 //   magic [D]: 1.5 * 2^52 quanta; adding and subtracting it rounds. A pure function of the points
 void find_magic(const float* reach, int64_t D, int64_t N, double* magic);
 
