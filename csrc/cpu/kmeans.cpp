@@ -82,10 +82,15 @@ constexpr int64_t TRIALS = 4;  // rows that dist2_to_all compares a point with a
 constexpr int64_t WIDTH = 8;
 typedef float Eight __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 
-// dist2[t * stride + i] of the points first..last-1 to TRIALS rows, float32.
-CLMFAST_BODY void dist2_to_rows_body(const float* points, int64_t first, int64_t last, int64_t D,
-                                     const float* const* row, float* dist2, int64_t stride) {
-  for (int64_t i = first; i < last; ++i) {
+// least[t * N + i]: the least of closest[i] and the dist2 of the point to TRIALS rows, float32. A point whose `closest` is
+// at most the limit of its nearest centroid is nearer to that than to any of the rows.
+CLMFAST_BODY void least_dist2_body(const float* points, int64_t N, int64_t D, const float* const* row,
+                                   const float* closest, const int32_t* nearest, const float* limit, float* least) {
+  for (int64_t i = 0; i < N; ++i) {
+    if (closest[i] <= limit[nearest[i]]) {
+      for (int64_t t = 0; t < TRIALS; ++t) least[t * N + i] = closest[i];
+      continue;
+    }
     const float* point = points + i * D;
     Eight sum[TRIALS] = {};
     int64_t d = 0;
@@ -100,35 +105,27 @@ CLMFAST_BODY void dist2_to_rows_body(const float* points, int64_t first, int64_t
       const Eight x = sum[t];
       float whole = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
       for (int64_t e = d; e < D; ++e) whole += (point[e] - row[t][e]) * (point[e] - row[t][e]);
-      dist2[t * stride + i] = whole;
+      least[t * N + i] = whole < closest[i] ? whole : closest[i];
     }
   }
 }
 
-CLMFAST_PER_ISA(void, dist2_to_rows,
-                (const float* points, int64_t first, int64_t last, int64_t D, const float* const* row, float* dist2,
-                 int64_t stride),
-                (points, first, last, D, row, dist2, stride))
+CLMFAST_PER_ISA(void, least_dist2,
+                (const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
+                 const int32_t* nearest, const float* limit, float* least),
+                (points, N, D, row, closest, nearest, limit, least))
 
-// least = min(least, dist2) -> dist2; returns the sum, in one fixed order.
-CLMFAST_BODY double keep_least_body(const float* least, int64_t N, float* dist2) {
+// In one fixed order.
+CLMFAST_BODY double total_body(const float* x, int64_t N) {
   double sum[WIDTH] = {};
   int64_t i = 0;
-  for (; i + WIDTH <= N; i += WIDTH) {
-    for (int64_t l = 0; l < WIDTH; ++l) {
-      const float x = dist2[i + l] < least[i + l] ? dist2[i + l] : least[i + l];
-      dist2[i + l] = x;
-      sum[l] += x;
-    }
-  }
-  for (; i < N; ++i) {
-    dist2[i] = dist2[i] < least[i] ? dist2[i] : least[i];
-    sum[0] += dist2[i];
-  }
+  for (; i + WIDTH <= N; i += WIDTH)
+    for (int64_t l = 0; l < WIDTH; ++l) sum[l] += x[i + l];
+  for (; i < N; ++i) sum[0] += x[i];
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-CLMFAST_PER_ISA(double, keep_least, (const float* least, int64_t N, float* dist2), (least, N, dist2))
+CLMFAST_PER_ISA(double, total, (const float* x, int64_t N), (x, N))
 
 // Greedy k-means++ on float32 distances. Points whose squares would leave float32 are scaled by a power of two first.
 void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& run) {
@@ -144,22 +141,38 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& 
     points = scaled.data();
   }
   // Not finite: at no distance from anything, so that none is ever drawn.
-  std::vector<float> closest(N, 0.0f), dist2((n_trials + TRIALS - 1) / TRIALS * TRIALS * N);
+  std::vector<float> closest(N, 0.0f), least((n_trials + TRIALS - 1) / TRIALS * TRIALS * N);
+  std::vector<int32_t> nearest(N);  // of the chosen
   for (int64_t i : finite) closest[i] = INF;
-  auto measure = [&](const std::vector<int64_t>& chosen) {
-    const int64_t n = static_cast<int64_t>(chosen.size());
-    for (int64_t t = 0; t < n; t += TRIALS) {
+  std::vector<int64_t> chosen;
+  auto measure = [&](const std::vector<int64_t>& trial) {
+    const int64_t n = static_cast<int64_t>(trial.size()), n_chosen = static_cast<int64_t>(chosen.size());
+    for (int64_t first = 0; first < n; first += TRIALS) {
       const float* row[TRIALS];
-      for (int64_t e = 0; e < TRIALS; ++e) row[e] = points + chosen[std::min(t + e, n - 1)] * D;
-      dist2_to_rows(points, 0, N, D, row, &dist2[t * N], N);
+      std::vector<float> limit(n_chosen + 1, INF);
+      for (int64_t t = 0; t < TRIALS; ++t) {
+        row[t] = points + trial[std::min(first + t, n - 1)] * D;
+        // Half the way to the trial, less what float32 may have got wrong.
+        for (int64_t k = 0; k < n_chosen; ++k)
+          limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, row[t], D) * (0.25 - 0x1p-5)));
+      }
+      if (n_chosen == 0) limit[0] = -1;
+      least_dist2(points, N, D, row, closest.data(), nearest.data(), limit.data(), &least[first * N]);
     }
+  };
+  auto choose = [&](int64_t i, const float* dist2) {
+    const int32_t k = static_cast<int32_t>(chosen.size());
+    for (int64_t e = 0; e < N; ++e) nearest[e] = dist2[e] < closest[e] ? k : nearest[e];
+    std::copy_n(dist2, N, closest.data());
+    chosen.push_back(i);
   };
   int64_t draw = 0;
   const int64_t n_finite = static_cast<int64_t>(finite.size());
-  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * n_finite)]}, trial(n_trials);
-  measure(chosen);
-  double potential = keep_least(closest.data(), N, dist2.data());
-  std::copy_n(dist2.data(), N, closest.data());
+  std::vector<int64_t> trial{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * n_finite)]};
+  measure(trial);
+  choose(trial[0], least.data());
+  trial.resize(n_trials);
+  double potential = total(closest.data(), N);
 
   while (static_cast<int64_t>(chosen.size()) < K) {
     if (potential == 0) {  // every point already lies on a centroid
@@ -183,14 +196,13 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& 
     measure(trial);
     int64_t best = -1;
     for (int64_t t = 0; t < n_trials; ++t) {
-      const double sum_t = keep_least(closest.data(), N, &dist2[t * N]);
+      const double sum_t = total(&least[t * N], N);
       if (best < 0 || sum_t < potential) {
         best = t;
         potential = sum_t;
       }
     }
-    chosen.push_back(trial[best]);
-    std::copy_n(&dist2[best * N], N, closest.begin());
+    choose(trial[best], &least[best * N]);
   }
   for (int64_t k = 0; k < K; ++k) std::copy_n(run.points + chosen[k] * D, D, &run.centroid[k * D]);
 }
@@ -282,9 +294,7 @@ void label_fresh(const Kmeans& op, Run& run, int64_t chunk) {
     for (int64_t i = at; i < end; ++i)
       if (is_fresh(run, i)) row[n++] = i;
     if (n == n_before) continue;
-    float* reach = run.known.reach + at / REACH_ROWS * op.D;
-    std::fill_n(reach, op.D, 0.0f);
-    widen_reach(run.points + at * op.D, end - at, op.D, reach);
+    reach_of(run.points + at * op.D, end - at, op.D, run.known.reach + at / REACH_ROWS * op.D);
   }
   if (n > 0) label_anew(op, run, row, n);
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "isa.h"
 #include "pair.h"
@@ -55,14 +56,22 @@ CLMFAST_BODY void add_point_body(const float* point, const double* magic, double
   }
 }
 
-CLMFAST_BODY void widen_reach_of_body(const float* point, int64_t D, float* reach) {
-  for (int64_t d = 0; d < D; ++d) {
-    const float x = std::fabs(point[d]);
-    reach[d] = x > reach[d] ? x : reach[d];
+// Whether all of `reach`, the largest bits of |point| in every column, are those of finite numbers.
+CLMFAST_BODY bool find_reach_body(const float* points, int64_t n, int64_t D, int32_t* reach) {
+  int32_t largest = 0;  // of floats without their signs, the larger has the larger bits; NaN is above infinity
+  for (int64_t d = 0; d < D; ++d) reach[d] = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < D; ++d) {
+      int32_t bits;
+      std::memcpy(&bits, points + i * D + d, sizeof bits);
+      reach[d] = std::max(reach[d], bits & 0x7fffffff);
+    }
   }
+  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, reach[d]);
+  return largest < 0x7f800000;
 }
 
-CLMFAST_PER_ISA(void, widen_reach_of, (const float* point, int64_t D, float* reach), (point, D, reach))
+CLMFAST_PER_ISA(bool, find_reach, (const float* points, int64_t n, int64_t D, int32_t* reach), (points, n, D, reach))
 
 }  // namespace
 
@@ -75,9 +84,16 @@ CLMFAST_PER_ISA(void, add_point,
                 (const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum),
                 (point, magic, sign, first, last, sum))
 
-void widen_reach(const float* points, int64_t n, int64_t D, float* reach) {
+void reach_of(const float* points, int64_t n, int64_t D, float* reach) {
+  std::vector<int32_t> bits(D);
+  if (find_reach(points, n, D, bits.data())) {
+    std::memcpy(reach, bits.data(), D * sizeof(float));
+    return;
+  }
+  std::fill_n(reach, D, 0.0f);
   for (int64_t i = 0; i < n; ++i)
-    if (is_finite_row(points + i * D, D)) widen_reach_of(points + i * D, D, reach);
+    for (int64_t d = 0; d < D && is_finite_row(points + i * D, D); ++d)
+      reach[d] = std::max(reach[d], std::fabs(points[i * D + d]));
 }
 
 void find_magic(const float* reach, int64_t D, int64_t N, double* magic) {

@@ -17,8 +17,8 @@ void add_to(const float* point, int64_t D, double* sum);
 //   magic [D]: 1.5 * 2^52 quanta; adding and subtracting it rounds. A pure function of the points
 void find_magic(const float* reach, int64_t D, int64_t N, double* magic);
 
-// reach [D] = max(reach, |point|) of every row of points [n, D] that is finite.
-void widen_reach(const float* points, int64_t n, int64_t D, float* reach);
+// reach [D]: the largest |coordinate| of those rows of points [n, D] that are finite.
+void reach_of(const float* points, int64_t n, int64_t D, float* reach);
 
 // Adds `sign` times coordinates first..last-1 of the rounded point to sum [D].
 void add_point(const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum);
