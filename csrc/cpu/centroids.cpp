@@ -171,7 +171,38 @@ CLMFAST_BODY float difference2_body(const float* a, const float* b, int64_t D) {
 
 CLMFAST_PER_ISA(float, difference2, (const float* a, const float* b, int64_t D), (a, b, D))
 
+CLMFAST_BODY void least_dist2_body(const float* points, int64_t N, int64_t D, const float* const* row,
+                                   const float* closest, const int32_t* nearest, const float* limit, float* least) {
+  for (int64_t i = 0; i < N; ++i) {
+    if (closest[i] <= limit[nearest[i]]) {
+      for (int64_t t = 0; t < TRIALS; ++t) least[t * N + i] = closest[i];
+      continue;
+    }
+    const float* point = points + i * D;
+    Eight even[TRIALS] = {}, odd[TRIALS] = {};
+    int64_t d = 0;
+    for (; d + 2 * WIDTH <= D; d += 2 * WIDTH) {
+      const Eight a = eight(point + d), b = eight(point + d + WIDTH);
+      for (int64_t t = 0; t < TRIALS; ++t) {
+        const Eight x = a - eight(row[t] + d), y = b - eight(row[t] + d + WIDTH);
+        even[t] += x * x;
+        odd[t] += y * y;
+      }
+    }
+    for (int64_t t = 0; t < TRIALS; ++t) {
+      float sum = sum_of(even[t] + odd[t]);
+      for (int64_t e = d; e < D; ++e) sum += (point[e] - row[t][e]) * (point[e] - row[t][e]);
+      least[t * N + i] = sum < closest[i] ? sum : closest[i];
+    }
+  }
+}
+
 }  // namespace
+
+CLMFAST_PER_ISA(void, least_dist2,
+                (const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
+                 const int32_t* nearest, const float* limit, float* least),
+                (points, N, D, row, closest, nearest, limit, least))
 
 void Centroids::pack(const float* centroid, int64_t K, int64_t D) {
   centroid_ = centroid, K_ = K, D_ = D, n_blocks_ = (K + GROUPS - 1) / GROUPS;

@@ -54,4 +54,11 @@ class Centroids {
   std::vector<float> centre_, columns_, norm2_;  // [D], [n_blocks, D, GROUPS], [n_blocks, GROUPS]
 };
 
+constexpr int64_t TRIALS = 4;
+
+// least[t * N + i]: the least of closest[i] and the dist2 of the point to row[t], of TRIALS rows. A point whose `closest`
+// is at most the limit of its nearest centroid is nearer to that than to any of the rows. float32 in any order.
+void least_dist2(const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
+                 const int32_t* nearest, const float* limit, float* least);
+
 }  // namespace clmfast

@@ -78,42 +78,7 @@ std::vector<int64_t> finite_points(const Kmeans& op, const float* points) {
 
 // ---- start
 
-constexpr int64_t TRIALS = 4;  // rows that dist2_to_all compares a point with at a time
 constexpr int64_t WIDTH = 8;
-typedef float Eight __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-
-// least[t * N + i]: the least of closest[i] and the dist2 of the point to TRIALS rows, float32. A point whose `closest` is
-// at most the limit of its nearest centroid is nearer to that than to any of the rows.
-CLMFAST_BODY void least_dist2_body(const float* points, int64_t N, int64_t D, const float* const* row,
-                                   const float* closest, const int32_t* nearest, const float* limit, float* least) {
-  for (int64_t i = 0; i < N; ++i) {
-    if (closest[i] <= limit[nearest[i]]) {
-      for (int64_t t = 0; t < TRIALS; ++t) least[t * N + i] = closest[i];
-      continue;
-    }
-    const float* point = points + i * D;
-    Eight sum[TRIALS] = {};
-    int64_t d = 0;
-    for (; d + WIDTH <= D; d += WIDTH) {
-      for (int64_t t = 0; t < TRIALS; ++t) {
-        const Eight x =
-            *reinterpret_cast<const Eight*>(point + d) - *reinterpret_cast<const Eight*>(row[t] + d);
-        sum[t] += x * x;
-      }
-    }
-    for (int64_t t = 0; t < TRIALS; ++t) {
-      const Eight x = sum[t];
-      float whole = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-      for (int64_t e = d; e < D; ++e) whole += (point[e] - row[t][e]) * (point[e] - row[t][e]);
-      least[t * N + i] = whole < closest[i] ? whole : closest[i];
-    }
-  }
-}
-
-CLMFAST_PER_ISA(void, least_dist2,
-                (const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
-                 const int32_t* nearest, const float* limit, float* least),
-                (points, N, D, row, closest, nearest, limit, least))
 
 // In one fixed order.
 CLMFAST_BODY double total_body(const float* x, int64_t N) {
