@@ -189,6 +189,7 @@ CLMFAST_BODY void least_dist2_body(const float* points, int64_t N, int64_t D, co
         odd[t] += y * y;
       }
     }
+#pragma GCC unroll 4  // else the sums live in memory
     for (int64_t t = 0; t < TRIALS; ++t) {
       float sum = sum_of(even[t] + odd[t]);
       for (int64_t e = d; e < D; ++e) sum += (point[e] - row[t][e]) * (point[e] - row[t][e]);

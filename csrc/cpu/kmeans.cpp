@@ -252,16 +252,15 @@ void label_anew(const Kmeans&, Run& run, const int64_t* row, int64_t n) {
 
 // The labels of the points that are new, all others being those of these centroids.
 void label_fresh(const Kmeans& op, Run& run, int64_t chunk) {
-  int64_t row[CHUNK], n = 0;
-  const int64_t first = chunk * CHUNK, last = std::min(op.N, first + CHUNK);
-  for (int64_t at = first; at < last; at += REACH_ROWS) {
-    const int64_t end = std::min(last, at + REACH_ROWS), n_before = n;
+  for (int64_t at = chunk * CHUNK; at < std::min(op.N, (chunk + 1) * CHUNK); at += REACH_ROWS) {
+    int64_t row[REACH_ROWS], n = 0;
+    const int64_t end = std::min(op.N, at + REACH_ROWS);
     for (int64_t i = at; i < end; ++i)
       if (is_fresh(run, i)) row[n++] = i;
-    if (n == n_before) continue;
+    if (n == 0) continue;
     reach_of(run.points + at * op.D, end - at, op.D, run.known.reach + at / REACH_ROWS * op.D);
+    label_anew(op, run, row, n);
   }
-  if (n > 0) label_anew(op, run, row, n);
 }
 
 // Widens the bounds of n points by how far the centroids moved; bit g of near[i]: group g may have come nearer than the
@@ -468,11 +467,15 @@ void lloyd(const Kmeans& op, Run& run, ParallelFor parallel_for) {
     is_active = has_changed && run.n_iter < op.max_iter && has_moved(op, run);
     if (is_active) label(label_chunk);
   }
-  if (!is_consistent) {
-    label(label_chunk);
-    if (op.known) sum_changed(op, run, parallel_for);
+  if (is_consistent) {
+    for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { sum_inertia(op, run, chunk); });
+    return;
   }
-  for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { sum_inertia(op, run, chunk); });
+  label([](const Kmeans& op, Run& run, int64_t chunk) {
+    label_chunk(op, run, chunk);
+    sum_inertia(op, run, chunk);
+  });
+  if (op.known) sum_changed(op, run, parallel_for);
 }
 
 void write_best(const Kmeans& op, int64_t s, const std::vector<Run>& runs) {
