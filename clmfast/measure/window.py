@@ -111,9 +111,7 @@ class Window:
         if is_first:
             fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool)
         else:
-            fit = ops.kmeans(
-                points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=self._known
-            )
+            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=self._known)
             is_cold = torch.zeros(len(points), dtype=torch.bool)
             if step % config.cold_every == 0:
                 is_cold = cold.inertia < fit.inertia

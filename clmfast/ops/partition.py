@@ -1,4 +1,4 @@
-"""partition_scores and adjusted_rand: how well a clustering recovers known classes. The contract is csrc/partition.h."""
+"""partition_scores, adjusted_rand: how well a clustering recovers known classes. The contract is csrc/partition.h."""
 
 from typing import NamedTuple
 
