@@ -31,14 +31,19 @@ struct Set {
 void make_set(const Separation& op, int64_t s, Set& set) {
   const int64_t K = op.n_labels, D = op.D;
   const float* points = op.points + s * op.N * D;
-  set.count.resize(K);
+  std::vector<int32_t> group(op.label, op.label + op.N);
   set.mean.resize(K * D);
-  for (int64_t i = 0; i < op.N; ++i) {
-    if (!is_finite_row(points + i * D, D)) continue;
-    ++set.n_finite;
-    ++set.count[op.label[i]];
-    add_to(points + i * D, D, &set.mean[op.label[i] * D]);
+  sum_groups(points, op.N, D, group.data(), set.mean.data());
+  // A point that is not finite makes its group's sum so: then all are looked at.
+  if (!std::all_of(set.mean.begin(), set.mean.end(), [](double x) { return std::isfinite(x); })) {
+    for (int64_t i = 0; i < op.N; ++i)
+      if (!is_finite_row(points + i * D, D)) group[i] = -1;
+    std::fill(set.mean.begin(), set.mean.end(), 0.0);
+    sum_groups(points, op.N, D, group.data(), set.mean.data());
   }
+  set.count.resize(K);
+  for (int32_t k : group)
+    if (k >= 0) ++set.n_finite, ++set.count[k];
   for (int64_t i = 0; i < K * D; ++i) set.mean[i] /= static_cast<double>(set.count[i / D]);
   set.centroid.assign(set.mean.begin(), set.mean.end());
   set.n_present = K - std::count(set.count.begin(), set.count.end(), 0);

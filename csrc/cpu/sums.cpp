@@ -44,8 +44,13 @@ CLMFAST_BODY void dist2_to_groups_body(const float* points, int64_t first, int64
   }
 }
 
-CLMFAST_BODY void add_to_body(const float* point, int64_t D, double* sum) {
-  for (int64_t d = 0; d < D; ++d) sum[d] += point[d];
+CLMFAST_BODY void sum_groups_body(const float* points, int64_t N, int64_t D, const int32_t* group, double* sum) {
+  for (int64_t i = 0; i < N; ++i) {
+    if (group[i] < 0) continue;
+    const float* point = points + i * D;
+    double* of_group = sum + group[i] * D;
+    for (int64_t d = 0; d < D; ++d) of_group[d] += point[d];
+  }
 }
 
 CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t first, int64_t last,
@@ -79,7 +84,9 @@ CLMFAST_PER_ISA(void, dist2_to_groups,
                 (const float* points, int64_t first, int64_t n, int64_t D, const int32_t* group, const float* centroid,
                  double* dist2),
                 (points, first, n, D, group, centroid, dist2))
-CLMFAST_PER_ISA(void, add_to, (const float* point, int64_t D, double* sum), (point, D, sum))
+CLMFAST_PER_ISA(void, sum_groups,
+                (const float* points, int64_t N, int64_t D, const int32_t* group, double* sum),
+                (points, N, D, group, sum))
 CLMFAST_PER_ISA(void, add_point,
                 (const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum),
                 (point, magic, sign, first, last, sum))

@@ -9,8 +9,8 @@ namespace clmfast {
 void dist2_to_groups(const float* points, int64_t first, int64_t n, int64_t D, const int32_t* group,
                      const float* centroid, double* dist2);
 
-// sum [D] += point.
-void add_to(const float* point, int64_t D, double* sum);
+// sum [K, D]: of the points of each group, in their order; points of a negative group are left out.
+void sum_groups(const float* points, int64_t N, int64_t D, const int32_t* group, double* sum);
 
 // Sums that do not depend on the order of adding: every coordinate is first rounded to a multiple of a quantum, of which
 // N times the largest coordinate of its column are at most 2^52 (and at least 2^43), so that float64 sums are exact.
