@@ -270,6 +270,8 @@ void Centroids::nearest(const float* points, const int64_t* row, int64_t n, cons
       point[r] = points + row[std::min(e + r, n - 1)] * D_;
       without[r] = excluded ? excluded[std::min(e + r, n - 1)] : -1;
     }
+    for (int64_t r = e + TILE; r < std::min(n, e + 2 * TILE); ++r)  // the next tile's, on its way from a far cache
+      for (int64_t d = 0; d < D_; d += 16) __builtin_prefetch(points + row[r] * D_ + d);
     screen_tile(screen, point, without, placed, screened, verdict);
     for (int64_t r = 0; r < n_rows; ++r) {
       const Verdict& found = verdict[r];
