@@ -35,7 +35,8 @@ def inputs(case: dict[str, Any]) -> list[tuple[NDArray[np.float32], NDArray[np.f
     """The rotated inputs: points [S, N, D], and centroids [S, K, D] where the case gives them."""
     found = []
     for i in range(N_INPUTS):
-        points = states(np.random.default_rng(i), case["S"], case["N"], case["D"])
+        # The layout that every contender works in: else some would copy within their time.
+        points = np.ascontiguousarray(states(np.random.default_rng(i), case["S"], case["N"], case["D"]))
         found.append((points, None if case["starts"] else np.ascontiguousarray(points[:, : case["K"]])))
     return found
 

@@ -3,15 +3,31 @@
 // A view: the memory is its maker's, and may outlive a call, so that only rows that change are moved again.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-
-#include "packed.h"
+#include <vector>
 
 namespace clmfast {
 
+constexpr int64_t PANEL = 32;  // points side by side
+
+constexpr int64_t n_panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+// Those panels of N points that hold one of the `count` from `first` on, round and round.
+inline std::vector<int64_t> panels_of(int64_t N, int64_t first, int64_t count) {
+  std::vector<int64_t> chosen;
+  for (int64_t i_panel = 0; i_panel < n_panels(N); ++i_panel) {
+    bool has_any = false;
+    for (int64_t i = i_panel * PANEL; i < std::min(N, (i_panel + 1) * PANEL); ++i)
+      has_any |= (i - first + N) % N < count;
+    if (has_any) chosen.push_back(i_panel);
+  }
+  return chosen;
+}
+
 constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
 // Coordinates that are left of many by turning. Of 60, 72, 96 the best for states of width 128 (Zen 3).
-constexpr int64_t TURNED = 60;
+constexpr int64_t TURNED = 72;
 
 // Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
 constexpr int32_t NOBODY = 3 << 29;

@@ -2,14 +2,13 @@
 //
 //   points   [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value)
 //   init     [S, K, D] float32     the initial centroids, or null: drawn, see Start
-//   packed   the points in panels, of a capacity of N or more; or null: packed here. Used only where init fits its frames
-//   known    or null: what the last call found out about points around its centroids, which are `init` now; this call
-//            writes its own over it. Saves work, and changes no result. Each [S, N], rows `stride` apart: label int32;
-//            within and beyond float32, at least the distance to the point's own centroid and at most that to any other.
-//            A point that was not there, or has changed, has within = infinity.
+//   known    or null: what the last call found out, whose points these are but for some that changed, and whose centroids
+//            are `init` now. Saves work, and changes no result. A point that was not there or has changed must have
+//            within = infinity; points may be added behind the last, and none taken away.
 //   label    [S, N] int64          the nearest centroid by float64 dist2 (cpu/pair.h), of equals the smaller index:
 //                                  a pure function of points and centroid
-//   centroid [S, K, D] float32     mean of the cluster's points, summed in float64 in the order of the points
+//   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-43 or less of
+//                                  N times the largest in its column: float64 sums are then exact in any order
 //   inertia  [S] float64           sum over points of the float64 dist2 to their centroid
 //   n_iter   [S] int64             iterations of the restart that is returned
 //
@@ -29,20 +28,44 @@
 
 #include <cstdint>
 
-#include "packed.h"
 #include "parallel.h"
 
 namespace clmfast {
 
 enum class KmeansStart { plus_plus, random };
 
+constexpr int64_t REACH_ROWS = 32;  // points that share one reach
+constexpr int64_t GROUPS = 24;      // of centroids: k is in group k % GROUPS, so that up to that many have one each
+
+constexpr int64_t n_reaches(int64_t N) { return (N + REACH_ROWS - 1) / REACH_ROWS; }
+
+// What is known of one set's points.
+struct KnownSet {
+  int32_t* label;  // [N], the cluster whose sum holds the point; -1: none does
+  float* within;   // [N], at least the distance to the own centroid; infinity: nothing is known of this point
+  float* beyond;   // [N, GROUPS], at most the distance to any other centroid of a group
+  float* point;    // [N, D], the points themselves
+  float* reach;    // [n_reaches(N), D], the largest |coordinate| of REACH_ROWS points
+  double* sum;     // [K + 1, D], sums of the clusters' points, and behind them what rounds the coordinates
+};
+
+// Of S sets with room for N points.
+struct Known {
+  int64_t N;
+  int32_t* label;
+  float *within, *beyond, *point, *reach;
+  double* sum;
+
+  KnownSet set(int64_t s, int64_t D, int64_t K) const {
+    return {label + s * N,     within + s * N,           beyond + s * N * GROUPS,
+            point + s * N * D, reach + s * n_reaches(N) * D, sum + s * (K + 1) * D};
+  }
+};
+
 struct Kmeans {
   const float* points;
   const float* init;
-  const Packed* packed;
-  int32_t* known_label;
-  float *known_within, *known_beyond;
-  int64_t known_stride;
+  const Known* known;
   int64_t S, N, D, K;
   KmeansStart start;
   int64_t n_init, max_iter;

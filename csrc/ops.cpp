@@ -21,7 +21,6 @@
 #include "grid.h"
 #include "kmeans.h"
 #include "knn.h"
-#include "packed.h"
 #include "partition.h"
 #include "ring.h"
 #include "separation.h"
@@ -106,17 +105,6 @@ void copy_strides(const Tensor& x, int64_t* strides) {
   for (int64_t i = 0; i < x.dim(); ++i) strides[i] = x.stride(i);
 }
 
-// The panels of points [S, n, D], with room for N >= n of them.
-Packed packed(const char* op, const Tensor& points, int64_t N, const Tensor& centre, const Tensor& scale,
-              const Tensor& panels, const Tensor& norm2) {
-  const int64_t S = points.size(0), D = points.size(2);
-  require(points.size(1) <= N && has_shape(centre, {S, D}) && has_shape(scale, {S}) &&
-              has_shape(panels, {S, n_panels(N), D, PANEL}) && has_shape(norm2, {S, n_panels(N) * PANEL}),
-          op, ": packed must be made for points ", shape(points));
-  return {S, N, D, mutable_data<float>(centre), mutable_data<float>(scale), mutable_data<float>(panels),
-          mutable_data<double>(norm2)};
-}
-
 // The grid of points [S, N, D].
 Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tensor& unit, const Tensor& n_turned,
           const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest) {
@@ -189,10 +177,10 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t n_clusters, const MaybeTensor& init,
                                                   bool is_random, int64_t n_init, int64_t max_iter, double tol,
-                                                  int64_t seed, const MaybeTensor& centre, const MaybeTensor& scale,
-                                                  const MaybeTensor& panels, const MaybeTensor& norm2,
-                                                  const MaybeTensor& known_label, const MaybeTensor& known_within,
-                                                  const MaybeTensor& known_beyond) {
+                                                  int64_t seed, const MaybeTensor& known_label,
+                                                  const MaybeTensor& within, const MaybeTensor& beyond,
+                                                  const MaybeTensor& point, const MaybeTensor& reach,
+                                                  const MaybeTensor& sum) {
   require_points("kmeans", "points", points);
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
   require(1 <= K && K <= N, "kmeans: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
@@ -221,24 +209,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.centroid = mutable_data<float>(centroid);
   op.inertia = mutable_data<double>(inertia);
   op.n_iter = mutable_data<int64_t>(n_iter);
-  std::optional<Packed> given;
-  if (panels) given = packed("kmeans", points, panels->size(1) * PANEL, *centre, *scale, *panels, *norm2);
-  op.packed = given ? &*given : nullptr;
-  op.known_label = nullptr;
+  std::optional<Known> known;
   if (known_label) {
     require(init.has_value(), "kmeans: known needs the centroids that it is about, as init");
-    const int64_t stride = known_label->size(known_label->dim() - 1);
-    for (const Tensor* x : {&*known_label, &*known_within, &*known_beyond})
-      require(has_shape(*x, {S, stride}) && stride >= N && x->is_contiguous(),
-              "kmeans: known must be three dense tensors [S, N or more] with S=", S, " and N=", N, ", got ", shape(*x));
-    require(known_label->scalar_type() == ScalarType::Int && known_within->scalar_type() == ScalarType::Float &&
-                known_beyond->scalar_type() == ScalarType::Float,
-            "kmeans: known must be int32, float32 and float32");
-    op.known_label = mutable_data<int32_t>(*known_label);
-    op.known_within = mutable_data<float>(*known_within);
-    op.known_beyond = mutable_data<float>(*known_beyond);
-    op.known_stride = stride;
+    require(known_label->dim() == 2 && known_label->size(1) >= N, "kmeans: known must be made for N or more points, with N=",
+            N, ", got ", shape(*known_label));
+    const int64_t room = known_label->size(1);
+    require(has_shape(*known_label, {S, room}) && has_shape(*within, {S, room}) &&
+                has_shape(*beyond, {S, room, GROUPS}) && has_shape(*point, {S, room, D}) &&
+                has_shape(*reach, {S, n_reaches(room), D}) && has_shape(*sum, {S, K + 1, D}),
+            "kmeans: known must be made for points ", shape(points), " and n_clusters=", K);
+    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum})
+      require(x->is_contiguous(), "kmeans: known must be contiguous");
+    require(known_label->scalar_type() == ScalarType::Int && sum->scalar_type() == ScalarType::Double,
+            "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
+    for (const Tensor* x : {&*within, &*beyond, &*point, &*reach})
+      require(x->scalar_type() == ScalarType::Float,
+              "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
+    known = {room, mutable_data<int32_t>(*known_label), mutable_data<float>(*within), mutable_data<float>(*beyond),
+             mutable_data<float>(*point), mutable_data<float>(*reach), mutable_data<double>(*sum)};
   }
+  op.known = known ? &*known : nullptr;
   kmeans_cpu(op, parallel_for);
   return {label, centroid, inertia, n_iter};
 }
@@ -254,13 +245,6 @@ Ring ring(const char* op, const Tensor& points, int64_t n, int64_t first, int64_
           ": a ring of N=", N, " must have 0 <= n <= N, 0 <= first < N and 0 <= count <= N, got n=", n,
           " first=", first, " count=", count);
   return {data<float>(points), n, first, count};
-}
-
-void ring_pack(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& centre, const Tensor& scale,
-               const Tensor& panels, const Tensor& norm2, bool is_new) {
-  const char* name = "ring_pack";
-  const Ring of_points = ring(name, points, n, first, count);
-  ring_pack_cpu(of_points, packed(name, points, points.size(1), centre, scale, panels, norm2), is_new, parallel_for);
 }
 
 void ring_to_grid(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
@@ -315,8 +299,7 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
 
 // ---- separation
 
-Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels, const MaybeTensor& centre,
-                  const MaybeTensor& scale, const MaybeTensor& panels, const MaybeTensor& norm2) {
+Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels) {
   const char* name = "separation";
   require_points(name, "points", points);
   require_int64(name, "label", label, points);
@@ -324,12 +307,9 @@ Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels, c
   require(has_shape(label, {N}), name, ": label must be [N] with N=", N, ", got ", shape(label));
   Tensor out = empty(points, {3, S}, ScalarType::Double);
   Tensor dense_points = dense_float(points), dense_label = torch::stable::contiguous(label);
-  std::optional<Packed> given;
-  if (panels) given = packed(name, points, panels->size(1) * PANEL, *centre, *scale, *panels, *norm2);
   Separation op;
   op.points = data<float>(dense_points);
   op.label = data<int64_t>(dense_label);
-  op.packed = given ? &*given : nullptr;
   op.S = S, op.N = N, op.D = points.size(2), op.n_labels = n_labels;
   op.out = mutable_data<double>(out);
   require(separation_cpu(op, parallel_for), name, ": label must be in [0, n_labels), with n_labels=", n_labels);
@@ -406,6 +386,23 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
           ": truth must be in [0, n_truth) and label in [0, n_label), with n_truth=", op.n_truth,
           " and n_label=", op.n_label);
   return scores;
+}
+
+Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, int64_t n_label) {
+  const char* name = "adjusted_rand";
+  require_int64(name, "truth", truth, truth);
+  require_int64(name, "label", label, truth);
+  require(truth.dim() == 2 && label.dim() == 2 && truth.size(1) == label.size(1), name,
+          ": truth must be [V, N] and label [S, N], got ", shape(truth), " and ", shape(label));
+  require(0 <= n_truth && n_truth < 1 << 28 && 0 <= n_label && n_label < 1 << 28, name,
+          ": n_truth and n_label must be in [0, 2^28), got ", n_truth, " and ", n_label);
+  Tensor score = empty(truth, {truth.size(0), label.size(0)}, ScalarType::Double);
+  Tensor dense_truth = torch::stable::contiguous(truth), dense_label = torch::stable::contiguous(label);
+  const AdjustedRand op{data<int64_t>(dense_truth), data<int64_t>(dense_label), truth.size(0), label.size(0),
+                        truth.size(1),              n_truth,                    n_label,       mutable_data<double>(score)};
+  require(adjusted_rand_cpu(op, parallel_for), name, ": truth must be in [0, n_truth) and label in [-1, n_label), with n_truth=",
+          n_truth, " and n_label=", n_label);
+  return score;
 }
 
 // ---- capture_rows
@@ -747,12 +744,9 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "dist2, Tensor index)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
-      "seed, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? norm2, Tensor(a!)? known_label, Tensor(b!)? "
-      "known_within, Tensor(c!)? known_beyond)"
+      "seed, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "
+      "Tensor(f!)? sum)"
       " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
-  m.def(
-      "ring_pack(Tensor points, int n, int first, int count, Tensor(a!) centre, Tensor(b!) scale, Tensor(c!) panels, "
-      "Tensor(d!) norm2, bool is_new) -> ()");
   m.def(
       "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
       "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) n_turned, Tensor(d!) wasted, Tensor(e!) turn, "
@@ -763,25 +757,24 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "count_queries, Tensor centre, Tensor unit, Tensor n_turned, Tensor(d!) wasted, Tensor turn, Tensor cells, Tensor norm2, Tensor rest, "
       "Tensor query_cells, Tensor query_norm2, Tensor query_rest, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) "
       "bound, Tensor(c!) index) -> int");
-  m.def(
-      "separation(Tensor points, Tensor label, int n_labels, Tensor? centre, Tensor? scale, Tensor? panels, Tensor? "
-      "norm2) -> Tensor");
+  m.def("separation(Tensor points, Tensor label, int n_labels) -> Tensor");
   m.def("majority_vote(Tensor index, Tensor label) -> Tensor");
   m.def("label_shares(Tensor index, Tensor label, Tensor truth, int n_labels) -> Tensor");
   m.def("partition_scores(Tensor truth, Tensor label, int? n_truth, int? n_label) -> Tensor");
+  m.def("adjusted_rand(Tensor truth, Tensor label, int n_truth, int n_label) -> Tensor");
   m.def("capture_rows(Tensor x, Tensor start, Tensor stop, Tensor slot, Tensor(a!) bank, Tensor(b!) norm2) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("knn", TORCH_BOX(&clmfast::knn));
   m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
-  m.impl("ring_pack", TORCH_BOX(&clmfast::ring_pack));
   m.impl("ring_to_grid", TORCH_BOX(&clmfast::ring_to_grid));
   m.impl("ring_knn", TORCH_BOX(&clmfast::ring_knn));
   m.impl("separation", TORCH_BOX(&clmfast::separation));
   m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
   m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
   m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
+  m.impl("adjusted_rand", TORCH_BOX(&clmfast::adjusted_rand));
   m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
   m.impl("attention", TORCH_BOX(&clmfast::attention));
   m.impl("attention_backward", TORCH_BOX(&clmfast::attention_backward));

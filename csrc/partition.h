@@ -6,6 +6,10 @@
 //   scores  [6, S] float64: ari, nmi, homogeneity, completeness, v_measure, purity (formulas: clmfast/ops/partition.py)
 //
 // Returns false, and leaves scores unspecified, if a value breaks the promise of n_truth or n_label.
+//
+// adjusted_rand: ari alone, of S labelings and V others at once. truth [V, N] in [0, n_truth), label [S, N] in [-1,
+// n_label), where -1 is a cluster like any other; score [V, S]. The same bits; false if a value is out of range.
+//
 // Pair counts are exact integers up to N = 2^31; both ways of counting give the same bits.
 #pragma once
 
@@ -24,6 +28,14 @@ struct PartitionScores {
   double* scores;
 };
 
+struct AdjustedRand {
+  const int64_t *truth, *label;
+  int64_t V, S, N;
+  int64_t n_truth, n_label;
+  double* score;
+};
+
+bool adjusted_rand_cpu(const AdjustedRand& op, ParallelFor parallel_for);
 bool partition_scores_cpu(const PartitionScores& op, ParallelFor parallel_for);
 
 }  // namespace clmfast

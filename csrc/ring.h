@@ -4,9 +4,8 @@
 //           (row N - 1 is followed by row 0), were written. Rows at or beyond n, and rows that are not finite, are
 //           nobody's neighbour and have none.
 //
-// ring_pack packs the rows that changed into panels (cpu/panels.h), whose memory the caller keeps. If their frame no
-// longer suits, or `is_new`, it is made anew and all rows are packed. ring_to_grid moves the rows of points and of
-// queries that changed to one grid (cpu/grid.h), kept likewise; with `is_new` it is chosen anew, for all rows.
+// ring_to_grid moves the rows of points and of queries that changed to one grid (cpu/grid.h), whose memory the caller
+// keeps. Where ring_knn had to measure too much in vain, or with `is_new`, it is chosen anew, and all rows are moved.
 //
 // ring_knn keeps the k nearest points of every query, in each of V views: `index` after a call is what knn.h says of the
 // whole rings, with query_group[v] and point_group[v] barred.
@@ -27,14 +26,11 @@
 namespace clmfast {
 
 struct Grid;
-struct Packed;
 
 struct Ring {
   const float* points;
   int64_t n, first, count;
 };
-
-void ring_pack_cpu(const Ring& points, const Packed& packed, bool is_new, ParallelFor parallel_for);
 
 void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries, const Grid& query_grid, bool is_new,
                       ParallelFor parallel_for);

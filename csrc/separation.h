@@ -2,7 +2,6 @@
 //
 //   points  [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value)
 //   label   [N] int64 in [0, n_labels), shared by all sets
-//   packed  the points in panels, of a capacity of N or more; or null: packed here
 //   out     [3, S] float64: centroid silhouette, scatter ratio, total scatter (formulas: clmfast/measure/separation.py)
 //
 // Centroids are means in float64 of the points in their order, rounded to float32; distances to them are float64 dist2
@@ -12,7 +11,6 @@
 
 #include <cstdint>
 
-#include "packed.h"
 #include "parallel.h"
 
 namespace clmfast {
@@ -20,7 +18,6 @@ namespace clmfast {
 struct Separation {
   const float* points;
   const int64_t* label;
-  const Packed* packed;
   int64_t S, N, D, n_labels;
   double* out;
 };

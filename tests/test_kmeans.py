@@ -10,6 +10,7 @@ from sklearn.cluster import KMeans
 
 from clmfast import ops
 from clmfast.ops import reference
+from clmfast.ops.kmeans import nothing_known
 
 
 def normal(*shape, seed=0):
@@ -251,14 +252,52 @@ def test_seed():
     assert not torch.equal(ops.kmeans(points, 12, seed=3).label, ops.kmeans(points, 12, seed=4).label)
 
 
+# ---- what is known changes nothing
+
+
+@pytest.mark.parametrize(("K", "max_iter"), [(1, 3), (5, 1), (20, 3), (24, 2), (53, 3)])
+@pytest.mark.parametrize("kind", ["blobs", "copies", "growing", "spoilt"])
+def test_known_saves_work_and_changes_no_bit(kind, K, max_iter):
+    room, n_new, D = 300, 30, 40
+    known = nothing_known(2, room, D, K)
+    ring = torch.zeros(2, room, D)
+    centroid = None
+    for step in range(24):
+        new = blobs(2, n_new, D, 12, spread=1, seed=3 * step if kind == "blobs" else 0)
+        if kind == "copies":
+            new = new[:, torch.arange(n_new) % 3] + 1e-4 * (step // 4)
+        elif kind == "growing":
+            new = new * 3.0**step + 10.0 * step
+        elif kind == "spoilt":
+            new[:, step % n_new, step % D] = torch.nan if step % 2 else torch.inf
+        rows = (step * n_new + torch.arange(n_new)) % room
+        ring[:, rows] = new
+        n = min((step + 1) * n_new, room)
+        if n < K:
+            continue
+        points = ring[:, :n]
+        if centroid is None:
+            centroid = points[:, :K].nan_to_num(0, 0, 0)
+            rows = torch.arange(n)
+        known.within[:, rows] = torch.inf
+        if step == 15:  # all may be doubted at any time
+            known.within[1] = torch.inf
+        expected = ops.kmeans(points, K, init=centroid, max_iter=max_iter)
+        with outputs_full_of_nan():
+            found = ops.kmeans(points, K, init=centroid, max_iter=max_iter, known=known)
+        assert_same_bits(found, expected)
+        assert_consistent(points, found)
+        centroid = found.centroid
+
+
 # ---- is it registered right?
 
 
 def test_opcheck():
     points = normal(2, 20, 5)
     op = torch.ops.clmfast.kmeans.default
-    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, *(None,) * 7))
-    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, *(None,) * 7))
+    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, *(None,) * 6))
+    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, *(None,) * 6))
 
 
 def test_compiled():

@@ -159,6 +159,25 @@ def test_any_labels(n, n_truth, n_label, S, seed):
     assert_right(draw(n_truth, S, n, seed=seed), draw(n_label, S, n, seed=seed + 1), n_truth, n_label)
 
 
+@pytest.mark.parametrize(("V", "S", "N"), [(1, 1, 0), (2, 3, 1), (3, 2, 200), (0, 2, 5)])
+def test_adjusted_rand_is_the_ari_of_partition_scores(V, S, N):
+    truth, label = draw(70, V, N), draw(6, S, N, seed=1) - 1
+    with outputs_full_of_nan():
+        found = ops.adjusted_rand(truth, label, 90, 5)
+    assert found.shape == (V, S)
+    for v in range(V):
+        assert_same_bits([found[v]], [ops.partition_scores(truth[v], label).ari])
+
+
+def test_adjusted_rand_refuses_what_is_out_of_range():
+    truth, label = draw(4, 2, 20), draw(5, 3, 20, seed=1)
+    for wrong in ((truth - 1, label, 4, 5), (truth, label, 3, 5), (truth, label - 2, 4, 5), (truth, label, 4, 4)):
+        with pytest.raises(ValueError, match=r"truth must be in \[0, n_truth\) and label in \[-1, n_label\)"):
+            ops.adjusted_rand(*wrong)
+    with pytest.raises(ValueError, match=r"truth must be \[V, N\] and label \[S, N\]"):
+        ops.adjusted_rand(truth[0], label, 4, 5)
+
+
 def test_threads_do_not_matter():
     truth, label = draw(9, 5, 1000), draw(7, 5, 1000, seed=1)
     assert_threads_do_not_matter(lambda: ops.partition_scores(truth, label, n_truth=9, n_label=7))
@@ -171,6 +190,7 @@ def test_opcheck():
     op = torch.ops.clmfast.partition_scores.default
     torch.library.opcheck(op, (draw(4, 3, 20), draw(4, 20), None, None))
     torch.library.opcheck(op, (draw(4, 20), draw(4, 20, seed=1), 4, 5))
+    torch.library.opcheck(torch.ops.clmfast.adjusted_rand.default, (draw(4, 2, 20), draw(4, 3, 20, seed=1), 4, 5))
 
 
 def test_compiled():

@@ -47,3 +47,12 @@ def test_separated_groups_score_high_and_identical_points_do_not_crash():
     silhouette, ratio, _ = separation(torch.ones(1, 4, 3), label, 2)
     assert silhouette.item() == 0
     assert ratio.isnan().all()
+
+
+def test_points_that_are_not_finite_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    points, label = torch.randn(2, 50, 7, generator=generator), torch.arange(50) % 4
+    spoilt, of_spoilt = torch.cat([points, points[:, :2]], dim=1), torch.cat([label, label[:2]])
+    spoilt[0, 50, 3], spoilt[1, 50, 0], spoilt[:, 51] = torch.nan, torch.inf, -torch.inf
+    for a, b in zip(separation(spoilt, of_spoilt, 4), separation(points, label, 4), strict=True):
+        assert torch.equal(a, b)

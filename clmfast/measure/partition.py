@@ -10,7 +10,6 @@ from torch import Tensor
 from clmfast import ops
 from clmfast.config import LABEL_KINDS
 from clmfast.measure.separation import separation
-from clmfast.ops.ring import Packed
 
 PARTITION_MEASURES = (
     *(f"ari_{kind}" for kind in LABEL_KINDS),
@@ -37,21 +36,20 @@ def partition_measures(
     labels: Mapping[str, Tensor],
     n_labels: Mapping[str, int],
     kinds: tuple[str, ...] = LABEL_KINDS,
-    packed: Packed | None = None,
 ) -> Tensor:
     """[len(PARTITION_MEASURES), S] float64 of points [S, N, D], their k-means fit, and labels [N] by kind.
 
-    Kinds that are not in `kinds` (because the states stand for no single label of that kind) are NaN. packed: the
-    points as ops.ring_pack left them, which saves packing them again.
+    Kinds that are not in `kinds` (because the states stand for no single label of that kind) are NaN.
     """
     n_clusters = fit.centroid.shape[1]
+    truth_VN = torch.stack([labels[kind] for kind in kinds])
+    ari_VS = ops.adjusted_rand(truth_VN, fit.label, max(n_labels[kind] for kind in kinds), n_clusters)
     nan_S = torch.full((len(points),), torch.nan, dtype=torch.float64)
-    by_kind = {kind: partition_scores_of(labels[kind], n_labels[kind], fit.label, n_clusters) for kind in kinds}
-    task = by_kind["task"]
-    silhouette_S, scatter_ratio_S, total_S = separation(points, labels["task"], n_labels["task"], packed)
+    task = partition_scores_of(labels["task"], n_labels["task"], fit.label, n_clusters)
+    silhouette_S, scatter_ratio_S, total_S = separation(points, labels["task"], n_labels["task"])
     return torch.stack(
         [
-            *(by_kind[kind].ari if kind in by_kind else nan_S for kind in LABEL_KINDS),
+            *(ari_VS[kinds.index(kind)] if kind in kinds else nan_S for kind in LABEL_KINDS),
             task.nmi,
             task.homogeneity,
             task.completeness,

@@ -5,12 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from clmfast import ops
-from clmfast.ops.ring import Packed
 
 
-def separation(
-    points: Tensor, label: Tensor, n_labels: int, packed: Packed | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def separation(points: Tensor, label: Tensor, n_labels: int) -> tuple[Tensor, Tensor, Tensor]:
     """(centroid silhouette, scatter ratio, total scatter about the mean), each [S] float64, of points [S, N, D] grouped
     by label [N] int64.
 
@@ -24,8 +21,7 @@ def separation(
         sum_c n_c |m_c - m|^2 / sum_i |x_i - m_label(i)|^2          in [0, inf]; NaN where all points are equal
 
     Chance: about 0 or below for the silhouette, (n_labels - 1) / (N - n_labels) for the ratio. Groups without points
-    are left out, and so are points that are not finite. packed: the points as ops.ring_pack left them, which saves
-    packing them again and changes no bit.
+    are left out, and so are points that are not finite.
     """
-    silhouette_S, ratio_S, total_S = ops.separation(points, label, n_labels, packed).unbind(0)
+    silhouette_S, ratio_S, total_S = ops.separation(points, label, n_labels).unbind(0)
     return silhouette_S, ratio_S, total_S

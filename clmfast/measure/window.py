@@ -19,7 +19,7 @@ from clmfast.measure.neighbours import knn_accuracy, purities
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
 from clmfast.measure.ring_neighbours import RingNeighbours
 from clmfast.ops.kmeans import nothing_known
-from clmfast.ops.ring import Grid, Ring, empty_grid, empty_packed
+from clmfast.ops.ring import Grid, Ring, empty_grid
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
 MEASURES_OF_UNSEEN = ("knn_accuracy", "cross_grammar_knn_accuracy")
@@ -40,8 +40,7 @@ class Window:
         self.near = RingNeighbours(config.k, 1, n_sets, config.window)  # of training states, own instruction barred
         # Of unseen states among training states: own instruction barred, own grammar barred.
         self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
-        self._known = nothing_known(n_sets, config.window)
-        self._packed = empty_packed(self.train.points)
+        self._known = nothing_known(n_sets, config.window, width, tasks.n_tasks)
         self._grid = empty_grid(self.train.points)
         self._grid_unseen = empty_grid(self.unseen.points, self._grid)
         self.centroid = torch.empty(0)
@@ -69,7 +68,6 @@ class Window:
             return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
         is_new = self._n_seen[self.train] == 0
         train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
-        ops.ring_pack(train, self._packed, is_new=is_new)
         ops.ring_to_grid(train, unseen, is_new=is_new)
         labels, of_unseen = _labels(self.tasks, self.train.example), _labels(self.tasks, self.unseen.example)
         instruction, grammar = labels["instruction"], labels["grammar"]
@@ -87,7 +85,7 @@ class Window:
         task, task_unseen, n_tasks = labels["task"], of_unseen["task"][:n_unseen], self.tasks.n_tasks
         purity, task_purity = purities(near, task, task, n_tasks)
         of_training = [
-            *partition_measures(points, fit, labels, self.tasks.label_counts(), packed=self._packed),
+            *partition_measures(points, fit, labels, self.tasks.label_counts()),
             is_cold.double(),
             purity,
         ]
@@ -112,9 +110,7 @@ class Window:
         if is_first:
             fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool)
         else:
-            fit = ops.kmeans(
-                points, n_tasks, init=self.centroid, max_iter=config.warm_iter, packed=self._packed, known=self._known
-            )
+            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=self._known)
             is_cold = torch.zeros(len(points), dtype=torch.bool)
             if step % config.cold_every == 0:
                 is_cold = cold.inertia < fit.inertia

@@ -22,8 +22,8 @@ from clmfast.ops.block import BlockWeights, attention_block, mlp_block  # noqa: 
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
-from clmfast.ops.partition import PartitionScores, partition_scores  # noqa: E402
-from clmfast.ops.ring import ring_knn, ring_pack, ring_to_grid  # noqa: E402
+from clmfast.ops.partition import PartitionScores, adjusted_rand, partition_scores  # noqa: E402
+from clmfast.ops.ring import ring_knn, ring_to_grid  # noqa: E402
 from clmfast.ops.separation import separation  # noqa: E402
 from clmfast.ops.votes import label_shares, majority_vote  # noqa: E402
 
@@ -32,6 +32,7 @@ __all__ = [
     "BlockWeights",
     "KMeans",
     "PartitionScores",
+    "adjusted_rand",
     "attention",
     "attention_block",
     "capture_rows",
@@ -42,7 +43,6 @@ __all__ = [
     "mlp_block",
     "partition_scores",
     "ring_knn",
-    "ring_pack",
     "ring_to_grid",
     "separation",
 ]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clmfast.ops.ring import Packed
+GROUPS, REACH_ROWS = 24, 32  # as in csrc/kmeans.h
 
 
 class KMeans(NamedTuple):
@@ -16,16 +16,26 @@ class KMeans(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a warm start need not find out again: see csrc/kmeans.h. Written in place. Rows N and beyond are unused."""
+    """What a warm start need not find out again: see csrc/kmeans.h. Written in place; rows N and beyond are unused."""
 
     label: Tensor  # [S, N or more] int32
     within: Tensor  # [S, N or more] float32; infinity: nothing is known of this point
-    beyond: Tensor  # [S, N or more] float32
+    beyond: Tensor  # [S, N or more, GROUPS] float32
+    point: Tensor  # [S, N or more, D] float32
+    reach: Tensor  # [S, (N or more) / REACH_ROWS, D] float32
+    sum: Tensor  # [S, K + 1, D] float64
 
 
-def nothing_known(S: int, N: int) -> Known:
-    """To begin with, for S sets of at most N points."""
-    return Known(torch.full((S, N), -1, dtype=torch.int32), torch.full((S, N), torch.inf), torch.zeros(S, N))
+def nothing_known(S: int, N: int, D: int, K: int) -> Known:
+    """To begin with, for S sets of at most N points and K clusters."""
+    return Known(
+        torch.full((S, N), -1, dtype=torch.int32),
+        torch.full((S, N), torch.inf),
+        torch.empty(S, N, GROUPS),
+        torch.empty(S, N, D),
+        torch.zeros(S, -(-N // REACH_ROWS), D),
+        torch.zeros(S, K + 1, D, dtype=torch.float64),
+    )
 
 
 def kmeans(
@@ -37,7 +47,6 @@ def kmeans(
     max_iter: int = 100,
     tol: float = 1e-4,
     seed: int = 0,
-    packed: Packed | None = None,
     known: Known | None = None,
 ) -> KMeans:
     """Partition each set into K = n_clusters clusters of small inertia, like scikit-learn's KMeans(algorithm="lloyd").
@@ -48,9 +57,8 @@ def kmeans(
     points [S, N, D] float32, bfloat16 or float16; 1 <= K <= N. init: "k-means++" (greedy), "random" (points of
     different index), or the centroids to begin with, [S, K, D] (then n_init must be 1). Of n_init restarts the one of
     lowest inertia is returned. tol is relative to the mean variance of the set's coordinates. Draws depend on seed,
-    set and restart only. packed: the points as ring_pack left them, to save packing them again; the result is the same,
-    except that starts drawn by k-means++ may differ where rounding decides. known: what the last call wrote there, if
-    init is its centroids; points that changed since must have within = inf. It saves work and changes no bit.
+    set and restart only. known: what the last call wrote there, if init is its centroids; points that changed since
+    must have within = inf, and N must not have become smaller. It saves work and changes no bit.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
     if isinstance(init, str) and init not in ("k-means++", "random"):
@@ -59,7 +67,7 @@ def kmeans(
     is_random = isinstance(init, str) and init == "random"
     found = torch.ops.clmfast.kmeans(
         points.detach(), n_clusters, centroid, is_random, n_init, max_iter, tol, seed,
-        *(packed or (None,) * 4), *(known or (None,) * 3),
+        *(known or (None,) * 6),
     )  # fmt: skip
     return KMeans(*found)
 
@@ -74,7 +82,7 @@ def _(
     max_iter: int,
     tol: float,
     seed: int,
-    *_packed_and_known: Tensor | None,
+    *_known: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape
     return (

@@ -1,4 +1,4 @@
-"""ring_pack, ring_to_grid and ring_knn: rings of points of which a few rows change at a time. Contract: csrc/ring.h.
+"""ring_to_grid and ring_knn: rings of points of which a few rows change at a time. Contract: csrc/ring.h.
 
 The state of all is a few tensors that the caller keeps; the ops write them in place.
 """
@@ -10,16 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL, PAIR, TURNED = 32, 2, 60  # as in csrc/packed.h and csrc/grid.h
-
-
-class Packed(NamedTuple):
-    """Points [S, N, D] as kmeans and separation screen them. What is in it is theirs; no result shows it."""
-
-    centre: Tensor  # [S, D] float32
-    scale: Tensor  # [S] float32
-    panels: Tensor  # [S, ceil(N / 32), D, 32] float32
-    norm2: Tensor  # [S, ceil(N / 32) * 32] float64
+PANEL, PAIR, TURNED = 32, 2, 72  # as in csrc/grid.h
 
 
 class Grid(NamedTuple):
@@ -54,18 +45,6 @@ class RingState(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index; [V, S, Q, k] int64, rows of points; -1: no neighbour
 
 
-def empty_packed(points: Tensor) -> Packed:
-    """Memory for packing points [S, N, D]."""
-    S, N, D = points.shape
-    n_panels = -(-N // PANEL)
-    return Packed(
-        points.new_empty(S, D),
-        points.new_empty(S),
-        points.new_empty(S, n_panels, D, PANEL),
-        points.new_empty(S, n_panels * PANEL, dtype=torch.float64),
-    )
-
-
 def empty_grid(points: Tensor, shared: Grid | None = None) -> Grid:
     """Memory for points [S, N, D] on a grid; with `shared`, on that of another ring."""
     S, N, D = points.shape
@@ -80,11 +59,6 @@ def empty_grid(points: Tensor, shared: Grid | None = None) -> Grid:
         points.new_empty(S, n_panels * PANEL, dtype=torch.int32),
         points.new_empty(S, n_panels * PANEL),
     )
-
-
-def ring_pack(ring: Ring, packed: Packed, *, is_new: bool) -> None:
-    """Pack what changed; with is_new, everything. In place."""
-    torch.ops.clmfast.ring_pack(ring.points, ring.n, ring.first, ring.count, *packed, is_new)
 
 
 def ring_to_grid(points: Ring, queries: Ring, *, is_new: bool) -> None:
@@ -115,7 +89,6 @@ def _arguments(points: Ring, queries: Ring) -> tuple[Tensor | int, ...]:
     )  # fmt: skip
 
 
-@torch.library.register_fake("clmfast::ring_pack")
 @torch.library.register_fake("clmfast::ring_to_grid")
 def _(*_arguments: Tensor | int) -> None:
     return None

@@ -3,18 +3,15 @@
 import torch
 from torch import Tensor
 
-from clmfast.ops.ring import Packed
 
-
-def separation(points: Tensor, label: Tensor, n_labels: int, packed: Packed | None = None) -> Tensor:
+def separation(points: Tensor, label: Tensor, n_labels: int) -> Tensor:
     """Centroid silhouette, scatter ratio and total scatter, [3, S] float64, of points [S, N, D] (float32, bfloat16 or
     float16) grouped by label [N] int64 in [0, n_labels); clmfast/measure/separation.py has the formulas.
-
-    packed: the points as ring_pack left them. No gradient flows.
+    No gradient flows.
     """
-    return torch.ops.clmfast.separation(points.detach(), label, n_labels, *(packed or (None,) * 4))
+    return torch.ops.clmfast.separation(points.detach(), label, n_labels)
 
 
 @torch.library.register_fake("clmfast::separation")
-def _(points: Tensor, label: Tensor, n_labels: int, *_packed: Tensor | None) -> Tensor:
+def _(points: Tensor, label: Tensor, n_labels: int) -> Tensor:
     return points.new_empty((3, points.shape[0]), dtype=torch.float64)

@@ -1,51 +1,64 @@
-// What kmeans and separation share: the means of groups of points, and the nearest centroid of every point.
+// The centroids of one set, and the points compared with them: what kmeans and separation share.
+//
+// Screening and deciding. Labels are those of float64 distances (cpu/pair.h), but few of these are computed. A screen in
+// float32 gives each distance within known bounds, and only centroids that it cannot tell apart are measured exactly.
+//
+// All centroids at once, by products. In a frame of the centroids, with c~ = float32(scale c - centre), p~ likewise, u =
+// 2^-24, C = |c~|, P = |p~|, the screen is v = |c~|^2 - 2 c~.p~ in float32. In scaled units:
+//   rounding c, p      at most 4 u (C^2 + P^2)
+//   the dot product    2 |error| <= 2 gamma_D C P <= gamma_D (C^2 + P^2), gamma_n = n u / (1 - n u)
+//   putting together   rounding |c~|^2 and v to float32: at most 3 u (C^2 + P^2)
+//   underflow          less than eta = (D + 8) 2^-118 in all, even where denormals are flushed to zero
+// so | dist2 - (P^2 + v) | <= kappa (C^2 + P^2) + eta with kappa = gamma_{D+8}; D < 2^20 keeps it below 1/8.
+//
+// One centroid, by differences: sum_d (p_d - c_d)^2 in float32 is within a factor of 1 -+ (D / 32 + 41) u, but for
+// underflow and overflow, which send the pair to float64.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "panels.h"
-#include "tile.h"
+#include "../kmeans.h"
 
 namespace clmfast {
 
-// The coordinates are summed in blocks of this many, which are tasks of their own.
-constexpr int64_t SUM_BLOCK = 128;
-
-constexpr int64_t n_sum_blocks(int64_t D) { return (D + SUM_BLOCK - 1) / SUM_BLOCK; }
-
-// mean [K, D]: the mean of each group's points, summed in float64 in the order of the points; NaN for a group without
-// points. Writes one block of coordinates.
-//   group [N] in [0, K), or negative: in none; count [K]
-void mean_of_groups(const float* points, const std::vector<int32_t>& group, const std::vector<int64_t>& count,
-                    int64_t D, int64_t block, double* mean);
-
-// What is known of each point of a panel.
-struct Nearest {
-  int32_t label[PANEL];
-  // In the units of the points: at least the distance to that centroid, at most the distance to any other. Where the
-  // screen could not tell them apart, `within` is infinite.
-  float within[PANEL], beyond[PANEL];
+// What is known of a distance, in the units of the points.
+struct Between {
+  float low, high;
 };
 
-// Centroids [K, D] of one set as its points are screened against them.
 class Centroids {
  public:
-  // A centroid that is not finite is nobody's nearest.
-  void pack(const Frame& frame, const float* centroid, int64_t K);
+  // centroid [K, D]; one that is not finite is nobody's nearest. Keeps the pointer.
+  void pack(const float* centroid, int64_t K, int64_t D);
 
-  // The nearest centroid of the panel's points: by float64 dist2, of equals the smaller index, and not the `excluded`
-  // one of each point (null: none is). Unspecified in columns that hold no finite point, or where no centroid is left.
-  //   points [N, D], of which the panel holds `row` [PANEL]; norm2, excluded [PANEL]
-  Nearest nearest(const float* points, const int64_t* row, const float* panel, const double* norm2,
-                  const int32_t* excluded) const;
+  // Of each of n rows of points [N, D] the nearest centroid: by float64 dist2, of equals the smaller index, and not the
+  // `excluded` one of the row (null: none is); -1 for rows that are not finite.
+  //   row, excluded, label, within [n]; beyond [n, GROUPS]
+  // within: at least the distance to that centroid; beyond: at most that to any other of the group. Null: not asked for.
+  void nearest(const float* points, const int64_t* row, int64_t n, const int32_t* excluded, int32_t* label,
+               float* within, float* beyond) const;
+
+  // The same for one row, whose bounds are good and may show that the label is: those of all groups but `near` (bits) do.
+  void renew(const float* point, uint32_t near, int32_t& label, float& within, float* beyond) const;
 
  private:
-  Frame frame_;
+  Between between(const float* point, int64_t k) const;
+  void decide(const float* point, const float* screened, float limit, double offset, double slack, int32_t excluded,
+              int32_t& label, float* within, float* beyond) const;
+
   const float* centroid_;
-  int64_t K_;
-  std::vector<float> rows_, low_norm2_;  // as dot_tile wants them, and (1 - kappa) |c~|^2
-  double largest_norm2_;                 // of |c~|^2
+  int64_t K_, D_, n_blocks_;
+  float scale_;
+  double kappa_, eta_, largest_norm2_;
+  std::vector<float> centre_, columns_, norm2_;  // [D], [n_blocks, D, GROUPS], [n_blocks, GROUPS]
 };
+
+constexpr int64_t TRIALS = 4;
+
+// least[t * N + i]: the least of closest[i] and the dist2 of the point to row[t], of TRIALS rows. A point whose `closest`
+// is at most the limit of its nearest centroid is nearer to that than to any of the rows. float32 in any order.
+void least_dist2(const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
+                 const int32_t* nearest, const float* limit, float* least);
 
 }  // namespace clmfast

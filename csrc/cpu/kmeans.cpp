@@ -1,59 +1,51 @@
 // kmeans on the CPU, one restart of one set at a time or side by side.
 //
-// Labels are screened in float32 by tiles and decided in float64 where the screen leaves more than one centroid
-// (panels.h has the bound). Every sum has a fixed order of its own, so no thread count shows in a result.
+// Bounds on distances (Elkan 2003; by group of centroids, as in Ding et al. 2015) tell which labels may have changed, so
+// that most points of most iterations meet no centroid. Sums are exact (sums.h): a point that changes its cluster
+// leaves the one and enters the other, and no order shows in a result.
 #include "../kmeans.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "centroids.h"
+#include "isa.h"
 #include "pair.h"
-#include "panels.h"
-#include "tile.h"
+#include "sums.h"
 
 namespace clmfast {
 namespace {
 
-constexpr int64_t CHUNK_PANELS = 8;  // panels that one task labels
-constexpr int64_t CHUNK = CHUNK_PANELS * PANEL;
+constexpr int64_t CHUNK = 256;      // points that one task labels
+constexpr int64_t SUM_BLOCK = 128;  // coordinates that one task sums
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 int64_t n_chunks(int64_t N) { return (N + CHUNK - 1) / CHUNK; }
 
-// What is known of a set of points besides its panels.
-struct Set {
-  int64_t s;
-  Frame frame;
-  const float* points;  // [N, D]
-  const float* panels;  // of the points
-  const double* norm2;  // [N]; infinity where a point is not finite
-  int64_t n_finite;
-  double most_variance;  // at least the mean over d of the variance, in the units of the points
-};
-
 struct Run {
   int64_t s, restart;
+  const float* points;                 // [N, D]
   std::vector<float> centroid, next;   // [K, D]
   Centroids packed;
-  std::vector<int32_t> label;          // [N]
-  std::vector<int32_t> owner;          // [N]: label, but for points that an empty cluster took over
-  std::vector<int64_t> count;          // [K]: points of each owner
-  std::vector<double> mean;            // [K, D] of each owner's points
-  std::vector<float> within, beyond;   // [N]: of Nearest, at the time of the last labelling
-  std::vector<float> move;             // [K]: at least how far the centroids moved since
-  int32_t farthest = 0, next_farthest = 0;  // of these moves
-  std::vector<char> has_changed;       // [n_chunks]: was a point labelled anew?
-  std::vector<double> move2;           // [K]
+  KnownSet known;                      // this set's part of what is known, or our own memory
+  std::vector<int32_t> own_label;
+  std::vector<float> own_floats;
+  std::vector<double> own_sum;
+  std::vector<int32_t> summed;         // [N]: the cluster whose sum a point is in, or -1
+  std::vector<int64_t> count;          // [K]: points in each sum
+  std::vector<int64_t> changed;        // points whose label is not that of the sum they are in
+  std::vector<float> move, group_move; // [K], [GROUPS]: at least how far the centroids moved last
   std::vector<double> inertia;         // [n_chunks]
-  int64_t n_iter = 0;
+  int64_t n_finite = 0, n_iter = 0;
+  double most_variance = 0;            // at least the mean over the coordinates of the variance
+  double moved2 = 0;                   // of all centroids
+  double bound = -1;                   // on moved2, once it is known
 
-  float largest_move_beside(int32_t k) const { return move[k == farthest ? next_farthest : farthest]; }
+  const double* magic(const Kmeans& op) const { return known.sum + op.K * op.D; }
 };
 
 // Uniform in [0, 1): a hash of its coordinates (the finalizer of splitmix64, Steele et al. 2014, once per coordinate).
@@ -68,99 +60,84 @@ double uniform(const Run& run, int64_t seed, int64_t draw) {
   return static_cast<double>(hash >> 11) * 0x1p-53;
 }
 
-Set set_of(const Kmeans& op, const Packed& packed, int64_t s) {
-  Set set{s, frame_of(packed, s), op.points + s * op.N * op.D, packed.panel(s, 0), packed.norm2_of(s), 0, 0};
-  double squares = 0;
-  for (int64_t i = 0; i < op.N; ++i) {
-    if (!(set.norm2[i] < INF)) continue;
-    ++set.n_finite;
-    squares += set.norm2[i];
-  }
-  // The mean square about any centre is at least that about the mean; what is added is above all rounding.
-  set.most_variance = squares / static_cast<double>(std::max<int64_t>(set.n_finite * op.D, 1)) / set.frame.scale /
-                      set.frame.scale * (1 + 0x1p-10);
-  return set;
+// Scattered rows come from a far cache: asking for them early hides the way.
+constexpr int64_t AHEAD = 3;
+
+void prefetch(const float* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
 }
 
-std::vector<double> mean_of(const Kmeans& op, const Set& set) {
-  std::vector<double> mean(op.D);
-  for (int64_t i = 0; i < op.N; ++i)
-    if (set.norm2[i] < INF)
-      for (int64_t d = 0; d < op.D; ++d) mean[d] += set.points[i * op.D + d];
-  for (double& x : mean) x /= static_cast<double>(std::max<int64_t>(set.n_finite, 1));
-  return mean;
-}
+bool is_fresh(const Run& run, int64_t i) { return run.known.within[i] == INF; }
 
-std::vector<int64_t> finite_points(const Kmeans& op, const Set& set) {
+std::vector<int64_t> finite_points(const Kmeans& op, const float* points) {
   std::vector<int64_t> finite;
   for (int64_t i = 0; i < op.N; ++i)
-    if (set.norm2[i] < INF) finite.push_back(i);
+    if (is_finite_row(points + i * op.D, op.D)) finite.push_back(i);
   return finite;
-}
-
-// The bound on sum_k |move_k|^2, in the units of the points.
-double tol_of(const Kmeans& op, const Set& set) {
-  const std::vector<double> mean = mean_of(op, set);
-  double squares = 0;
-  for (int64_t i = 0; i < op.N; ++i) {
-    if (!(set.norm2[i] < INF)) continue;
-    for (int64_t d = 0; d < op.D; ++d) {
-      double x = set.points[i * op.D + d] - mean[d];
-      squares += x * x;
-    }
-  }
-  return op.tol * squares / static_cast<double>(std::max<int64_t>(set.n_finite, 1)) /
-         static_cast<double>(std::max<int64_t>(op.D, 1));
-}
-
-bool init_suits(const Kmeans& op) {
-  for (int64_t i = 0; op.init && i < op.S * op.K; ++i)
-    if (!suits(*op.packed, i / op.K, op.init + i * op.D)) return false;
-  return true;
 }
 
 // ---- start
 
-// dist2[r, i], scaled, of n <= TILE_ROWS chosen points to all points; 0 for points that are not finite, so that none
-// is ever drawn.
-void dist2_to_all(const Kmeans& op, const Set& set, const float* points, const int64_t* chosen, int64_t n,
-                  float* dist2) {
-  const int64_t N = op.N, D = op.D;
-  std::vector<float> rows(D * TILE_ROWS);
-  float norm2[TILE_ROWS], dot[TILE_ROWS * PANEL];
-  for (int64_t r = 0; r < n; ++r)
-    norm2[r] = static_cast<float>(pack_row(set.frame, points + chosen[r] * D, &rows[r], TILE_ROWS));
-  for (int64_t i_panel = 0; i_panel < n_panels(N); ++i_panel) {
-    dot_tile(rows.data(), n, &set.panels[i_panel * D * PANEL], D, dot);
-    const double* panel_norm2 = &set.norm2[i_panel * PANEL];
-    const int64_t n_cols = std::min(PANEL, N - i_panel * PANEL);
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t c = 0; c < n_cols; ++c) {
-        int64_t i = i_panel * PANEL + c;
-        float sum = norm2[r] + static_cast<float>(panel_norm2[c]), screened = sum - 2 * dot[r * PANEL + c];
-        // Where cancellation ate the value, a duplicate of a chosen point would have the chance of noise, not none.
-        bool is_noise = screened < 64 * set.frame.kappa * sum;
-        if (is_noise && sum < INF) {
-          double exact = pair_dist2(points + chosen[r] * D, points + i * D, D);
-          screened = static_cast<float>(exact * set.frame.scale * set.frame.scale);
-        }
-        dist2[r * N + i] = sum < INF ? screened : 0;
-      }
-    }
-  }
+constexpr int64_t WIDTH = 8;
+
+// In one fixed order.
+CLMFAST_BODY double total_body(const float* x, int64_t N) {
+  double sum[WIDTH] = {};
+  int64_t i = 0;
+  for (; i + WIDTH <= N; i += WIDTH)
+    for (int64_t l = 0; l < WIDTH; ++l) sum[l] += x[i + l];
+  for (; i < N; ++i) sum[0] += x[i];
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-void start_plus_plus(const Kmeans& op, const Set& set, Run& run) {
-  const int64_t N = op.N, D = op.D, K = op.K;
-  const std::vector<int64_t> finite = finite_points(op, set);
-  const int64_t n_trials = 2 + static_cast<int64_t>(std::log(static_cast<double>(K)));
-  const float* points = op.points + run.s * N * D;
+CLMFAST_PER_ISA(double, total, (const float* x, int64_t N), (x, N))
+
+// Greedy k-means++ on float32 distances. Points whose squares would leave float32 are scaled by a power of two first.
+void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& run) {
+  const int64_t N = op.N, D = op.D, K = op.K, n_trials = 2 + static_cast<int64_t>(std::log(static_cast<double>(K)));
+  const float* points = run.points;
+  float reach = 0;
+  for (int64_t i : finite) reach = std::max(reach, row_reach(points + i * D, D));
+  std::vector<float> scaled;
+  if (reach > 0 && (reach > 0x1p40f || reach < 0x1p-20f)) {
+    const int exponent = -std::ilogb(reach);
+    scaled.resize(N * D);
+    for (int64_t i = 0; i < N * D; ++i) scaled[i] = std::ldexp(points[i], exponent);
+    points = scaled.data();
+  }
+  // Not finite: at no distance from anything, so that none is ever drawn.
+  std::vector<float> closest(N, 0.0f), least((n_trials + TRIALS - 1) / TRIALS * TRIALS * N);
+  std::vector<int32_t> nearest(N);  // of the chosen
+  for (int64_t i : finite) closest[i] = INF;
+  std::vector<int64_t> chosen;
+  auto measure = [&](const std::vector<int64_t>& trial) {
+    const int64_t n = static_cast<int64_t>(trial.size()), n_chosen = static_cast<int64_t>(chosen.size());
+    for (int64_t first = 0; first < n; first += TRIALS) {
+      const float* row[TRIALS];
+      std::vector<float> limit(n_chosen + 1, INF);
+      for (int64_t t = 0; t < TRIALS; ++t) {
+        row[t] = points + trial[std::min(first + t, n - 1)] * D;
+        // Half the way to the trial, less what float32 may have got wrong.
+        for (int64_t k = 0; k < n_chosen; ++k)
+          limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, row[t], D) * (0.25 - 0x1p-5)));
+      }
+      if (n_chosen == 0) limit[0] = -1;
+      least_dist2(points, N, D, row, closest.data(), nearest.data(), limit.data(), &least[first * N]);
+    }
+  };
+  auto choose = [&](int64_t i, const float* dist2) {
+    const int32_t k = static_cast<int32_t>(chosen.size());
+    for (int64_t e = 0; e < N; ++e) nearest[e] = dist2[e] < closest[e] ? k : nearest[e];
+    std::copy_n(dist2, N, closest.data());
+    chosen.push_back(i);
+  };
   int64_t draw = 0;
-  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * set.n_finite)]}, trial(n_trials);
-  std::vector<float> closest(N), dist2(n_trials * N);
-  dist2_to_all(op, set, points, chosen.data(), 1, closest.data());
-  double potential = 0;
-  for (float x : closest) potential += x;
+  const int64_t n_finite = static_cast<int64_t>(finite.size());
+  std::vector<int64_t> trial{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * n_finite)]};
+  measure(trial);
+  choose(trial[0], least.data());
+  trial.resize(n_trials);
+  double potential = total(closest.data(), N);
 
   while (static_cast<int64_t>(chosen.size()) < K) {
     if (potential == 0) {  // every point already lies on a centroid
@@ -181,224 +158,324 @@ void start_plus_plus(const Kmeans& op, const Set& set, Run& run) {
     }
     for (int64_t& i : trial)
       if (i < 0) i = last;
-    for (int64_t t = 0; t < n_trials; t += TILE_ROWS)
-      dist2_to_all(op, set, points, &trial[t], std::min(TILE_ROWS, n_trials - t), &dist2[t * N]);
+    measure(trial);
     int64_t best = -1;
     for (int64_t t = 0; t < n_trials; ++t) {
-      double sum_t = 0;
-      for (int64_t i = 0; i < N; ++i) {
-        float& x = dist2[t * N + i];
-        x = std::min(x, closest[i]);
-        sum_t += x;
-      }
+      const double sum_t = total(&least[t * N], N);
       if (best < 0 || sum_t < potential) {
         best = t;
         potential = sum_t;
       }
     }
-    chosen.push_back(trial[best]);
-    std::copy_n(&dist2[best * N], N, closest.begin());
+    choose(trial[best], &least[best * N]);
   }
-  for (int64_t k = 0; k < K; ++k) std::copy_n(points + chosen[k] * D, D, &run.centroid[k * D]);
+  for (int64_t k = 0; k < K; ++k) std::copy_n(run.points + chosen[k] * D, D, &run.centroid[k * D]);
 }
 
-void start_random(const Kmeans& op, const Set& set, Run& run) {
-  const int64_t D = op.D, n_finite = set.n_finite;
-  std::vector<int64_t> deck = finite_points(op, set);
+void start_random(const Kmeans& op, std::vector<int64_t> deck, Run& run) {
+  const int64_t D = op.D, n_finite = static_cast<int64_t>(deck.size());
   for (int64_t k = 0; k < op.K; ++k) {
     if (k < n_finite) std::swap(deck[k], deck[k + static_cast<int64_t>(uniform(run, op.seed, k) * (n_finite - k))]);
-    std::copy_n(op.points + (run.s * op.N + deck[k % n_finite]) * D, D, &run.centroid[k * D]);
+    std::copy_n(run.points + deck[k % n_finite] * D, D, &run.centroid[k * D]);
   }
 }
 
-void start(const Kmeans& op, const Set& set, Run& run) {
+void start_given(const Kmeans& op, Run& run) {
+  const int64_t D = op.D;
+  std::copy_n(op.init + run.s * op.K * D, op.K * D, run.centroid.data());
+  for (int64_t k = 0; k < op.K; ++k) {
+    if (is_finite_row(&run.centroid[k * D], D)) continue;
+    std::vector<double> mean(D);
+    const std::vector<int64_t> finite = finite_points(op, run.points);
+    for (int64_t i : finite)
+      for (int64_t d = 0; d < D; ++d) mean[d] += run.points[i * D + d];
+    for (int64_t d = 0; d < D; ++d)
+      run.centroid[k * D + d] = static_cast<float>(mean[d] / static_cast<double>(std::max<size_t>(finite.size(), 1)));
+  }
+}
+
+// Points that left their place leave the sums as well.
+void take_leave(const Kmeans& op, Run& run) {
+  const int64_t D = op.D;
+  run.summed.assign(run.known.label, run.known.label + op.N);
+  run.count.assign(op.K, 0);
+  for (int64_t i = 0; i < op.N; ++i) {
+    int32_t& k = run.summed[i];
+    if (is_fresh(run, i)) {
+      if (k >= 0) add_point(run.known.point + i * D, run.magic(op), -1, 0, D, run.known.sum + k * D);
+      if (run.known.point) std::copy_n(run.points + i * D, D, run.known.point + i * D);
+      k = -1;
+    }
+    if (k >= 0) ++run.count[k];
+  }
+}
+
+void start(const Kmeans& op, Run& run) {
   const int64_t N = op.N, D = op.D, K = op.K;
+  run.points = op.points + run.s * N * D;
   run.centroid.resize(K * D);
   run.next.resize(K * D);
-  run.label.assign(N, -1);
-  run.within.assign(N, INF);
-  run.beyond.assign(N, 0);
-  run.move.assign(K, 0);
-  for (int64_t i = 0; op.known_label && i < N; ++i) {
-    const int64_t at = run.s * op.known_stride + i;
-    if (!(op.known_within[at] < INF)) continue;
-    run.label[i] = op.known_label[at];
-    run.within[i] = op.known_within[at];
-    run.beyond[i] = op.known_beyond[at];
-  }
-  run.has_changed.resize(n_chunks(N));
-  run.mean.resize(K * D);
-  run.move2.resize(K);
+  run.move.resize(K);
+  run.group_move.resize(GROUPS);
   run.inertia.resize(n_chunks(N));
-  if (op.init) {
-    for (int64_t k = 0; k < K; ++k) {
-      const float* row = op.init + (run.s * K + k) * D;
-      if (is_finite_row(row, D)) {
-        std::copy_n(row, D, &run.centroid[k * D]);
-      } else {
-        const std::vector<double> mean = mean_of(op, set);
-        std::copy(mean.begin(), mean.end(), &run.centroid[k * D]);
-      }
-    }
-  } else if (set.n_finite == 0) {
-    std::fill(run.centroid.begin(), run.centroid.end(), 0.0f);
-  } else if (op.start == KmeansStart::plus_plus) {
-    start_plus_plus(op, set, run);
+  if (op.known) {
+    run.known = op.known->set(run.s, D, K);
   } else {
-    start_random(op, set, run);
+    run.own_label.assign(N, -1);
+    run.own_floats.resize(N * (1 + GROUPS) + n_reaches(N) * D);
+    run.own_sum.resize((K + 1) * D);
+    float* floats = run.own_floats.data();
+    run.known = {run.own_label.data(), floats, floats + N, nullptr, floats + N * (1 + GROUPS), run.own_sum.data()};
+    std::fill_n(run.known.within, N, INF);
   }
+  take_leave(op, run);
+  if (op.init) return start_given(op, run);
+  const std::vector<int64_t> finite = finite_points(op, run.points);
+  if (finite.empty()) std::fill(run.centroid.begin(), run.centroid.end(), 0.0f);
+  else if (op.start == KmeansStart::plus_plus) start_plus_plus(op, finite, run);
+  else start_random(op, finite, run);
 }
 
 // ---- label
 
-// Labels the points of a chunk that may have got another nearest centroid since they were labelled last.
-// A label is certain while the point's own centroid, after all its moves, is nearer than the others can have come
-// (Hamerly 2010): for most points of most iterations nothing is computed.
-void label_chunk(const Kmeans& op, const Set& set, Run& run, int64_t chunk) {
-  const int64_t D = op.D;
-  bool has_changed = false;
-  auto note = [&](const Nearest& nearest, const int64_t* row, int64_t n) {
-    for (int64_t c = 0; c < n; ++c) {
-      const int64_t i = row[c];
-      if (!(set.norm2[i] < INF)) continue;  // keeps its -1
-      has_changed |= run.label[i] != nearest.label[c];
-      run.label[i] = nearest.label[c];
-      run.within[i] = nearest.within[c];
-      run.beyond[i] = nearest.beyond[c];
-    }
-  };
-  // Doubtful points of panels that are mostly certain are gathered into panels of their own.
-  int64_t gathered[PANEL];
-  int64_t n_gathered = 0;
-  std::vector<float> panel(D * PANEL);
-  auto label_gathered = [&] {
-    double norm2[PANEL];
-    pack_panel(set.frame, set.points, gathered, n_gathered, panel.data(), norm2);
-    note(run.packed.nearest(set.points, gathered, panel.data(), norm2, nullptr), gathered, n_gathered);
-    n_gathered = 0;
-  };
-
-  const int64_t end = std::min((chunk + 1) * CHUNK_PANELS, n_panels(op.N));
-  for (int64_t i_panel = chunk * CHUNK_PANELS; i_panel < end; ++i_panel) {
-    const int64_t first = i_panel * PANEL, n = std::min(PANEL, op.N - first);
-    int64_t doubtful[PANEL], n_doubtful = 0;
-    for (int64_t i = first; i < first + n; ++i) {
-      const int32_t own = run.label[i];
-      if (own >= 0) {
-        run.within[i] = (run.within[i] + run.move[own]) * (1 + 0x1p-22f);
-        run.beyond[i] = (run.beyond[i] - run.largest_move_beside(own)) * (1 - 0x1p-22f);
-        if (run.within[i] < run.beyond[i]) continue;
-      }
-      if (set.norm2[i] < INF) doubtful[n_doubtful++] = i;
-    }
-    if (n_doubtful > PANEL / 2) {
-      int64_t row[PANEL];
-      std::iota(row, row + PANEL, first);
-      note(run.packed.nearest(set.points, row, set.panels + i_panel * D * PANEL, set.norm2 + first, nullptr), row, n);
-      continue;
-    }
-    for (int64_t e = 0; e < n_doubtful; ++e) {
-      gathered[n_gathered++] = doubtful[e];
-      if (n_gathered == PANEL) label_gathered();
-    }
+// Compares rows with all centroids.
+void label_anew(const Kmeans&, Run& run, const int64_t* row, int64_t n) {
+  int32_t label[CHUNK];
+  float within[CHUNK], beyond[CHUNK * GROUPS];
+  run.packed.nearest(run.points, row, n, nullptr, label, within, beyond);
+  for (int64_t e = 0; e < n; ++e) {
+    run.known.label[row[e]] = label[e];
+    run.known.within[row[e]] = within[e];
+    std::copy_n(beyond + e * GROUPS, GROUPS, run.known.beyond + row[e] * GROUPS);
   }
-  if (n_gathered > 0) label_gathered();
-  run.has_changed[chunk] = has_changed;
+}
+
+// The labels of the points that are new, all others being those of these centroids.
+void label_fresh(const Kmeans& op, Run& run, int64_t chunk) {
+  for (int64_t at = chunk * CHUNK; at < std::min(op.N, (chunk + 1) * CHUNK); at += REACH_ROWS) {
+    int64_t row[REACH_ROWS], n = 0;
+    const int64_t end = std::min(op.N, at + REACH_ROWS);
+    for (int64_t i = at; i < end; ++i)
+      if (is_fresh(run, i)) row[n++] = i;
+    if (n == 0) continue;
+    reach_of(run.points + at * op.D, end - at, op.D, run.known.reach + at / REACH_ROWS * op.D);
+    label_anew(op, run, row, n);
+  }
+}
+
+// Widens the bounds of n points by how far the centroids moved; bit g of near[i]: group g may have come nearer than the
+// point's own centroid.
+CLMFAST_BODY void widen_bounds_body(const int32_t* label, int64_t n, const float* move, const float* group_move,
+                                    float* within, float* beyond, uint32_t* near) {
+  uint32_t bit[GROUPS];
+  for (int64_t g = 0; g < GROUPS; ++g) bit[g] = 1u << g;
+  for (int64_t i = 0; i < n; ++i) {
+    near[i] = 0;
+    if (label[i] < 0) continue;
+    const float own = (within[i] + move[label[i]]) * (1 + 0x1p-22f);
+    within[i] = own;
+    uint32_t groups = 0;
+    for (int64_t g = 0; g < GROUPS; ++g) {
+      const float other = (beyond[i * GROUPS + g] - group_move[g]) * (1 - 0x1p-22f);
+      beyond[i * GROUPS + g] = other;
+      groups |= own < other ? 0 : bit[g];
+    }
+    near[i] = groups;
+  }
+}
+
+CLMFAST_PER_ISA(void, widen_bounds,
+                (const int32_t* label, int64_t n, const float* move, const float* group_move, float* within,
+                 float* beyond, uint32_t* near),
+                (label, n, move, group_move, within, beyond, near))
+
+// Labels the points of a chunk after the centroids moved.
+void label_chunk(const Kmeans& op, Run& run, int64_t chunk) {
+  // With more near groups than these four, all centroids at once cost less than one by one.
+  auto is_few = [](uint32_t groups) {
+    for (int e = 0; e < 4; ++e) groups &= groups - 1;
+    return groups == 0;
+  };
+  uint32_t near[CHUNK];
+  int64_t row[CHUNK], one_by_one[CHUNK], n_rows = 0, n_one_by_one = 0;
+  const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first), D = op.D;
+  KnownSet& known = run.known;
+  widen_bounds(known.label + first, n, run.move.data(), run.group_move.data(), known.within + first,
+               known.beyond + first * GROUPS, near);
+  for (int64_t e = 0; e < n; ++e) {
+    if (near[e] == 0) continue;
+    if (is_few(near[e])) one_by_one[n_one_by_one++] = first + e;
+    else row[n_rows++] = first + e;
+  }
+  for (int64_t e = 0; e < n_one_by_one; ++e) {
+    if (e + AHEAD < n_one_by_one) prefetch(run.points + one_by_one[e + AHEAD] * D, D);
+    const int64_t i = one_by_one[e];
+    run.packed.renew(run.points + i * D, near[i - first], known.label[i], known.within[i], known.beyond + i * GROUPS);
+  }
+  if (n_rows > 0) label_anew(op, run, row, n_rows);
 }
 
 // ---- move
 
-// Gives empty clusters the points farthest from their centroids; returns whether it gave any.
-bool relocate_empty(const Kmeans& op, Run& run, std::vector<int64_t>& count) {
-  std::vector<int32_t> empty;
-  for (int64_t k = 0; k < op.K; ++k)
-    if (count[k] == 0) empty.push_back(static_cast<int32_t>(k));
-  if (empty.empty()) return false;
-  const float* points = op.points + run.s * op.N * op.D;
-  std::vector<std::pair<double, int64_t>> far;  // (-dist2, point): the farthest first, of equals the smaller index
-  for (int64_t i = 0; i < op.N; ++i) {
-    if (run.label[i] < 0) continue;
-    double dist2 = pair_dist2(points + i * op.D, &run.centroid[run.label[i] * op.D], op.D);
-    if (dist2 > 0) far.emplace_back(-dist2, i);
-  }
-  size_t n = std::min(far.size(), empty.size());
-  std::partial_sort(far.begin(), far.begin() + n, far.end());
-  for (size_t e = 0; e < n; ++e) {
-    int64_t i = far[e].second;
-    --count[run.owner[i]];
-    ++count[empty[e]];
-    run.owner[i] = empty[e];
-  }
-  return n > 0;
+// Chooses the quantum of the sums; where it is another, all points have to enter anew.
+void set_quantum(const Kmeans& op, Run& run) {
+  const int64_t D = op.D;
+  std::vector<float> reach(D);
+  for (int64_t e = 0; e < n_reaches(op.N); ++e)
+    for (int64_t d = 0; d < D; ++d) reach[d] = std::max(reach[d], run.known.reach[e * D + d]);
+  run.n_finite = op.N - std::count(run.known.label, run.known.label + op.N, -1);
+  std::vector<double> magic(D);
+  find_magic(reach.data(), D, run.n_finite, magic.data());
+  double squares = 0;
+  for (float x : reach) squares += static_cast<double>(x) * x;
+  run.most_variance = squares / static_cast<double>(std::max<int64_t>(D, 1));
+  if (std::equal(magic.begin(), magic.end(), run.magic(op))) return;
+  std::fill_n(run.known.sum, op.K * D, 0.0);
+  std::copy(magic.begin(), magic.end(), run.known.sum + op.K * D);
+  std::fill(run.summed.begin(), run.summed.end(), -1);
+  std::fill(run.count.begin(), run.count.end(), 0);
 }
 
-// Settles who owns which point; returns whether owner and label differ.
-bool settle_owners(const Kmeans& op, Run& run) {
-  run.owner = run.label;
-  run.count.assign(op.K, 0);
-  for (int32_t k : run.owner)
-    if (k >= 0) ++run.count[k];
-  return relocate_empty(op, run, run.count);
+// Brings the sums up to date with the labels.
+void sum_changed(const Kmeans& op, Run& run, ParallelFor parallel_for) {
+  const int64_t D = op.D;
+  run.changed.clear();
+  for (int64_t i = 0; i < op.N; ++i)
+    if (run.known.label[i] != run.summed[i]) run.changed.push_back(i);
+  for_each(parallel_for, (D + SUM_BLOCK - 1) / SUM_BLOCK, [&](int64_t block) {
+    const int64_t first = block * SUM_BLOCK, last = std::min(D, first + SUM_BLOCK);
+    const int64_t n = static_cast<int64_t>(run.changed.size());
+    for (int64_t e = 0; e < n; ++e) {
+      if (e + AHEAD < n) prefetch(run.points + run.changed[e + AHEAD] * D + first, last - first);
+      const int64_t i = run.changed[e];
+      const int32_t from = run.summed[i], to = run.known.label[i];
+      if (from >= 0) add_point(run.points + i * D, run.magic(op), -1, first, last, run.known.sum + from * D);
+      if (to >= 0) add_point(run.points + i * D, run.magic(op), 1, first, last, run.known.sum + to * D);
+    }
+  });
+  for (int64_t i : run.changed) {
+    const int32_t from = run.summed[i], to = run.known.label[i];
+    if (from >= 0) --run.count[from];
+    if (to >= 0) ++run.count[to];
+    run.summed[i] = to;
+  }
+}
+
+// A point that an empty cluster takes over from another, until the centroids have moved.
+struct Taken {
+  int64_t i;
+  int32_t from, to;
+};
+
+// The points farthest from their centroids, one for each empty cluster.
+std::vector<Taken> take_over(const Kmeans& op, const Run& run) {
+  std::vector<int32_t> empty;
+  for (int64_t k = 0; k < op.K; ++k)
+    if (run.count[k] == 0) empty.push_back(static_cast<int32_t>(k));
+  if (empty.empty()) return {};
+  std::vector<std::pair<double, int64_t>> far;  // (-dist2, point): the farthest first, of equals the smaller index
+  std::vector<double> dist2(op.N);
+  dist2_to_groups(run.points, 0, op.N, op.D, run.known.label, run.centroid.data(), dist2.data());
+  for (int64_t i = 0; i < op.N; ++i)
+    if (dist2[i] > 0) far.emplace_back(-dist2[i], i);
+  const size_t n = std::min(far.size(), empty.size());
+  std::partial_sort(far.begin(), far.begin() + n, far.end());
+  std::vector<Taken> taken;
+  for (size_t e = 0; e < n; ++e) taken.push_back({far[e].second, run.known.label[far[e].second], empty[e]});
+  return taken;
+}
+
+void move_points(const Kmeans& op, Run& run, const std::vector<Taken>& taken, int64_t sign) {
+  for (const Taken& t : taken) {
+    const float* point = run.points + t.i * op.D;
+    add_point(point, run.magic(op), static_cast<double>(-sign), 0, op.D, run.known.sum + t.from * op.D);
+    add_point(point, run.magic(op), static_cast<double>(sign), 0, op.D, run.known.sum + t.to * op.D);
+    run.count[t.from] -= sign;
+    run.count[t.to] += sign;
+  }
 }
 
 void move_centroids(const Kmeans& op, Run& run) {
-  for (int64_t i = 0; i < op.K * op.D; ++i)
-    run.next[i] = run.count[i / op.D] > 0 ? static_cast<float>(run.mean[i]) : run.centroid[i];
-  std::swap(run.centroid, run.next);
+  const int64_t D = op.D;
+  run.moved2 = 0;
+  std::fill(run.group_move.begin(), run.group_move.end(), 0.0f);
   for (int64_t k = 0; k < op.K; ++k) {
-    run.move2[k] = pair_dist2(&run.centroid[k * op.D], &run.next[k * op.D], op.D);
-    run.move[k] = static_cast<float>(std::sqrt(run.move2[k]) * (1 + 0x1p-20) + 0x1p-120);
+    const double n = static_cast<double>(run.count[k]);
+    for (int64_t d = 0; d < D; ++d)
+      run.next[k * D + d] = n > 0 ? static_cast<float>(run.known.sum[k * D + d] / n) : run.centroid[k * D + d];
+    const double move2 = pair_dist2(&run.centroid[k * D], &run.next[k * D], D);
+    run.moved2 += move2;
+    run.move[k] = move2 > 0 ? static_cast<float>(std::sqrt(move2) * (1 + 0x1p-20) + 0x1p-120) : 0;
+    run.group_move[k % GROUPS] = std::max(run.group_move[k % GROUPS], run.move[k]);
   }
-  // With one centroid alone there is nothing beside it, and any move will do.
-  run.farthest = run.next_farthest = 0;
-  for (int32_t k = 1; k < op.K; ++k) {
-    if (run.move[k] > run.move[run.farthest]) run.next_farthest = run.farthest, run.farthest = k;
-    else if (run.next_farthest == run.farthest || run.move[k] > run.move[run.next_farthest]) run.next_farthest = k;
-  }
-}
-
-void sum_inertia(const Kmeans& op, Run& run, int64_t chunk) {
-  const float* points = op.points + run.s * op.N * op.D;
-  double sum = 0;
-  for (int64_t i = chunk * CHUNK; i < std::min((chunk + 1) * CHUNK, op.N); ++i)
-    if (run.label[i] >= 0) sum += pair_dist2(points + i * op.D, &run.centroid[run.label[i] * op.D], op.D);
-  run.inertia[chunk] = sum;
+  std::swap(run.centroid, run.next);
 }
 
 // ---- the whole
 
-// Did the centroids move by more than tol? Mostly an upper bound of it is enough to tell, and saves two passes over the
-// points.
-bool has_moved(const Kmeans& op, const Set& set, const Run& run) {
-  double moved2 = 0;
-  for (double move2 : run.move2) moved2 += move2;
-  return moved2 > op.tol * set.most_variance || moved2 > tol_of(op, set);
+// The mean over the coordinates of the variance of the points.
+double variance(const Kmeans& op, const Run& run) {
+  const int64_t D = op.D;
+  const double n = static_cast<double>(std::max<int64_t>(run.n_finite, 1));
+  std::vector<double> mean(D);
+  for (int64_t i = 0; i < op.K * D; ++i) mean[i % D] += run.known.sum[i] / n;
+  const std::vector<float> centre(mean.begin(), mean.end());
+  double squares = 0;
+  for (int64_t i = 0; i < op.N; ++i)
+    if (run.known.label[i] >= 0) squares += pair_dist2(run.points + i * D, centre.data(), D);
+  squares /= n;
+  for (int64_t d = 0; d < D; ++d) squares -= (mean[d] - centre[d]) * (mean[d] - centre[d]);
+  return std::max(squares, 0.0) / static_cast<double>(std::max<int64_t>(D, 1));
 }
 
-// One restart of one set, from start to end.
-void lloyd(const Kmeans& op, const Set& set, Run& run, ParallelFor parallel_for) {
-  auto label = [&] {
-    run.packed.pack(set.frame, run.centroid.data(), op.K);
-    for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { label_chunk(op, set, run, chunk); });
+// Did the centroids move by more than tol? Mostly an upper bound of it is enough to tell, and saves a pass over the
+// points.
+bool has_moved(const Kmeans& op, Run& run) {
+  if (run.moved2 > op.tol * run.most_variance) return true;
+  if (run.bound < 0) run.bound = op.tol * variance(op, run);
+  return run.moved2 > run.bound;
+}
+
+void sum_inertia(const Kmeans& op, Run& run, int64_t chunk) {
+  const int64_t first = chunk * CHUNK, n = std::min(CHUNK, op.N - first);
+  double dist2[CHUNK], sum = 0;
+  dist2_to_groups(run.points, first, n, op.D, run.known.label + first, run.centroid.data(), dist2);
+  for (int64_t e = 0; e < n; ++e) sum += dist2[e];
+  run.inertia[chunk] = sum;
+}
+
+// One restart of one set, from its start to the end.
+void lloyd(const Kmeans& op, Run& run, ParallelFor parallel_for) {
+  auto label = [&](auto&& one_chunk) {
+    run.packed.pack(run.centroid.data(), op.K, op.D);
+    for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { one_chunk(op, run, chunk); });
   };
-  start(op, set, run);
+  label(label_fresh);
+  set_quantum(op, run);
   bool is_consistent = false;  // is label that of centroid?
   for (bool is_active = true; is_active;) {
-    label();
-    const bool has_relocated = settle_owners(op, run);
-    for_each(parallel_for, n_sum_blocks(op.D), [&](int64_t block) {
-      mean_of_groups(set.points, run.owner, run.count, op.D, block, run.mean.data());
-    });
-    move_centroids(op, run);
+    sum_changed(op, run, parallel_for);
     // The first labels are new, also where they were known.
-    const bool has_changed = run.n_iter == 0 ? set.n_finite > 0 : std::count(run.has_changed.begin(), run.has_changed.end(), 1) > 0;
+    const bool has_changed = run.n_iter == 0 ? run.n_finite > 0 : !run.changed.empty();
+    const std::vector<Taken> taken = take_over(op, run);
+    move_points(op, run, taken, 1);
+    move_centroids(op, run);
+    move_points(op, run, taken, -1);
     ++run.n_iter;
     // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
-    is_consistent = !has_changed && !has_relocated;
-    is_active = has_changed && run.n_iter < op.max_iter && has_moved(op, set, run);
+    is_consistent = !has_changed && taken.empty();
+    is_active = has_changed && run.n_iter < op.max_iter && has_moved(op, run);
+    if (is_active) label(label_chunk);
   }
-  if (!is_consistent) label();
-  for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { sum_inertia(op, run, chunk); });
+  if (is_consistent) {
+    for_each(parallel_for, n_chunks(op.N), [&](int64_t chunk) { sum_inertia(op, run, chunk); });
+    return;
+  }
+  label([](const Kmeans& op, Run& run, int64_t chunk) {
+    label_chunk(op, run, chunk);
+    sum_inertia(op, run, chunk);
+  });
+  if (op.known) sum_changed(op, run, parallel_for);
 }
 
 void write_best(const Kmeans& op, int64_t s, const std::vector<Run>& runs) {
@@ -412,36 +489,28 @@ void write_best(const Kmeans& op, int64_t s, const std::vector<Run>& runs) {
     best = &run;
     least = inertia;
   }
-  std::copy(best->label.begin(), best->label.end(), op.label + s * op.N);
+  std::copy_n(best->known.label, op.N, op.label + s * op.N);
   std::copy(best->centroid.begin(), best->centroid.end(), op.centroid + s * op.K * op.D);
   op.inertia[s] = least;
   op.n_iter[s] = best->n_iter;
-  if (!op.known_label) return;
-  std::copy(best->label.begin(), best->label.end(), op.known_label + s * op.known_stride);
-  std::copy(best->within.begin(), best->within.end(), op.known_within + s * op.known_stride);
-  std::copy(best->beyond.begin(), best->beyond.end(), op.known_beyond + s * op.known_stride);
 }
 
 }  // namespace
 
 void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
-  std::optional<PackedMemory> own;
-  if (!op.packed || !init_suits(op)) {
-    own.emplace(op.S, op.N, op.D);
-    make_frames(*own, op.points, op.N, op.init, op.init ? op.K : 0, op.init ? op.K : 0, parallel_for);
-    pack_rows(*own, op.points, op.N, 0, op.N, parallel_for);
-  }
-  std::vector<Set> sets(op.S);
-  for_each(parallel_for, op.S, [&](int64_t s) { sets[s] = set_of(op, own ? *own : *op.packed, s); });
   std::vector<Run> runs(op.S * op.n_init);
   const int64_t n_runs = static_cast<int64_t>(runs.size());
   for (int64_t i = 0; i < n_runs; ++i) runs[i].s = i / op.n_init, runs[i].restart = i % op.n_init;
   // Many runs: each is a task, so that its points stay in a core's cache. Few: their phases are split.
   constexpr int64_t MANY = 8;
   if (n_runs >= MANY) {
-    for_each(parallel_for, n_runs, [&](int64_t i) { lloyd(op, sets[runs[i].s], runs[i], in_line); });
+    for_each(parallel_for, n_runs, [&](int64_t i) {
+      start(op, runs[i]);
+      lloyd(op, runs[i], in_line);
+    });
   } else {
-    for (Run& run : runs) lloyd(op, sets[run.s], run, parallel_for);
+    for_each(parallel_for, n_runs, [&](int64_t i) { start(op, runs[i]); });
+    for (Run& run : runs) lloyd(op, run, parallel_for);
   }
   for (int64_t s = 0; s < op.S; ++s) write_best(op, s, runs);
 }

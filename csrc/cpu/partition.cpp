@@ -21,12 +21,14 @@ struct Contingency {
   int64_t n = 0;
 };
 
+bool is_below(int64_t value, int64_t n) { return static_cast<uint64_t>(value) < static_cast<uint64_t>(n); }
+
 // False if a value lies outside [0, n_truth) or [0, n_label).
 bool count_dense(const int64_t* truth, const int64_t* label, int64_t N, int64_t n_truth, int64_t n_label,
                  Contingency& out) {
   std::vector<int64_t> table(n_truth * n_label);
   for (int64_t i = 0; i < N; ++i) {
-    if (truth[i] < 0 || truth[i] >= n_truth || label[i] < 0 || label[i] >= n_label) return false;
+    if (!is_below(truth[i], n_truth) || !is_below(label[i], n_label)) return false;
     ++table[truth[i] * n_label + label[i]];
   }
   std::vector<int64_t> column_sums(n_label);
@@ -78,18 +80,33 @@ void count_sorted(const int64_t* truth, const int64_t* label, int64_t N, Conting
   out.n = N;
 }
 
-double adjusted_rand(const Contingency& table) {
-  using Wide = __int128;                                                    // products of pair counts reach N^4
-  Wide same_both = -table.n, same_truth = -table.n, same_label = -table.n;  // ordered pairs of different points
-  for (const auto& cell : table.cells) same_both += static_cast<Wide>(cell.count) * cell.count;
-  for (int64_t sum : table.row_sums) same_truth += static_cast<Wide>(sum) * sum;
-  for (int64_t sum : table.column_sums) same_label += static_cast<Wide>(sum) * sum;
-  Wide only_truth = same_truth - same_both, only_label = same_label - same_both;
+using Wide = __int128;  // products of pair counts reach N^4
+
+// Of the sums of squares of the cells and of their row and column sums.
+double adjusted_rand(int64_t n, Wide cells, Wide rows, Wide columns) {
+  const Wide same_both = cells - n, same_truth = rows - n, same_label = columns - n;  // ordered pairs of different points
+  const Wide only_truth = same_truth - same_both, only_label = same_label - same_both;
   if (only_truth == 0 && only_label == 0) return 1;
-  Wide neither = static_cast<Wide>(table.n) * (table.n - 1) - same_both - only_truth - only_label;
-  Wide above = same_both * neither - only_truth * only_label;
-  Wide below = same_truth * (only_truth + neither) + same_label * (only_label + neither);
+  const Wide neither = static_cast<Wide>(n) * (n - 1) - same_both - only_truth - only_label;
+  const Wide above = same_both * neither - only_truth * only_label;
+  const Wide below = same_truth * (only_truth + neither) + same_label * (only_label + neither);
   return 2 * static_cast<double>(above) / static_cast<double>(below);
+}
+
+Wide squares(const std::vector<int64_t>& counts) {
+  Wide sum = 0;
+  for (int64_t count : counts) sum += static_cast<Wide>(count) * count;
+  return sum;
+}
+
+// Most counts are small, and most of a score's time would be their logarithms.
+double log_of(int64_t n) {
+  static const std::vector<double> known = [] {
+    std::vector<double> logs(4096);
+    for (size_t i = 1; i < logs.size(); ++i) logs[i] = std::log(static_cast<double>(i));
+    return logs;
+  }();
+  return n < static_cast<int64_t>(known.size()) ? known[n] : std::log(static_cast<double>(n));
 }
 
 // A sum whose rounding does not grow with the number of terms (Kahan 1965): a million singletons are a million terms.
@@ -106,21 +123,21 @@ struct Sum {
 double entropy(const std::vector<int64_t>& counts, int64_t n) {
   if (counts.size() <= 1) return 0;
   Sum sum;
-  double log_n = std::log(static_cast<double>(n));
-  for (int64_t count : counts) sum.add(static_cast<double>(count) / n * (log_n - std::log(static_cast<double>(count))));
+  const double log_n = log_of(n);
+  for (int64_t count : counts) sum.add(static_cast<double>(count) / n * (log_n - log_of(count)));
   return sum.value;
 }
 
 double mutual_information(const Contingency& table) {
   if (table.row_sums.size() <= 1 || table.column_sums.size() <= 1) return 0;
   Sum sum;
-  double n = static_cast<double>(table.n), log_n = std::log(n);
+  const double n = static_cast<double>(table.n), log_n = log_of(table.n);
   for (const auto& cell : table.cells) {
-    double expected =
-        static_cast<double>(table.row_sums[cell.row]) * static_cast<double>(table.column_sums[cell.column]);
-    double count = static_cast<double>(cell.count);
-    double term = count / n * (std::log(count) + log_n - std::log(expected));
-    // scikit-learn's rule: what is rounding noise counts as nothing, so that independent labelings score exactly 0.
+    const int64_t row = table.row_sums[cell.row], column = table.column_sums[cell.column];
+    // As independent as it can be: rounding would leave something, and independent labelings must score exactly 0.
+    if (cell.count * table.n == row * column) continue;
+    const double term = static_cast<double>(cell.count) / n * (log_of(cell.count) + log_n - log_of(row) - log_of(column));
+    // scikit-learn's rule: what is rounding noise counts as nothing.
     if (std::fabs(term) >= std::numeric_limits<double>::epsilon()) sum.add(term);
   }
   return std::max(sum.value, 0.0);
@@ -132,7 +149,9 @@ void score(const Contingency& table, double* out, int64_t stride) {
   if (table.n > 0) {
     double information = mutual_information(table);
     double truth_entropy = entropy(table.row_sums, table.n), label_entropy = entropy(table.column_sums, table.n);
-    ari = adjusted_rand(table);
+    Wide cells = 0;
+    for (const auto& cell : table.cells) cells += static_cast<Wide>(cell.count) * cell.count;
+    ari = adjusted_rand(table.n, cells, squares(table.row_sums), squares(table.column_sums));
     if (table.row_sums.size() > 1 || table.column_sums.size() > 1)
       nmi = information == 0 ? 0 : information / ((truth_entropy + label_entropy) / 2);
     if (truth_entropy > 0) homogeneity = information / truth_entropy;
@@ -164,6 +183,62 @@ bool partition_scores_cpu(const PartitionScores& op, ParallelFor parallel_for) {
       return;
     }
     score(table, op.scores + s, op.S);
+  });
+  return is_in_range;
+}
+
+bool adjusted_rand_cpu(const AdjustedRand& op, ParallelFor parallel_for) {
+  const int64_t V = op.V, N = op.N;
+  // The points of each truth sorted by class, and where each class ends.
+  struct Classes {
+    std::vector<int64_t> point, end;
+    Wide squares;
+  };
+  std::vector<Classes> classes(V);
+  std::atomic<bool> is_in_range{true};
+  for_each(parallel_for, V, [&](int64_t v) {
+    const int64_t* truth = op.truth + v * N;
+    std::vector<int64_t> count(op.n_truth), next;
+    for (int64_t i = 0; i < N; ++i) {
+      if (!is_below(truth[i], op.n_truth)) {
+        is_in_range = false;
+        return;
+      }
+      ++count[truth[i]];
+    }
+    Classes& sorted = classes[v];
+    sorted.squares = squares(count);
+    for (int64_t t = 0, at = 0; t < op.n_truth; ++t) {
+      next.push_back(at);
+      at += count[t];
+      if (count[t]) sorted.end.push_back(at);
+    }
+    sorted.point.resize(N);
+    for (int64_t i = 0; i < N; ++i) sorted.point[next[truth[i]]++] = i;
+  });
+  if (!is_in_range) return false;
+  for_each(parallel_for, op.S, [&](int64_t s) {
+    std::vector<int32_t> label(N), in_class(op.n_label + 1);
+    std::vector<int64_t> count(op.n_label + 1);
+    for (int64_t i = 0; i < N; ++i) {
+      const int64_t l = op.label[s * N + i] + 1;
+      if (!is_below(l, op.n_label + 1)) {
+        is_in_range = false;
+        return;
+      }
+      label[i] = static_cast<int32_t>(l);
+      ++count[l];
+    }
+    for (int64_t v = 0; v < V; ++v) {
+      const Classes& sorted = classes[v];
+      int64_t same = 0, begin = 0;
+      for (int64_t end : sorted.end) {
+        for (int64_t e = begin; e < end; ++e) same += 2 * in_class[label[sorted.point[e]]]++ + 1;  // (c + 1)^2 - c^2
+        for (int64_t e = begin; e < end; ++e) in_class[label[sorted.point[e]]] = 0;
+        begin = end;
+      }
+      op.score[v * op.S + s] = N == 0 ? 1 : adjusted_rand(N, same, sorted.squares, squares(count));
+    }
   });
   return is_in_range;
 }

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "groups.h"
-#include "panels.h"
 #include "search.h"
 
 namespace clmfast {
@@ -244,20 +243,6 @@ struct Update {
 };
 
 }  // namespace
-
-void ring_pack_cpu(const Ring& points, const Packed& packed, bool is_new, ParallelFor parallel_for) {
-  const int64_t S = packed.S, N = packed.N, D = packed.D;
-  std::vector<char> is_out(S, is_new);
-  if (!is_new) {
-    const std::vector<int64_t> rows = Changed{N, points.first, points.count}.rows(points.n);
-    for_each(parallel_for, S, [&](int64_t s) {
-      for (int64_t i : rows) is_out[s] |= !suits(packed, s, points.points + (s * N + i) * D);
-    });
-  }
-  const bool has_all = std::count(is_out.begin(), is_out.end(), 0) == S;
-  if (!has_all) make_frames(packed, points.points, points.n, nullptr, 0, 0, parallel_for);
-  pack_rows(packed, points.points, points.n, points.first, has_all ? points.count : N, parallel_for);
-}
 
 void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries, const Grid& query_grid, bool is_new,
                       ParallelFor parallel_for) {

@@ -3,76 +3,72 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
 #include "centroids.h"
 #include "pair.h"
-#include "panels.h"
+#include "sums.h"
 
 namespace clmfast {
 namespace {
 
-constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int64_t CHUNK_PANELS = 8;  // panels of one task
-
-struct Set {
-  std::vector<int32_t> group;  // [N], -1 for points that are not finite
-  std::vector<int64_t> count;  // [K]
-  int64_t n_finite = 0;
-  std::vector<double> mean;     // [K, D]
-  std::vector<float> centroid;  // [K, D], NaN where a group has no points
-  Centroids packed;
-  int64_t n_present;  // groups with points
-};
+constexpr int64_t CHUNK = 256;  // points of one task
 
 struct Sums {
   double silhouette = 0, within = 0;
 };
 
-void make_set(const Separation& op, const Packed& packed, int64_t s, Set& set) {
+struct Set {
+  std::vector<int64_t> count;   // [K]
+  std::vector<double> mean;     // [K, D]
+  std::vector<float> centroid;  // [K, D], NaN where a group has no points
+  Centroids packed;
+  int64_t n_finite = 0, n_present;  // n_present: groups with points
+};
+
+// The mean of each group.
+void make_set(const Separation& op, int64_t s, Set& set) {
   const int64_t K = op.n_labels, D = op.D;
-  const double* norm2 = packed.norm2_of(s);
-  set.group.resize(op.N);
-  set.count.resize(K);
-  for (int64_t i = 0; i < op.N; ++i) {
-    set.group[i] = norm2[i] < INF ? static_cast<int32_t>(op.label[i]) : -1;
-    if (set.group[i] < 0) continue;
-    ++set.n_finite;
-    ++set.count[set.group[i]];
-  }
+  const float* points = op.points + s * op.N * D;
+  std::vector<int32_t> group(op.label, op.label + op.N);
   set.mean.resize(K * D);
-  for (int64_t block = 0; block < n_sum_blocks(D); ++block)
-    mean_of_groups(op.points + s * op.N * D, set.group, set.count, D, block, set.mean.data());
+  sum_groups(points, op.N, D, group.data(), set.mean.data());
+  // A point that is not finite makes its group's sum so: then all are looked at.
+  if (!std::all_of(set.mean.begin(), set.mean.end(), [](double x) { return std::isfinite(x); })) {
+    for (int64_t i = 0; i < op.N; ++i)
+      if (!is_finite_row(points + i * D, D)) group[i] = -1;
+    std::fill(set.mean.begin(), set.mean.end(), 0.0);
+    sum_groups(points, op.N, D, group.data(), set.mean.data());
+  }
+  set.count.resize(K);
+  for (int32_t k : group)
+    if (k >= 0) ++set.n_finite, ++set.count[k];
+  for (int64_t i = 0; i < K * D; ++i) set.mean[i] /= static_cast<double>(set.count[i / D]);
   set.centroid.assign(set.mean.begin(), set.mean.end());
   set.n_present = K - std::count(set.count.begin(), set.count.end(), 0);
-  set.packed.pack(frame_of(packed, s), set.centroid.data(), K);
+  set.packed.pack(set.centroid.data(), K, D);
 }
 
-Sums sum_chunk(const Separation& op, const Packed& packed, int64_t s, const Set& set, int64_t chunk) {
-  const int64_t D = op.D;
+Sums sum_chunk(const Separation& op, int64_t s, const Set& set, int64_t chunk) {
+  const int64_t D = op.D, first = chunk * CHUNK, n = std::min(CHUNK, op.N - first);
   const float* points = op.points + s * op.N * D;
+  int64_t row[CHUNK];
+  int32_t own[CHUNK], other[CHUNK];
+  std::iota(row, row + n, first);
+  std::copy_n(op.label + first, n, own);
+  set.packed.nearest(points, row, n, own, other, nullptr, nullptr);
+  for (int64_t c = 0; c < n; ++c)
+    if (other[c] < 0) own[c] = -1;  // not finite
+  double a2[CHUNK], b2[CHUNK];
+  dist2_to_groups(points, first, n, D, own, set.centroid.data(), a2);
   Sums sums;
-  for (int64_t i_panel = chunk * CHUNK_PANELS; i_panel < std::min((chunk + 1) * CHUNK_PANELS, n_panels(op.N));
-       ++i_panel) {
-    const int64_t first = i_panel * PANEL, n = std::min(PANEL, op.N - first);
-    int64_t row[PANEL];
-    int32_t own[PANEL];
-    std::iota(row, row + PANEL, first);
-    std::fill(std::copy_n(&set.group[first], n, own), own + PANEL, -1);
-    const Nearest other =
-        set.packed.nearest(points, row, packed.panel(s, i_panel), packed.norm2_of(s) + first, own);
-    for (int64_t c = 0; c < n; ++c) {
-      if (own[c] < 0) continue;
-      const float* point = points + (first + c) * D;
-      const double a2 = pair_dist2(point, &set.centroid[own[c] * D], D);
-      sums.within += a2;
-      if (set.n_present < 2) continue;
-      const double a = std::sqrt(a2), b = std::sqrt(pair_dist2(point, &set.centroid[other.label[c] * D], D));
-      if (a > 0 || b > 0) sums.silhouette += (b - a) / std::max(a, b);
-    }
+  for (int64_t c = 0; c < n; ++c) sums.within += a2[c];
+  if (set.n_present < 2) return sums;
+  dist2_to_groups(points, first, n, D, other, set.centroid.data(), b2);
+  for (int64_t c = 0; c < n; ++c) {
+    const double a = std::sqrt(a2[c]), b = std::sqrt(b2[c]);
+    if (a > 0 || b > 0) sums.silhouette += (b - a) / std::max(a, b);
   }
   return sums;
 }
@@ -98,20 +94,13 @@ double between(const Separation& op, const Set& set) {
 bool separation_cpu(const Separation& op, ParallelFor parallel_for) {
   for (int64_t i = 0; i < op.N; ++i)
     if (op.label[i] < 0 || op.label[i] >= op.n_labels) return false;
-  std::optional<PackedMemory> own;
-  if (!op.packed) {
-    own.emplace(op.S, op.N, op.D);
-    make_frames(*own, op.points, op.N, nullptr, 0, 0, parallel_for);
-    pack_rows(*own, op.points, op.N, 0, op.N, parallel_for);
-  }
-  const Packed& packed = own ? *own : *op.packed;
-  const int64_t chunks = (n_panels(op.N) + CHUNK_PANELS - 1) / CHUNK_PANELS;
+  const int64_t chunks = (op.N + CHUNK - 1) / CHUNK;
   std::vector<Set> sets(op.S);
   std::vector<Sums> sums(op.S * chunks);
-  for_each(parallel_for, op.S, [&](int64_t s) { make_set(op, packed, s, sets[s]); });
+  for_each(parallel_for, op.S, [&](int64_t s) { make_set(op, s, sets[s]); });
   for_each(parallel_for, op.S * chunks, [&](int64_t task) {
     const int64_t s = task / chunks;
-    sums[task] = sum_chunk(op, packed, s, sets[s], task % chunks);
+    sums[task] = sum_chunk(op, s, sets[s], task % chunks);
   });
   for (int64_t s = 0; s < op.S; ++s) {
     Sums sum;

@@ -1,4 +1,4 @@
-// dot_tile: the inner loop of every distance, a small matrix product on rows that panels.h has laid out for it.
+// dot_tile: the inner loop of every distance, a small matrix product on rows that were laid out for it.
 //
 //   rows  [D, TILE_ROWS]  the coordinates of up to TILE_ROWS rows, interleaved
 //   panel [D, TILE_COLS]  the coordinates of TILE_COLS points, interleaved
@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "../packed.h"
+#include "../grid.h"
 
 namespace clmfast {
 
