@@ -88,7 +88,6 @@ template <class T, int64_t BYTES>
 struct Tiles {
   static constexpr int64_t N = BYTES / sizeof(T), PANEL = 2 * N;
   typedef T Lanes __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-  typedef T Half __attribute__((vector_size(BYTES / 2), aligned(sizeof(T)), may_alias));
   typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
   typedef int32_t Whole __attribute__((vector_size(N * sizeof(int32_t)), aligned(4), may_alias));
 
@@ -304,7 +303,7 @@ struct Tiles {
   CLMFAST_BODY static void forward(const Attention<T>& op, const Sequence& s, const AttentionOut<T>& to) {
     if (s.query_begin >= s.query_end) return;
     const Keys keys = keys_of(op, s);
-    const int64_t W = op.width, H = op.n_heads, padded = round_up(W, std::max<int64_t>(N, 4));
+    const int64_t W = op.width, H = op.n_heads, padded = round_up(W, N);
     const int64_t n_packed = round_up(keys.n, PANEL), stride = n_packed + LINE / sizeof(T);  // no two rows in one cache set
     const T scale = 1 / std::sqrt(static_cast<T>(W));
     using S = Scratch<T>;
@@ -335,7 +334,7 @@ struct Tiles {
                                     const AttentionGrad<T>& grad) {
     if (s.query_begin >= s.query_end) return;
     const Keys keys = keys_of(op, s);
-    const int64_t W = op.width, H = op.n_heads, padded = round_up(W, std::max<int64_t>(N, 4));
+    const int64_t W = op.width, H = op.n_heads, padded = round_up(W, N);
     const int64_t n_packed = round_up(keys.n, PANEL), stride = n_packed + LINE / sizeof(T);
     const T scale = 1 / std::sqrt(static_cast<T>(W));
     using S = Scratch<T>;
@@ -400,7 +399,7 @@ struct Tiles {
 CLMFAST_ATTENTION(float, baseline, , 16)
 CLMFAST_ATTENTION(float, avx2, CLMFAST_AVX2, 32)
 CLMFAST_ATTENTION(float, avx512, CLMFAST_AVX512, 64)
-CLMFAST_ATTENTION(double, baseline, , 16)
+CLMFAST_ATTENTION(double, baseline, , 32)  // two registers: a vector has four lanes or more
 CLMFAST_ATTENTION(double, avx2, CLMFAST_AVX2, 32)
 CLMFAST_ATTENTION(double, avx512, CLMFAST_AVX512, 64)
 
