@@ -83,22 +83,25 @@ CLMFAST_BODY void transpose_square(Vector<T>* row) {
 }
 
 // e^x to 2 ulp for float32 from -87 to 88, and what it is there beyond: 1.6e-38 below, 1.7e38 above; NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2.
-CLMFAST_BODY Vector<float> exp_of(Vector<float> x) {
+// x = n ln 2 + r with |r| <= ln 2 / 2. For vectors of any number of lanes, I being the int32 vector of as many.
+template <class V, class I>
+CLMFAST_BODY V exp_of(V x) {
   const float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-  x = x < -87.0f ? Vector<float>{} - 87.0f : x;
-  x = x > 88.0f ? Vector<float>{} + 88.0f : x;
-  const Vector<float> shifted = x * 1.44269504088896341f + MAGIC;
-  const Vector<float> n = shifted - MAGIC;
-  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector<float> e = r * 1.9875691500e-4f + 1.3981999507e-3f;  // the minimax polynomial of Cephes' expf
+  x = x < -87.0f ? V{} - 87.0f : x;
+  x = x > 88.0f ? V{} + 88.0f : x;
+  const V shifted = x * 1.44269504088896341f + MAGIC;
+  const V n = shifted - MAGIC;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V e = r * 1.9875691500e-4f + 1.3981999507e-3f;  // the minimax polynomial of Cephes' expf
   e = e * r + 8.3334519073e-3f;
   e = e * r + 4.1665795894e-2f;
   e = e * r + 1.6666665459e-1f;
   e = e * r + 5.0000001201e-1f;
   e = e * (r * r) + r + 1.0f;
-  return e * reinterpret_cast<Vector<float>>((reinterpret_cast<VectorI>(shifted) - 0x4B400000 + 127) << 23);
+  return e * reinterpret_cast<V>((reinterpret_cast<I>(shifted) - 0x4B400000 + 127) << 23);
 }
+
+CLMFAST_BODY Vector<float> exp_of(Vector<float> x) { return exp_of<Vector<float>, VectorI>(x); }
 
 CLMFAST_BODY Vector<double> exp_of(Vector<double> x) {
   Vector<double> e = {};
