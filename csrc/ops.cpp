@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "block.h"
 #include "capture.h"
+#include "cpu/isa.h"
 #include "grid.h"
 #include "kmeans.h"
 #include "knn.h"
@@ -81,6 +82,7 @@ void require_int64(const char* op, const char* name, const Tensor& x, const Tens
 // ---- what the CPU implementations are given
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  isa();  // what it throws would lose its text inside of torch's pool
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 

@@ -15,7 +15,7 @@
 namespace clmfast {
 namespace {
 
-constexpr int64_t GRAD_ROWS = 48;  // rows of a weight whose gradient is one task
+constexpr int64_t GRAD_ROWS = 64, GRAD_COLUMNS = 128;  // the part of a weight whose gradient is one task
 
 int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
 
@@ -38,7 +38,9 @@ CLMFAST_BODY void norm_rows_body(const float* x, int64_t n_rows, int64_t D, cons
     float square = sum_of<float>(squares);
     for (int64_t d = whole; d < D; ++d) square += (x[d] - m) * (x[d] - m);
     const float s = 1 / std::sqrt(square / D + EPSILON);
-    for (int64_t d = 0; d < D; ++d) normed[d] = (x[d] - m) * s * weight[d] + bias[d];
+    for (int64_t d = 0; d < whole; d += LANES)
+      store(normed + d, (load(x + d) - m) * s * load(weight + d) + load(bias + d));
+    for (int64_t d = whole; d < D; ++d) normed[d] = (x[d] - m) * s * weight[d] + bias[d];
     if (mean) {
       mean[r] = m;
       rstd[r] = s;
@@ -51,12 +53,13 @@ CLMFAST_PER_ISA(void, norm_rows,
                  float* mean, float* rstd),
                 (x, n_rows, D, weight, bias, normed, mean, rstd))
 
-// The gradient of norm_rows: grad_x += d/dx, and the shares of these rows in the gradients of weight and bias are
-// added. normed gets the values of the forward pass once more.
+// The gradient of norm_rows: grad_x = beside + d/dx, and the shares of these rows in the gradients of weight and bias
+// are added. normed gets the values of the forward pass once more. beside may be grad_x.
 CLMFAST_BODY void norm_rows_backward_body(const float* x, const float* mean, const float* rstd, int64_t n_rows,
                                           int64_t D, const float* weight, const float* bias, const float* grad,
-                                          float* grad_x, float* normed, float* grad_weight, float* grad_bias) {
-  for (int64_t r = 0; r < n_rows; ++r, x += D, grad += D, grad_x += D, normed += D) {
+                                          const float* beside, float* grad_x, float* normed, float* grad_weight,
+                                          float* grad_bias) {
+  for (int64_t r = 0; r < n_rows; ++r, x += D, grad += D, beside += D, grad_x += D, normed += D) {
     const float m = mean[r], s = rstd[r];
     const int64_t whole = D / LANES * LANES;
     Vector<float> sums = {}, products = {};
@@ -72,9 +75,16 @@ CLMFAST_BODY void norm_rows_backward_body(const float* x, const float* mean, con
     }
     sum /= D;
     product /= D;
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = 0; d < whole; d += LANES) {
+      const Vector<float> unit = (load(x + d) - m) * s, g = load(grad + d), w = load(weight + d);
+      store(grad_x + d, load(beside + d) + s * (g * w - sum - unit * product));
+      store(grad_weight + d, load(grad_weight + d) + g * unit);
+      store(grad_bias + d, load(grad_bias + d) + g);
+      store(normed + d, unit * w + load(bias + d));
+    }
+    for (int64_t d = whole; d < D; ++d) {
       const float unit = (x[d] - m) * s;
-      grad_x[d] += s * (grad[d] * weight[d] - sum - unit * product);
+      grad_x[d] = beside[d] + s * (grad[d] * weight[d] - sum - unit * product);
       grad_weight[d] += grad[d] * unit;
       grad_bias[d] += grad[d];
       normed[d] = unit * weight[d] + bias[d];
@@ -84,43 +94,76 @@ CLMFAST_BODY void norm_rows_backward_body(const float* x, const float* mean, con
 
 CLMFAST_PER_ISA(void, norm_rows_backward,
                 (const float* x, const float* mean, const float* rstd, int64_t n_rows, int64_t D, const float* weight,
-                 const float* bias, const float* grad, float* grad_x, float* normed, float* grad_weight,
-                 float* grad_bias),
-                (x, mean, rstd, n_rows, D, weight, bias, grad, grad_x, normed, grad_weight, grad_bias))
+                 const float* bias, const float* grad, const float* beside, float* grad_x, float* normed,
+                 float* grad_weight, float* grad_bias),
+                (x, mean, rstd, n_rows, D, weight, bias, grad, beside, grad_x, normed, grad_weight, grad_bias))
 
-// z[i] -> gelu(z[i]), and gelu'(z[i]) into slope if asked for. tanh(u) = 1 - 2 / (e^2u + 1).
-CLMFAST_BODY Vector<float> gelu_of(Vector<float> z, Vector<float>* slope) {
+// W numbers as one value.
+template <int W>
+struct Lanes {
+  typedef float Float __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(W * sizeof(int32_t)), aligned(4), may_alias));
+};
+
+// vector.h's exp_of for vectors of the machine's own width: GCC 12 splits the comparisons of wider ones into single
+// lanes.
+template <int W>
+CLMFAST_BODY typename Lanes<W>::Float exp_lanes(typename Lanes<W>::Float x) {
+  using Vector = typename Lanes<W>::Float;
+  const float MAGIC = 12582912.0f;
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  x = x > 88.0f ? Vector{} + 88.0f : x;
+  const Vector shifted = x * 1.44269504088896341f + MAGIC;
+  const Vector n = shifted - MAGIC;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 5.0000001201e-1f;
+  e = e * (r * r) + r + 1.0f;
+  return e * reinterpret_cast<Vector>((reinterpret_cast<typename Lanes<W>::Int>(shifted) - 0x4B400000 + 127) << 23);
+}
+
+// z[i] -> gelu(z[i]), and gelu'(z[i]) into slope if asked for, W lanes at a time: as (1 + tanh(u)) / 2 = 1 / (1 + e^-2u).
+template <int W>
+CLMFAST_BODY void gelu_any(float* z, int64_t n, float* slope) {
+  using Vector = typename Lanes<W>::Float;
   const float A = 0.7978845608028654f, B = 0.044715f;  // sqrt(2 / pi)
-  const Vector<float> square = z * z;
-  const Vector<float> tanh = 1.0f - 2.0f / (exp_of(2 * A * z * (1.0f + B * square)) + 1.0f);
-  const Vector<float> half = 0.5f * (1.0f + tanh);
-  *slope = half + 0.5f * z * (1.0f - tanh * tanh) * (A * (1.0f + 3 * B * square));
-  return z * half;
-}
-
-CLMFAST_BODY void gelu_body(float* z, int64_t n, float* slope) {
-  Vector<float> d;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    store(z + i, gelu_of(load(z + i), &d));
-    if (slope) store(slope + i, d);
+  float rest[2][W] = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const bool is_whole = i + W <= n;
+    float *to = z + i, *to_slope = slope + i;
+    if (!is_whole) {
+      std::memcpy(rest[0], to, (n - i) * sizeof(float));
+      to = rest[0], to_slope = rest[1];
+    }
+    const Vector x = *reinterpret_cast<Vector*>(to), square = x * x;
+    const Vector share = 1.0f / (1.0f + exp_lanes<W>(-2 * A * x * (1.0f + B * square)));
+    const Vector y = x * share;
+    *reinterpret_cast<Vector*>(to) = y;
+    if (slope) *reinterpret_cast<Vector*>(to_slope) = share + y * (1.0f - share) * (2 * A * (1.0f + 3 * B * square));
+    if (!is_whole) {
+      std::memcpy(z + i, rest[0], (n - i) * sizeof(float));
+      if (slope) std::memcpy(slope + i, rest[1], (n - i) * sizeof(float));
+    }
   }
-  if (i == n) return;
-  float rest[LANES] = {}, rest_slope[LANES];
-  std::memcpy(rest, z + i, (n - i) * sizeof(float));
-  store(rest, gelu_of(load(rest), &d));
-  store(rest_slope, d);
-  std::memcpy(z + i, rest, (n - i) * sizeof(float));
-  if (slope) std::memcpy(slope + i, rest_slope, (n - i) * sizeof(float));
 }
 
-CLMFAST_PER_ISA(void, gelu, (float* z, int64_t n, float* slope), (z, n, slope))
+void gelu_baseline(float* z, int64_t n, float* slope) { gelu_any<4>(z, n, slope); }
+CLMFAST_AVX2 void gelu_avx2(float* z, int64_t n, float* slope) { gelu_any<8>(z, n, slope); }
+CLMFAST_AVX512 void gelu_avx512(float* z, int64_t n, float* slope) { gelu_any<16>(z, n, slope); }
 
-CLMFAST_BODY void add_body(float* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+void gelu(float* z, int64_t n, float* slope) {
+  static const auto once = pick(gelu_baseline, gelu_avx2, gelu_avx512);
+  once(z, n, slope);
 }
 
-CLMFAST_PER_ISA(void, add, (float* to, const float* from, int64_t n), (to, from, n))
+CLMFAST_BODY void add_body(const float* a, const float* b, int64_t n, float* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
+}
+
+CLMFAST_PER_ISA(void, add, (const float* a, const float* b, int64_t n, float* sum), (a, b, n, sum))
 
 CLMFAST_BODY void scale_by_body(float* to, const float* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] *= from[i];
@@ -155,11 +198,14 @@ struct WeightGrad {
   int64_t n, n_out, n_in;
   float *weight, *bias;
 
-  int64_t n_tasks() const { return clmfast::n_tasks(n_out, GRAD_ROWS); }
+  int64_t n_tasks() const { return clmfast::n_tasks(n_out, GRAD_ROWS) * clmfast::n_tasks(n_in, GRAD_COLUMNS); }
   void run(int64_t task) const {
-    const int64_t first = task * GRAD_ROWS, n_rows = std::min(GRAD_ROWS, n_out - first);
-    multiply_transposed(grad + first, grad_stride, input, n_in, n, n_rows, weight + first * n_in);
-    column_sums(grad + first, grad_stride, n, n_rows, bias + first);
+    const int64_t n_parts = clmfast::n_tasks(n_in, GRAD_COLUMNS);
+    const int64_t row = task / n_parts * GRAD_ROWS, n_rows = std::min(GRAD_ROWS, n_out - row);
+    const int64_t column = task % n_parts * GRAD_COLUMNS, n_columns = std::min(GRAD_COLUMNS, n_in - column);
+    multiply_transposed(grad + row, grad_stride, input + column, n_in, n, n_rows, n_columns,
+                        weight + row * n_in + column, n_in);
+    if (column == 0) column_sums(grad + row, grad_stride, n, n_rows, bias + row);
   }
 };
 
@@ -199,10 +245,10 @@ void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, Parallel
     float* hidden = saved.hidden ? saved.hidden + first * F : own_hidden.get();
     norm_rows(x, n, D, w.norm_weight, w.norm_bias, normed.get(), saved.mean ? saved.mean + first : nullptr,
               saved.rstd ? saved.rstd + first : nullptr);
-    multiply(normed.get(), D, n, in, w.in_bias, hidden, F);
+    multiply(normed.get(), D, n, in, {w.in_bias}, hidden, F);
     gelu(hidden, n * F, saved.slope ? saved.slope + first * F : nullptr);
-    multiply(hidden, F, n, out, w.out_bias, to, D);
-    add(to, x, n * D);
+    for (int64_t r = 0; r < n; ++r) add(x + r * D, w.out_bias, D, to + r * D);
+    multiply(hidden, F, n, out, {to, D}, to, D);
   });
 }
 
@@ -218,13 +264,12 @@ void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const flo
     const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
     float* z = &grad_z[first * F];
     auto grad_normed = scratch(n * D);
-    multiply(grad_y + first * D, D, n, out, nullptr, z, F);
+    multiply(grad_y + first * D, D, n, out, {}, z, F);
     scale_by(z, saved.slope + first * F, n * F);
-    multiply(z, F, n, in, nullptr, grad_normed.get(), D);
-    std::memcpy(grad_x + first * D, grad_y + first * D, n * D * sizeof(float));
+    multiply(z, F, n, in, {}, grad_normed.get(), D);
     norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
-                       grad_normed.get(), grad_x + first * D, &normed[first * D], norm_grads.weight(task),
-                       norm_grads.bias(task));
+                       grad_normed.get(), grad_y + first * D, grad_x + first * D, &normed[first * D],
+                       norm_grads.weight(task), norm_grads.bias(task));
   });
   norm_grads.sum(grads);
   const WeightGrad of_in{grad_z.get(), F, normed.get(), op.n, F, D, grads.in_weight, grads.in_bias};
@@ -302,8 +347,8 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
       auto normed = scratch(n * D);
       norm_rows(op.x + first * D, n, D, w.norm_weight, w.norm_bias, normed.get(),
                 saved.mean ? saved.mean + first : nullptr, saved.rstd ? saved.rstd + first : nullptr);
-      multiply(normed.get(), D, n, in_kv, w.in_bias + D, saved.kv + first * 2 * D, 2 * D);
-      if (!op.kept) multiply(normed.get(), D, n, in_q, w.in_bias, saved.q + first * D, D);
+      multiply(normed.get(), D, n, in_kv, {w.in_bias + D}, saved.kv + first * 2 * D, 2 * D);
+      if (!op.kept) multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     } else if ((task -= tasks) < out.n_panels()) {
       out.pack(task);
     } else {
@@ -311,7 +356,7 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
       auto normed = scratch(n * D);
       gather_rows(op, op.x, first, n, normed.get());
       norm_rows(normed.get(), n, D, w.norm_weight, w.norm_bias, normed.get(), nullptr, nullptr);
-      multiply(normed.get(), D, n, in_q, w.in_bias, saved.q + first * D, D);
+      multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     }
   });
   const Attention<float> attention = attention_of(op, saved);
@@ -320,10 +365,10 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
     for (int64_t b = chunk.first; b < chunk.last; ++b)
       attention_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse});
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
-    multiply(saved.mixed + first * D, D, n, out, w.out_bias, y + first * D, D);
-    auto x = scratch(n * D);
-    gather_rows(op, op.x, first, n, x.get());
-    add(y + first * D, x.get(), n * D);
+    float* to = y + first * D;
+    for (int64_t i = 0; i < n; ++i)
+      add(op.x + (op.kept ? op.kept[first + i] : first + i) * D, w.out_bias, D, to + i * D);
+    multiply(saved.mixed + first * D, D, n, out, {to, D}, to, D);
   });
 }
 
@@ -336,14 +381,14 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
   const Sequences sequences(op);
   auto normed = scratch(op.n * D), kept_normed = scratch(op.kept ? op.R * D : 0);
   auto grad_mixed = scratch(op.R * D), grad_q = scratch(op.R * D), grad_kv = scratch(op.n * 2 * D);
-  std::memset(grad_kv.get(), 0, op.n * 2 * D * sizeof(float));
+  if (op.kept) std::memset(grad_kv.get(), 0, op.n * 2 * D * sizeof(float));  // not every row has a query behind it
   pack(parallel_for, out, in_kv);
   const Attention<float> attention = attention_of(op, saved);
   for_each(parallel_for, sequences.chunks().size() + in_q.n_panels(), [&](int64_t task) {
     if (task < in_q.n_panels()) return in_q.pack(task);
     const Chunk& chunk = sequences.chunks()[task - in_q.n_panels()];
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
-    multiply(grad_y + first * D, D, n, out, nullptr, &grad_mixed[first * D], D);
+    multiply(grad_y + first * D, D, n, out, {}, &grad_mixed[first * D], D);
     for (int64_t b = chunk.first; b < chunk.last; ++b)
       attention_backward_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse},
                              {grad_mixed.get(), D, grad_q.get(), grad_kv.get(), grad_kv.get() + D});
@@ -351,25 +396,30 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
   NormGrads norm_grads(tasks, D);
   for_each(parallel_for, tasks, [&](int64_t task) {
     const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
-    // With `kept`, rows [kept_first, kept_last) of q belong to this task's rows.
-    int64_t kept_first = first, kept_last = first + n;
-    if (op.kept) {
-      kept_first = std::lower_bound(op.kept, op.kept + op.R, first) - op.kept;
-      kept_last = std::lower_bound(op.kept, op.kept + op.R, first + n) - op.kept;
-    }
-    auto grad_normed = scratch(n * D), from_q = scratch((kept_last - kept_first) * D);
+    auto grad_normed = scratch(n * D);
     float* to = grad_x + first * D;
-    multiply(&grad_kv[first * 2 * D], 2 * D, n, in_kv, nullptr, grad_normed.get(), D);
-    multiply(&grad_q[kept_first * D], D, kept_last - kept_first, in_q, nullptr, from_q.get(), D);
-    std::memset(to, 0, n * D * sizeof(float));
-    for (int64_t i = kept_first; i < kept_last; ++i) {
-      const int64_t row = (op.kept ? op.kept[i] : i) - first;
-      add(grad_normed.get() + row * D, from_q.get() + (i - kept_first) * D, D);
-      std::memcpy(to + row * D, grad_y + i * D, D * sizeof(float));
+    const float* beside = grad_y + first * D;
+    multiply(&grad_kv[first * 2 * D], 2 * D, n, in_kv, {}, grad_normed.get(), D);
+    int64_t kept_first = 0, n_kept = 0;
+    if (!op.kept) {
+      multiply(&grad_q[first * D], D, n, in_q, {grad_normed.get(), D}, grad_normed.get(), D);
+    } else {
+      kept_first = std::lower_bound(op.kept, op.kept + op.R, first) - op.kept;
+      n_kept = std::lower_bound(op.kept, op.kept + op.R, first + n) - op.kept - kept_first;
+      auto from_q = scratch(n_kept * D);
+      multiply(&grad_q[kept_first * D], D, n_kept, in_q, {}, from_q.get(), D);
+      std::memset(to, 0, n * D * sizeof(float));
+      beside = to;
+      for (int64_t i = 0; i < n_kept; ++i) {
+        const int64_t at = (op.kept[kept_first + i] - first) * D;
+        add(&grad_normed[at], &from_q[i * D], D, &grad_normed[at]);
+        std::memcpy(to + at, grad_y + (kept_first + i) * D, D * sizeof(float));
+      }
     }
     norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
-                       grad_normed.get(), to, &normed[first * D], norm_grads.weight(task), norm_grads.bias(task));
-    if (op.kept) gather_rows(op, normed.get(), kept_first, kept_last - kept_first, &kept_normed[kept_first * D]);
+                       grad_normed.get(), beside, to, &normed[first * D], norm_grads.weight(task),
+                       norm_grads.bias(task));
+    if (op.kept) gather_rows(op, normed.get(), kept_first, n_kept, &kept_normed[kept_first * D]);
   });
   norm_grads.sum(grads);
   const float* q_input = op.kept ? kept_normed.get() : normed.get();

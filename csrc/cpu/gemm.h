@@ -10,14 +10,14 @@
 
 namespace clmfast {
 
-constexpr int64_t PANEL = 32;  // columns that are computed together
+constexpr int64_t PANEL = 16;  // columns that lie together
 constexpr int64_t ROWS = 48;   // rows of one task: their activations stay in the second cache
 
 // The right factor [K, N] of a product, laid out in panels [K, PANEL] that are read front to back; columns beyond N are
 // zero.
 class Panels {
  public:
-  // Element (k, n) of the matrix is from[k * stride_k + n * stride_n].
+  // Element (k, n) of the matrix is from[k * stride_k + n * stride_n]; one of the strides is 1.
   Panels(const float* from, int64_t K, int64_t N, int64_t stride_k, int64_t stride_n);
 
   int64_t n_panels() const { return (N_ + PANEL - 1) / PANEL; }
@@ -32,14 +32,21 @@ class Panels {
   std::unique_ptr<float[]> panels_;
 };
 
-// out[r, n] = start[n] + sum_k a[r, k] b[k, n] for r < n_rows; start null: 0. Rows lie a_stride and out_stride apart.
-void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, const float* start, float* out,
+// Rows that lie `stride` floats apart; stride 0: all are the same one.
+struct Start {
+  const float* row = nullptr;  // null: zeros
+  int64_t stride = 0;
+};
+
+// out[r, n] = start[r, n] + sum_k a[r, k] b[k, n] for r < n_rows. Rows lie a_stride and out_stride apart; start may be
+// out itself.
+void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, float* out,
               int64_t out_stride);
 
-// out[o, i] = sum_t a[t, o] b[t, i] for T rows t, o < n_out, i < n_in: what a weight's gradient is. Whole rows of b are
-// n_in long; a's lie a_stride apart, out's out_stride.
-void multiply_transposed(const float* a, int64_t a_stride, const float* b, int64_t n_in, int64_t T, int64_t n_out,
-                         float* out);
+// out[o, i] = sum_t a[t, o] b[t, i] for T rows t, o < n_out, i < n_in: what a weight's gradient is. Rows lie a_stride,
+// b_stride and out_stride apart.
+void multiply_transposed(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t T, int64_t n_out,
+                         int64_t n_in, float* out, int64_t out_stride);
 
 // out[o] = sum_t a[t * a_stride + o], in the order of t.
 void column_sums(const float* a, int64_t a_stride, int64_t T, int64_t n_out, float* out);
