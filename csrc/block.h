@@ -19,6 +19,7 @@
 namespace clmfast {
 
 constexpr float EPSILON = 1e-5f;
+constexpr int64_t HIDDEN_PANEL = 16;
 
 // Weights of either half. D is the width of the stream, F that of what lies between: 3 D for attention.
 struct BlockWeights {
@@ -41,7 +42,7 @@ struct MlpBlock {
 // What the gradient needs of the forward pass; all null where none is wanted.
 struct MlpSaved {
   float *mean, *rstd;  // [n]
-  float *hidden;       // [n, F] gelu(z)
+  float* hidden;       // [., n, HIDDEN_PANEL] gelu(z), HIDDEN_PANEL columns side by side; zeros beyond F
   float *slope;        // [n, F] gelu'(z)
 };
 

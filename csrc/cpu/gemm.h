@@ -43,10 +43,32 @@ struct Start {
 void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, float* out,
               int64_t out_stride);
 
-// out[o, i] = sum_t a[t, o] b[t, i] for T rows t, o < n_out, i < n_in: what a weight's gradient is. Rows lie a_stride,
-// b_stride and out_stride apart.
-void multiply_transposed(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t T, int64_t n_out,
-                         int64_t n_in, float* out, int64_t out_stride);
+// The columns of activations [T, N] in panels [T, PANEL], one after the other, those beyond N zero: what
+// multiply_transposed reads from front to back. (Rows that lie a power of two apart share a few places of the first
+// cache.)
+class Columns {
+ public:
+  Columns(float* panels, int64_t T, int64_t N) : panels_(panels), T_(T), N_(N) {}
+
+  static int64_t size(int64_t T, int64_t N) { return T * ((N + PANEL - 1) / PANEL) * PANEL; }
+  // Rows [first, first + n_rows) come from `from`, where they lie `stride` apart.
+  void put(int64_t first, int64_t n_rows, const float* from, int64_t stride);
+  const float* panel(int64_t i_panel) const { return panels_ + i_panel * T_ * PANEL; }
+  int64_t T() const { return T_; }
+  int64_t N() const { return N_; }
+
+ private:
+  float* panels_;
+  int64_t T_, N_;
+};
+
+// out[o, i] = sum_t a[t, o] b[t, i], o in [first, first + n_out) and i in [first_in, first_in + n_in): a part of a
+// weight's gradient. `first` and `first_in` are multiples of PANEL. Rows of the whole out [., b.N()] lie side by side.
+void multiply_transposed(const Columns& a, const Columns& b, int64_t first, int64_t n_out, int64_t first_in,
+                         int64_t n_in, float* out);
+
+// out[o] = sum_t a[t, o], in the order of t, o in [first, first + n_out).
+void column_sums(const Columns& a, int64_t first, int64_t n_out, float* out);
 
 // out[o] = sum_t a[t * a_stride + o], in the order of t.
 void column_sums(const float* a, int64_t a_stride, int64_t T, int64_t n_out, float* out);
