@@ -58,32 +58,42 @@ CLMFAST_BODY void tile(const Part& part, int64_t row, int64_t i_panel) {
     for (int c = 0; c < P * C; ++c) lanes<W>(out + r * part.out_stride + c * W) = sum[r][c];
 }
 
-// The rows from `row` on, R at a time as long as there are so many.
+// `tile` of n <= R rows.
 template <int W, Left left, int R, int P>
-CLMFAST_BODY void tiles(const Part& part, int64_t row, int64_t i_panel) {
-  for (; row + R <= part.n_rows; row += R) tile<W, left, R, P>(part, row, i_panel);
+CLMFAST_BODY void tile_of(int64_t n, const Part& part, int64_t row, int64_t i_panel) {
   if constexpr (R > 1) {
-    if (row < part.n_rows) tiles<W, left, R - (R + 2) / 3, P>(part, row, i_panel);
+    if (n < R) return tile_of<W, left, R - 1, P>(n, part, row, i_panel);
   }
+  tile<W, left, R, P>(part, row, i_panel);
 }
 
+// Rows in tiles of at most R, all as high as possible: low ones would wait for their few chains of multiply-adds.
 template <int W, Left left, int R, int P>
 CLMFAST_BODY void multiply_part(const Part& part) {
-  int64_t i = 0;
-  for (; i + P <= part.n_panels; i += P) tiles<W, left, R, P>(part, 0, i);
-  if constexpr (P > 1) {
-    for (; i < part.n_panels; ++i) tiles<W, left, R, 1>(part, 0, i);
+  const int64_t n_tiles = (part.n_rows + R - 1) / R;
+  if (!n_tiles) return;
+  const int64_t n = part.n_rows / n_tiles, n_higher = part.n_rows % n_tiles;
+  for (int64_t i = 0; i < part.n_panels;) {
+    const bool is_wide = i + P <= part.n_panels;
+    for (int64_t t = 0, row = 0; t < n_tiles; ++t) {
+      const int64_t n_rows = n + (t < n_higher);
+      if (is_wide)
+        tile_of<W, left, R, P>(n_rows, part, row, i);
+      else if constexpr (P > 1)
+        tile_of<W, left, R, 1>(n_rows, part, row, i);
+      row += n_rows;
+    }
+    i += is_wide ? P : 1;
   }
 }
 
-// 6 x 16 floats are 12 of the 16 AVX2 registers, 12 x 32 are 24 of the 32 of AVX-512. Columns come PANEL at a time, which
-// are 6 + 6 + 4 and 8 + 8.
+// 6 x 16 floats are 12 of the 16 AVX2 registers, 12 x 32 are 24 of the 32 of AVX-512.
 template <Left left>
 void part_baseline(const Part& part) { multiply_part<4, left, 2, 1>(part); }
 template <Left left>
 CLMFAST_AVX2 void part_avx2(const Part& part) { multiply_part<8, left, 6, 1>(part); }
 template <Left left>
-CLMFAST_AVX512 void part_avx512(const Part& part) { multiply_part<16, left, left == Left::rows ? 12 : 8, 2>(part); }
+CLMFAST_AVX512 void part_avx512(const Part& part) { multiply_part<16, left, 12, 2>(part); }
 
 template <Left left>
 void any_part(const Part& part) {
