@@ -333,17 +333,68 @@ class Sequences {
   std::vector<Chunk> chunks_;
 };
 
-Attention<float> attention_of(const AttentionBlock& op, const AttentionSaved& saved) {
-  const int64_t D = op.weights.D;
-  return {saved.q, saved.kv, saved.kv + D, D, 2 * D, op.kept, op.n_heads, D / op.n_heads};
-}
+// The rows of x that the kept tokens are.
+struct Asking {
+  bool is_all = true;        // every row, in order: `row` is empty
+  std::vector<int64_t> row;  // [R], ascending
 
-// Rows i of the kept ones, gathered: to[i] = x[kept[first + i]].
-void gather_rows(const AttentionBlock& op, const float* x, int64_t first, int64_t n, float* to) {
-  const int64_t D = op.weights.D;
-  for (int64_t i = 0; i < n; ++i)
-    std::memcpy(to + i * D, x + (op.kept ? op.kept[first + i] : first + i) * D, D * sizeof(float));
-}
+  explicit Asking(const AttentionBlock& op) {
+    if (!op.kept) return;
+    is_all = op.R == op.n;
+    for (int64_t i = 0; i < op.R; ++i) {
+      row.push_back(op.source ? op.source[op.kept[i]] : op.kept[i]);
+      is_all = is_all && row.back() == i;
+    }
+    if (is_all) row.clear();
+  }
+  int64_t operator[](int64_t i) const { return is_all ? i : row[i]; }
+};
+
+// Keys and values by token: those of the rows where each token is its own row, else copies.
+class TokenKv {
+ public:
+  TokenKv(const AttentionBlock& op, const float* kv)
+      : op_(op), kv_(kv), copies_(op.source ? new float[op.n_tokens * 2 * op.weights.D] : nullptr) {}
+
+  void prepare(const Chunk& chunk) {
+    const int64_t size = 2 * op_.weights.D;
+    for (int64_t i = op_.offset[chunk.first]; op_.source && i < op_.offset[chunk.last]; ++i)
+      std::memcpy(&copies_[i * size], kv_ + op_.source[i] * size, size * sizeof(float));
+  }
+  Attention<float> attention(const float* q) const {
+    const int64_t D = op_.weights.D;
+    const float* kv = op_.source ? copies_.get() : kv_;
+    return {q, kv, kv + D, D, 2 * D, op_.kept, op_.n_heads, D / op_.n_heads};
+  }
+
+ private:
+  const AttentionBlock& op_;
+  const float* kv_;
+  std::unique_ptr<float[]> copies_;
+};
+
+// The tokens of each row, ascending.
+class TokensOfRow {
+ public:
+  explicit TokensOfRow(const AttentionBlock& op)
+      : begin_(op.source ? op.n + 2 : 0), token_(op.source ? op.n_tokens : 0) {
+    if (!op.source) return;
+    for (int64_t i = 0; i < op.n_tokens; ++i) ++begin_[op.source[i] + 2];
+    for (int64_t r = 2; r <= op.n + 1; ++r) begin_[r] += begin_[r - 1];
+    for (int64_t i = 0; i < op.n_tokens; ++i) token_[begin_[op.source[i] + 1]++] = i;
+  }
+
+  // to[r] = sum of from[i] over the tokens i of row first + r, `size` numbers each.
+  void sum(const float* from, int64_t size, int64_t first, int64_t n, float* to) const {
+    std::memset(to, 0, n * size * sizeof(float));
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t i = begin_[first + r]; i < begin_[first + r + 1]; ++i)
+        add(to + r * size, from + token_[i] * size, size, to + r * size);
+  }
+
+ private:
+  std::vector<int64_t> begin_, token_;
+};
 
 }  // namespace
 
@@ -353,35 +404,38 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
   Panels in_q = forward_panels(w.in_weight, D, D), in_kv = forward_panels(w.in_weight + D * D, 2 * D, D);
   Panels out = forward_panels(w.out_weight, D, D);
   const Sequences sequences(op);
+  const Asking asking(op);
   pack(parallel_for, in_q, in_kv);
   // The output's panels are packed beside the first products.
-  for_each(parallel_for, tasks + (op.kept ? query_tasks : 0) + out.n_panels(), [&](int64_t task) {
+  for_each(parallel_for, tasks + (asking.is_all ? 0 : query_tasks) + out.n_panels(), [&](int64_t task) {
     if (task < tasks) {
       const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
       auto normed = scratch(n * D);
       norm_rows(op.x + first * D, n, D, w.norm_weight, w.norm_bias, normed.get(),
                 saved.mean ? saved.mean + first : nullptr, saved.rstd ? saved.rstd + first : nullptr);
       multiply(normed.get(), D, n, in_kv, {w.in_bias + D}, saved.kv + first * 2 * D, 2 * D);
-      if (!op.kept) multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
+      if (asking.is_all) multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     } else if ((task -= tasks) < out.n_panels()) {
       out.pack(task);
     } else {
       const int64_t first = (task - out.n_panels()) * ROWS, n = std::min(ROWS, op.R - first);
       auto normed = scratch(n * D);
-      gather_rows(op, op.x, first, n, normed.get());
+      for (int64_t i = 0; i < n; ++i)
+        std::memcpy(&normed[i * D], op.x + asking[first + i] * D, D * sizeof(float));
       norm_rows(normed.get(), n, D, w.norm_weight, w.norm_bias, normed.get(), nullptr, nullptr);
       multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     }
   });
-  const Attention<float> attention = attention_of(op, saved);
+  TokenKv kv(op, saved.kv);
+  const Attention<float> attention = kv.attention(saved.q);
   for_each(parallel_for, sequences.chunks().size(), [&](int64_t task) {
     const Chunk& chunk = sequences.chunks()[task];
+    kv.prepare(chunk);
     for (int64_t b = chunk.first; b < chunk.last; ++b)
       attention_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse});
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
     float* to = y + first * D;
-    for (int64_t i = 0; i < n; ++i)
-      add(op.x + (op.kept ? op.kept[first + i] : first + i) * D, w.out_bias, D, to + i * D);
+    for (int64_t i = 0; i < n; ++i) add(op.x + asking[first + i] * D, w.out_bias, D, to + i * D);
     multiply(saved.mixed + first * D, D, n, out, {to, D}, to, D);
   });
 }
@@ -393,15 +447,22 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
   Panels in_q = backward_panels(w.in_weight, D, D), in_kv = backward_panels(w.in_weight + D * D, 2 * D, D);
   Panels out = backward_panels(w.out_weight, D, D);
   const Sequences sequences(op);
-  Scratch normed_columns(op.n, D), kept_normed_columns(op.kept ? op.R : 0, D), mixed_columns(op.R, D);
+  const Asking asking(op);
+  const TokensOfRow tokens(op);
+  Scratch normed_columns(op.n, D), asking_normed_columns(asking.is_all ? 0 : op.R, D), mixed_columns(op.R, D);
   Scratch grad_y_columns(op.R, D), grad_q_columns(op.R, D), grad_kv_columns(op.n, 2 * D);
-  auto grad_mixed = scratch(op.R * D), grad_q = scratch(op.R * D), grad_kv = scratch(op.n * 2 * D);
-  if (op.kept) std::memset(grad_kv.get(), 0, op.n * 2 * D * sizeof(float));  // not every row has a query behind it
+  auto grad_mixed = scratch(op.R * D), grad_q = scratch(op.R * D), grad_kv = scratch(op.n_tokens * 2 * D);
   pack(parallel_for, out, in_kv);
-  const Attention<float> attention = attention_of(op, saved);
+  TokenKv kv(op, saved.kv);
+  const Attention<float> attention = kv.attention(saved.q);
   for_each(parallel_for, sequences.chunks().size() + in_q.n_panels(), [&](int64_t task) {
     if (task < in_q.n_panels()) return in_q.pack(task);
     const Chunk& chunk = sequences.chunks()[task - in_q.n_panels()];
+    kv.prepare(chunk);
+    if (op.kept) {  // not every token has a query behind it
+      const int64_t begin = op.offset[chunk.first], end = op.offset[chunk.last];
+      std::memset(&grad_kv[begin * 2 * D], 0, (end - begin) * 2 * D * sizeof(float));
+    }
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
     multiply(grad_y + first * D, D, n, out, {}, &grad_mixed[first * D], D);
     grad_y_columns.put(first, n, grad_y + first * D, D);
@@ -417,34 +478,39 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
     auto grad_normed = scratch(n * D), normed = scratch(n * D);
     float* to = grad_x + first * D;
     const float* beside = grad_y + first * D;
-    multiply(&grad_kv[first * 2 * D], 2 * D, n, in_kv, {}, grad_normed.get(), D);
-    grad_kv_columns.put(first, n, &grad_kv[first * 2 * D], 2 * D);
-    int64_t kept_first = 0, n_kept = 0;
-    if (!op.kept) {
+    auto sums = scratch(op.source ? n * 2 * D : 0);
+    if (op.source) tokens.sum(grad_kv.get(), 2 * D, first, n, sums.get());
+    const float* from_kv = op.source ? sums.get() : &grad_kv[first * 2 * D];
+    multiply(from_kv, 2 * D, n, in_kv, {}, grad_normed.get(), D);
+    grad_kv_columns.put(first, n, from_kv, 2 * D);
+    int64_t i_first = 0, n_asking = 0;
+    if (asking.is_all) {
       multiply(&grad_q[first * D], D, n, in_q, {grad_normed.get(), D}, grad_normed.get(), D);
     } else {
-      kept_first = std::lower_bound(op.kept, op.kept + op.R, first) - op.kept;
-      n_kept = std::lower_bound(op.kept, op.kept + op.R, first + n) - op.kept - kept_first;
-      auto from_q = scratch(n_kept * D);
-      multiply(&grad_q[kept_first * D], D, n_kept, in_q, {}, from_q.get(), D);
+      const auto begin = std::lower_bound(asking.row.begin(), asking.row.end(), first);
+      i_first = begin - asking.row.begin();
+      n_asking = std::lower_bound(begin, asking.row.end(), first + n) - begin;
+      auto from_q = scratch(n_asking * D);
+      multiply(&grad_q[i_first * D], D, n_asking, in_q, {}, from_q.get(), D);
       std::memset(to, 0, n * D * sizeof(float));
       beside = to;
-      for (int64_t i = 0; i < n_kept; ++i) {
-        const int64_t at = (op.kept[kept_first + i] - first) * D;
+      for (int64_t i = 0; i < n_asking; ++i) {
+        const int64_t at = (asking[i_first + i] - first) * D;
         add(&grad_normed[at], &from_q[i * D], D, &grad_normed[at]);
-        std::memcpy(to + at, grad_y + (kept_first + i) * D, D * sizeof(float));
+        std::memcpy(to + at, grad_y + (i_first + i) * D, D * sizeof(float));
       }
     }
     norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
                        grad_normed.get(), beside, to, normed.get(), norm_grads.weight(task), norm_grads.bias(task));
     normed_columns.put(first, n, normed.get(), D);
-    for (int64_t i = kept_first; i < kept_first + n_kept; ++i)
-      kept_normed_columns.put(i, 1, &normed[(op.kept[i] - first) * D], D);
+    for (int64_t i = i_first; i < i_first + n_asking; ++i)
+      asking_normed_columns.put(i, 1, &normed[(asking[i] - first) * D], D);
   });
   norm_grads.sum(grads);
+  const Columns& into_q = asking.is_all ? normed_columns : asking_normed_columns;
   weight_grads(parallel_for,
                {{grad_kv_columns, normed_columns, grads.in_weight + D * D, grads.in_bias + D},
-                {grad_q_columns, op.kept ? kept_normed_columns : normed_columns, grads.in_weight, grads.in_bias},
+                {grad_q_columns, into_q, grads.in_weight, grads.in_bias},
                 {grad_y_columns, mixed_columns, grads.out_weight, grads.out_bias}});
 }
 
