@@ -130,12 +130,12 @@ class Transformer(nn.Module):
             wanted = kept
         x = F.embedding(tokens, self.token_embedding.weight) + F.embedding(position, self.position_embedding.weight)
         if tap is not None:
-            tap(0, _rows(x, source))
+            tap(0, _rows(x.detach(), source))
         last = len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
             x = block(x, offset, kept=wanted if layer == last else asking, prefix=prefix, source=source)
             if tap is not None:
-                tap(layer, _rows(x, result if layer == last else source))
+                tap(layer, _rows(x.detach(), result if layer == last else source))
         return _rows(x, result)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x[index]
+    return x if index is None else x.index_select(0, index)
 
 
 def shared_rows(tokens: Tensor, position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
