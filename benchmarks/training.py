@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clmfast.config import ModelConfig, RunConfig
 from clmfast.data.tasks import PAD, Batch, TaskSet, draw, make_tasks
+from clmfast.model import shared_rows
 from clmfast.run import set_up_torch
 from clmfast.train import Training
 
@@ -194,7 +195,8 @@ class StepFlops:
 
     padded   of the padded batch, as the plain model computes it
     real     of the real tokens
-    needed   of these, what the loss depends on: in the last block only the keys and values of tokens before the output
+    needed   of these, what the loss depends on, once: sequences that begin alike share their beginning, and in the last
+             block only the keys and values of tokens before the output are of use
     """
 
     padded: float
@@ -211,14 +213,17 @@ def step_flops(config: RunConfig, tasks: TaskSet, n_steps: int = 8) -> StepFlops
     found = []
     for step in range(n_steps):
         batch = train_batch(config, tasks, step)
-        n_batch, length = len(batch.length), batch.length.astype(np.float64)
-        longest = np.full(n_batch, length.max())
+        n_batch, longest = len(batch.length), batch.length.max()
+        first, _ = shared_rows(*(torch.from_numpy(x) for x in (batch.tokens, batch.position, batch.offset)))
+        own_position = batch.position[first.numpy()]
         head = 2 * D * len(tasks.vocabulary) * n_batch
 
-        def blocks(length: NDArray[np.float64], n: int) -> float:
-            return float(n * (per_token * length + per_pair * length * (length + 1) / 2).sum())
+        def blocks(n_seen: NDArray[np.float64], n: int) -> float:
+            """Of rows that see so many tokens each."""
+            return float(n * (per_token * len(n_seen) + per_pair * n_seen.sum()))
 
-        last = (kv_per_token * length + (per_token - kv_per_token) + per_pair * length).sum()
-        forward = (blocks(longest, n_layers), blocks(length, n_layers), blocks(length, n_layers - 1) + last)
+        every, padded, own = (1.0 + x for x in (batch.position, np.tile(np.arange(longest), n_batch), own_position))
+        last = kv_per_token * len(own) + ((per_token - kv_per_token) + per_pair * batch.length).sum()
+        forward = (blocks(padded, n_layers), blocks(every, n_layers), blocks(own, n_layers - 1) + last)
         found.append([3 * (work + head) for work in forward])
     return StepFlops(*np.mean(found, axis=0).tolist())

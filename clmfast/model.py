@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,10 +36,10 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
 
-    def forward(self, x: Tensor, offset: Tensor, kept: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """x [n, D] -> [R, D]; the rest as in ops.attention_block."""
+    def forward(self, x: Tensor, offset: Tensor, **options: Tensor | None) -> Tensor:
+        """x [n, D] -> [R, D]; arguments as of ops.attention_block."""
         of_attention = _weights(self.norm_attention, self.qkv, self.attention_out)
-        x = ops.attention_block(x, of_attention, self.n_heads, offset, kept=kept, prefix=prefix)
+        x = ops.attention_block(x, of_attention, self.n_heads, offset, **options)
         return ops.mlp_block(x, _weights(self.norm_mlp, self.mlp_in, self.mlp_out))
 
 
@@ -111,20 +112,57 @@ class Transformer(nn.Module):
         position [n] int64: each token's place in its sequence; by default counted from offset.
         kept [R] int64, ascending: the rows wanted at the end (None: all). The last block computes no others.
         prefix [B] int64: see ops.attention_block. `position` then has to count from the start of the prefix.
+
+        What several sequences begin with is computed once, except with a prefix.
         """
         if position is None:
             position = torch.arange(len(tokens), device=tokens.device)
             position -= torch.repeat_interleave(offset[:-1], offset.diff())
+        source = asking = wanted = result = None
+        if prefix is None and tokens.device.type == "cpu":
+            asking, source = shared_rows(tokens, position, offset)
+            tokens, position = tokens[asking], position[asking]
+            wanted, result = asking, source
+            if kept is not None:
+                rows, result = source[kept].unique(return_inverse=True)
+                wanted = asking[rows]
+        elif kept is not None:
+            wanted = kept
         x = F.embedding(tokens, self.token_embedding.weight) + F.embedding(position, self.position_embedding.weight)
         if tap is not None:
-            tap(0, x)
+            tap(0, _rows(x.detach(), source))
         last = len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, offset, kept if layer == last else None, prefix)
+            x = block(x, offset, kept=wanted if layer == last else asking, prefix=prefix, source=source)
             if tap is not None:
-                tap(layer, x)
-        return x
+                tap(layer, _rows(x.detach(), result if layer == last else source))
+        return _rows(x, result)
 
     def logits(self, states: Tensor) -> Tensor:
         """[R, D] -> [R, V]."""
         return self.head(self.norm_out(states))
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def shared_rows(tokens: Tensor, position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that the same tokens at the same positions precede have the same states: (first [U], source [n]) with
+    source[i] the place in `first` of the token that stands for token i. `first` ascends, and of each sequence it holds
+    the end that it does not share with an earlier one in alphabetical order.
+    """
+    start, length = offset[:-1].numpy(), offset.diff().numpy()
+    n_longest = int(length.max()) if len(length) else 0
+    is_real = np.arange(n_longest) < length[:, None]
+    code = np.full(is_real.shape, -1)
+    code[is_real] = tokens.numpy() * (1 + int(position.max()) if len(position) else 1) + position.numpy()
+    order = np.lexsort(code.T[::-1]) if n_longest else np.arange(len(length))  # stable: of equal ones the earliest
+    code = code[order]
+    is_own = np.ones(is_real.shape, bool)
+    is_own[1:] = ~np.logical_and.accumulate(code[1:] == code[:-1], axis=1)
+    owner = np.maximum.accumulate(np.where(is_own, np.arange(len(order))[:, None], 0), axis=0)
+    token = np.empty(is_real.shape, np.int64)
+    token[order] = start[order][owner] + np.arange(n_longest)
+    first, source = np.unique(token[is_real], return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(source)

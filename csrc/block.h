@@ -19,6 +19,7 @@
 namespace clmfast {
 
 constexpr float EPSILON = 1e-5f;
+constexpr int64_t HIDDEN_PANEL = 16;
 
 // Weights of either half. D is the width of the stream, F that of what lies between: 3 D for attention.
 struct BlockWeights {
@@ -41,7 +42,7 @@ struct MlpBlock {
 // What the gradient needs of the forward pass; all null where none is wanted.
 struct MlpSaved {
   float *mean, *rstd;  // [n]
-  float *hidden;       // [n, F] gelu(z)
+  float* hidden;       // [., n, HIDDEN_PANEL] gelu(z), HIDDEN_PANEL columns side by side; zeros beyond F
   float *slope;        // [n, F] gelu'(z)
 };
 
@@ -50,15 +51,18 @@ void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, Parallel
 void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const float* grad_y, float* grad_x,
                             const BlockGrads& grads, ParallelFor parallel_for);
 
-// kept [R]: ascending rows of x that are wanted (null: all, R = n); y [R, D] holds these alone. Every token's key and
-// value is computed, but only the kept ones' queries and outputs.
+// kept [R]: ascending tokens that are wanted (null: all); y [R, D] holds these alone. Every token's key and value is
+// computed, but only the kept ones' queries and outputs.
+// source [n_tokens]: the row of x that a token is (null: token i is row i, n = n_tokens): sequences that begin alike can
+// share rows. source[kept] ascends strictly. Not together with prefix.
 struct AttentionBlock {
   BlockWeights weights;
-  int64_t n, R, n_heads, n_sequences;
+  int64_t n, n_tokens, R, n_heads, n_sequences;
   const float* x;
   const int64_t* kept;
-  const int64_t* offset;  // [n_sequences + 1]: sequence b is the rows offset[b] to offset[b + 1] of x
+  const int64_t* offset;  // [n_sequences + 1]: sequence b is the tokens offset[b] to offset[b + 1]
   const int64_t* prefix;  // [n_sequences] or null: the sequence whose tokens stand before those of b, -1 for none
+  const int64_t* source;
 };
 
 struct AttentionSaved {

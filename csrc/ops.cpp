@@ -81,7 +81,7 @@ void require_int64(const char* op, const char* name, const Tensor& x, const Tens
 // ---- what the CPU implementations are given
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  isa();  // what it throws has to be thrown out here
+  isa();  // what it throws would lose its text inside of torch's pool
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
@@ -602,7 +602,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
   const int64_t n = save ? op.n : 0;
   Tensor y = empty(x, {op.n, op.weights.D}, ScalarType::Float);
   Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
-  Tensor hidden = empty(x, {n, op.weights.F}, ScalarType::Float), slope = empty(x, {n, op.weights.F}, ScalarType::Float);
+  const int64_t padded_F = (op.weights.F + HIDDEN_PANEL - 1) / HIDDEN_PANEL * HIDDEN_PANEL;
+  Tensor hidden = empty(x, {n, padded_F}, ScalarType::Float);  // the op's own layout inside
+  Tensor slope = empty(x, {n, op.weights.F}, ScalarType::Float);
   mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
                 parallel_for);
   return {y, mean, rstd, hidden, slope};
@@ -632,12 +634,13 @@ void require_ascending(const char* op, const char* name, const Tensor& rows, int
 // The indices of an AttentionBlock, dense and checked; they keep it alive.
 struct Packed {
   Tensor x, offset;
-  MaybeTensor kept, prefix;
+  MaybeTensor kept, prefix, source;
 
-  Packed(const Tensor& x, const Tensor& offset, const MaybeTensor& kept, const MaybeTensor& prefix)
+  Packed(const Tensor& x, const Tensor& offset, const MaybeTensor& kept, const MaybeTensor& prefix,
+         const MaybeTensor& source)
       : x(torch::stable::contiguous(x)), offset(torch::stable::contiguous(offset)) {
     const char* op = "attention_block";
-    const int64_t n = x.size(0);
+    const int64_t n = source ? source->numel() : x.size(0);
     require_int64(op, "offset", offset, x);
     require(offset.dim() == 1 && offset.numel() >= 1, op, ": offset must be [B + 1], got ", shape(offset));
     const int64_t* at = data<int64_t>(this->offset);
@@ -650,6 +653,17 @@ struct Packed {
       require(kept->dim() == 1, op, ": kept must be [R], got ", shape(*kept));
       this->kept = torch::stable::contiguous(*kept);
       require_ascending(op, "kept", *this->kept, n);
+    }
+    if (source) {
+      require_int64(op, "source", *source, x);
+      require(source->dim() == 1, op, ": source must be [n_tokens], got ", shape(*source));
+      require(kept && !prefix, op, ": source must come with kept and without prefix");
+      this->source = torch::stable::contiguous(*source);
+      const int64_t *row = data<int64_t>(*this->source), *token = data<int64_t>(*this->kept);
+      for (int64_t i = 0; i < n; ++i)
+        require(0 <= row[i] && row[i] < x.size(0), op, ": source must be in [0, ", x.size(0), "), got ", row[i]);
+      for (int64_t i = 1; i < kept->numel(); ++i)
+        require(row[token[i - 1]] < row[token[i]], op, ": source of kept must ascend, got ", row[token[i]], " at ", i);
     }
     if (!prefix) return;
     require_int64(op, "prefix", *prefix, x);
@@ -668,23 +682,25 @@ struct Packed {
             " with D=", w.D);
     return {w,
             x.size(0),
+            source ? source->numel() : x.size(0),
             kept ? kept->numel() : x.size(0),
             n_heads,
             offset.numel() - 1,
             data<float>(x),
             kept ? data<int64_t>(*kept) : nullptr,
             data<int64_t>(offset),
-            prefix ? data<int64_t>(*prefix) : nullptr};
+            prefix ? data<int64_t>(*prefix) : nullptr,
+            source ? data<int64_t>(*source) : nullptr};
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
     const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, int64_t n_heads, const Tensor& offset,
-    const MaybeTensor& kept, const MaybeTensor& prefix, bool save) {
+    const MaybeTensor& kept, const MaybeTensor& prefix, const MaybeTensor& source, bool save) {
   const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
                         x.size(x.dim() - 1));
-  const Packed packed(x, offset, kept, prefix);
+  const Packed packed(x, offset, kept, prefix, source);
   const AttentionBlock op = packed.raw(weights, n_heads);
   const int64_t n = save ? op.n : 0, D = op.weights.D;
   Tensor y = empty(x, {op.R, D}, ScalarType::Float);
@@ -701,11 +717,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_blo
 Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& norm_weight,
                                const Tensor& norm_bias, const Tensor& in_weight, const Tensor& in_bias,
                                const Tensor& out_weight, const Tensor& out_bias, int64_t n_heads, const Tensor& offset,
-                               const MaybeTensor& kept, const Tensor& mean, const Tensor& rstd, const Tensor& q,
-                               const Tensor& kv, const Tensor& mixed, const Tensor& lse) {
+                               const MaybeTensor& kept, const MaybeTensor& source, const Tensor& mean,
+                               const Tensor& rstd, const Tensor& q, const Tensor& kv, const Tensor& mixed,
+                               const Tensor& lse) {
   const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
                         x.size(x.dim() - 1));
-  const Packed packed(x, offset, kept, std::nullopt);
+  const Packed packed(x, offset, kept, std::nullopt, source);
   const AttentionBlock op = packed.raw(weights, n_heads);
   const Tensor dense_grad = torch::stable::contiguous(grad_y);
   Grads grads = empty_grads(packed.x, weights);
@@ -732,13 +749,13 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_block(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, Tensor in_bias, Tensor "
-      "out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor? prefix, bool save) -> (Tensor y, "
-      "Tensor mean, Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse)");
+      "out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor? prefix, Tensor? source, bool save) "
+      "-> (Tensor y, Tensor mean, Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse)");
   m.def(
       "attention_block_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor in_weight, "
-      "Tensor in_bias, Tensor out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor mean, "
-      "Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "Tensor in_bias, Tensor out_weight, Tensor out_bias, int n_heads, Tensor offset, Tensor? kept, Tensor? source, "
+      "Tensor mean, Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
       "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");

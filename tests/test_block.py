@@ -16,6 +16,7 @@ from clmfast import ops
 LENGTHS = (5, 11, 0, 1, 14, 90, 3)
 OFFSET = torch.tensor([0, *LENGTHS]).cumsum(0)
 N = int(OFFSET[-1])
+SOURCE = torch.tensor([0, 1, 2, 0, 1, 3])  # two sequences of three tokens that begin alike
 KEPT = torch.tensor([0, 4, 9, 15, 16, 30, 31, 70, N - 1])
 SHAPES = [(128, 4, 512), (48, 3, 96), (33, 3, 70), (8, 1, 5), (4, 2, 1)]  # D, heads, F: whole vectors and none
 
@@ -129,6 +130,35 @@ def test_a_prefix_stands_before_its_sequences(dtype):
         torch.testing.assert_close(tree, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", [None, [0, 7, 12, 21, 23]])
+def test_sequences_that_begin_alike_share_rows(dtype, wanted):
+    """Sequences of 20, 9, 0 and 15 tokens; 1 is the beginning of 0, 3 parts from it after 11: 24 rows."""
+    D, n_heads = 33, 3
+    weights = ops.BlockWeights(*(w.to(dtype) for w in make_weights(D, 3 * D, D)))
+    x = torch.randn(24, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    offset = torch.tensor([0, 20, 29, 29, 44])
+    source = torch.cat([torch.arange(20), torch.arange(9), torch.arange(11), torch.arange(20, 24)])
+    kept = torch.cat([torch.arange(20), torch.arange(40, 44)])
+    kept = kept if wanted is None else kept[wanted]
+    grad_y = torch.randn(len(kept), D, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+    def shared(x, weights):
+        return ops.attention_block(x, weights, n_heads, offset, kept=kept, source=source)
+
+    def whole(x, weights):
+        return ops.attention_block(x[source], weights, n_heads, offset)[kept]
+
+    with outputs_full_of_nan():
+        ours = run(shared, x, weights, grad_y)
+    y, *grads = run(whole, x, weights, grad_y)
+    for a, b in zip(ours, [y, *grads], strict=True):
+        assert (a - b).abs().max() <= (3e-6 if dtype == torch.float32 else 1e-13) * b.abs().max()
+    if dtype == torch.float32:  # torch's own operations do not promise bits
+        assert torch.equal(ours[0], y)
+        assert_threads_do_not_matter(lambda: run(shared, x, weights, grad_y))
+
+
 def test_not_a_number_stays_in_its_sequence():
     half, x, weights, _ = example("attention", (48, 3, 96))
     spoilt = x.clone()
@@ -183,8 +213,9 @@ def test_opcheck():
             torch.library.opcheck(torch.ops.clmfast.mlp_block.default, (x, *weights, False))
         else:
             op = torch.ops.clmfast.attention_block.default
-            torch.library.opcheck(op, (*inputs, 2, OFFSET, KEPT, None, True))
-            torch.library.opcheck(op, (x, *weights, 2, OFFSET, None, torch.full((len(LENGTHS),), -1), False))
+            torch.library.opcheck(op, (*inputs, 2, OFFSET, KEPT, None, None, True))
+            torch.library.opcheck(op, (*inputs, 2, torch.tensor([0, 3, 6]), SOURCE[1:3], None, SOURCE, True))
+            torch.library.opcheck(op, (x, *weights, 2, OFFSET, None, torch.full((len(LENGTHS),), -1), None, False))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
@@ -224,6 +255,20 @@ X, W_MLP, W_ATTENTION = torch.zeros(4, 8), make_weights(8, 12, 12), make_weights
         (
             lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 4]), kept=torch.tensor([2, 2])),
             "attention_block: kept must ascend from 0 or more to less than 4, got 2 at 1",
+        ),
+        (
+            lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 6]), source=SOURCE),
+            "attention_block: source must come with kept and without prefix",
+        ),
+        (
+            lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 6]), source=SOURCE + 1, kept=SOURCE[:2]),
+            "attention_block: source must be in [0, 4), got 4",
+        ),
+        (
+            lambda: ops.attention_block(
+                X, W_ATTENTION, 2, torch.tensor([0, 6]), source=SOURCE, kept=torch.tensor([1, 3])
+            ),
+            "attention_block: source of kept must ascend, got 0 at 1",
         ),
         (
             lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 4]), prefix=torch.tensor([1])),

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clmfast.config import ModelConfig
-from clmfast.model import Transformer
+from clmfast.model import Transformer, shared_rows
 
 CONFIG = ModelConfig(n_layers=3, width=48, n_heads=4, init_std=0.2, embedding_std=0.3)
 VOCABULARY, MAX_LENGTH = 29, 20
@@ -72,6 +72,24 @@ def test_a_sequence_does_not_depend_on_those_beside_it():
     together = model.states(packed, offset)
     for first, stop in itertools.pairwise(offset):
         assert torch.equal(model.states(packed[first:stop], torch.tensor([0, stop - first])), together[first:stop])
+
+
+def test_what_sequences_begin_with_is_computed_once():
+    sequences = [[3, 1, 4, 1], [3, 1], [], [2, 7], [3, 1, 5], [3, 1, 4, 1], [1, 3], [3]]
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    length = torch.tensor([len(sequence) for sequence in sequences])
+    offset, position = (
+        torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)]),
+        torch.cat([*map(torch.arange, length)]),
+    )
+    first, source = shared_rows(tokens, position, offset)
+    beginnings = [tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))]
+    assert len(first) == len(set(beginnings)) == 9
+    assert (first.diff() > 0).all()
+    assert [beginnings[i] for i in first[source]] == beginnings
+    _, apart = shared_rows(tokens, torch.arange(len(tokens)), offset)
+    assert torch.equal(apart, torch.arange(len(tokens)))
+    assert [len(x) for x in shared_rows(tokens[:0], position[:0], torch.tensor([0]))] == [0, 0]
 
 
 def test_a_tree_of_prompts_equals_the_whole_prompts():

@@ -45,6 +45,7 @@ def attention_block(
     *,
     kept: Tensor | None = None,
     prefix: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
     """x [n, D] -> [R, D], causal within each sequence. Differentiable once.
 
@@ -53,12 +54,17 @@ def attention_block(
     them, but only the kept ones ask.
     prefix [B] int64: the sequence whose tokens come before those of b, as if b began with them; -1: none. A prefix has
     no prefix itself. Only without gradient.
+    source [n_tokens] int64: the row of x that each token is (None: token i is row i): sequences that begin alike can
+    share rows. offset and kept then count tokens. Needs kept, with source[kept] ascending; not together with prefix.
     """
     if prefix is not None and _wants_grad(x, weights):
         raise ValueError("attention_block: prefix is for passes without gradient")
     if _is_fused(x):
-        return torch.ops.clmfast.attention_block(x, *weights, n_heads, offset, kept, prefix, _wants_grad(x, weights))[0]
+        wants_grad = _wants_grad(x, weights)
+        return torch.ops.clmfast.attention_block(x, *weights, n_heads, offset, kept, prefix, source, wants_grad)[0]
     w = weights
+    if source is not None:
+        x = x[source]
     n, D = x.shape
     qkv = F.linear(_norm(x, w), w.in_weight, w.in_bias).view(n, 3, n_heads, D // n_heads)
     rows, lengths = _padded_rows(offset, prefix)
@@ -103,18 +109,19 @@ def _padded_rows(offset: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]
 # ---- registration
 
 N_WEIGHTS = len(BlockWeights._fields)
+HIDDEN_PANEL = 16  # as in csrc/block.h
 
 
 @torch.library.register_fake("clmfast::mlp_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     n, n_hidden = len(x) if rest[-1] else 0, len(rest[2])
-    shapes = (x.shape, (n,), (n,), (n, n_hidden), (n, n_hidden))
+    shapes = (x.shape, (n,), (n,), (n, -(-n_hidden // HIDDEN_PANEL) * HIDDEN_PANEL), (n, n_hidden))
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
 @torch.library.register_fake("clmfast::attention_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    n_heads, _, kept, _, save = rest[N_WEIGHTS:]
+    n_heads, _, kept, _, _, save = rest[N_WEIGHTS:]
     (n_tokens, D), n = x.shape, len(x) if save else 0
     R = n_tokens if kept is None else len(kept)
     shapes = ((R, D), (n,), (n,), (R, D), (n_tokens, 2, D), (R, D), (R, n_heads))
@@ -127,9 +134,15 @@ def _empty_grads(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *rest[:N_WEIGHTS]))
 
 
+def _only_y(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    """What is saved has no gradient, so that none need be made of zeros: 34 MB in a step of the default run."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
 def _save_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[: 1 + N_WEIGHTS], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    _only_y(ctx, output)
 
 
 def _differentiate_mlp(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,15 +150,15 @@ def _differentiate_mlp(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | N
 
 
 def _save_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.n_heads, offset, kept, *_ = inputs[1 + N_WEIGHTS :]
-    ctx.save_for_backward(*inputs[: 1 + N_WEIGHTS], offset, kept, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.n_heads, offset, kept, _, source, _ = inputs[1 + N_WEIGHTS :]
+    ctx.save_for_backward(*inputs[: 1 + N_WEIGHTS], offset, kept, source, *output[1:])
+    _only_y(ctx, output)
 
 
 def _differentiate_attention(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x_and_weights, rest = ctx.saved_tensors[: 1 + N_WEIGHTS], ctx.saved_tensors[1 + N_WEIGHTS :]
     grads = torch.ops.clmfast.attention_block_backward(grad_y, *x_and_weights, ctx.n_heads, *rest)
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 torch.library.register_autograd("clmfast::mlp_block", _differentiate_mlp, setup_context=_save_mlp)

@@ -1,0 +1,38 @@
+// As many float32 numbers as one register holds, as one value: W = 4, 8 or 16. Where a loop sums or compares, GCC 12
+// keeps the 16 lanes of vector.h in memory on narrower machines; these stay in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace clmfast {
+
+template <int W>
+struct LanesOf {
+  typedef float Float __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(W * sizeof(int32_t)), aligned(4), may_alias));
+};
+template <int W>
+using Lanes = typename LanesOf<W>::Float;
+
+template <int W>
+CLMFAST_BODY Lanes<W>& lanes(float* at) {
+  return *reinterpret_cast<Lanes<W>*>(at);
+}
+template <int W>
+CLMFAST_BODY const Lanes<W>& lanes(const float* at) {
+  return *reinterpret_cast<const Lanes<W>*>(at);
+}
+
+// Defines `void name parameters` as name_body<W>, compiled for every instruction set with its own W.
+#define CLMFAST_PER_WIDTH(name, parameters, arguments)                          \
+  void name##_baseline parameters { name##_body<4> arguments; }                 \
+  CLMFAST_AVX2 void name##_avx2 parameters { name##_body<8> arguments; }        \
+  CLMFAST_AVX512 void name##_avx512 parameters { name##_body<16> arguments; }   \
+  void name parameters {                                                        \
+    static const auto once = pick(name##_baseline, name##_avx2, name##_avx512); \
+    once arguments;                                                             \
+  }
+
+}  // namespace clmfast
