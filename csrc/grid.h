@@ -27,7 +27,7 @@ inline std::vector<int64_t> panels_of(int64_t N, int64_t first, int64_t count) {
 
 constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
 // Coordinates that are left of many by turning. Of 60, 72, 96 the best for states of width 128 (Zen 3).
-constexpr int64_t TURNED = 72;
+constexpr int64_t TURNED = 60;
 
 // Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
 constexpr int32_t NOBODY = 3 << 29;
@@ -42,15 +42,19 @@ struct Grid {
   int64_t* wasted;    // [S, 2] pairs of points that ring_knn measured in vain: the first time after the grid was chosen (-1:
                       // not yet), and how many more than then it has been since
   float* turn;        // [S, TURNED, D], interleaved as cpu/tile.h wants its rows
-  int16_t* cells;     // [S, n_panels(N), grid_depth(D), PANEL, PAIR]: whole steps from the centre
+  int16_t* cells;     // [S, n_panels(N), depth, PANEL, PAIR], with room for grid_depth(D): whole steps from the centre
   int32_t* norm2;     // [S, n_panels(N) * PANEL] of the cells; or NOBODY
   float* rest;        // [S, n_panels(N) * PANEL] at least the distance from the cell to the point, in steps; -infinity
                       // where there is no finite point
 
-  int16_t* panel(int64_t s, int64_t i) const { return cells + (s * n_panels(N) + i) * grid_depth(D) * PANEL * PAIR; }
+  // Side by side, whatever the depth: with gaps between them they would not share out the second cache.
+  int16_t* panel(int64_t s, int64_t i) const {
+    return cells + (s * n_panels(N) * grid_depth(D) + i * depth(s)) * PANEL * PAIR;
+  }
   int32_t* norm2_of(int64_t s) const { return norm2 + s * n_panels(N) * PANEL; }
   float* rest_of(int64_t s) const { return rest + s * n_panels(N) * PANEL; }
   int64_t n_coordinates(int64_t s) const { return n_turned[s] ? n_turned[s] : D; }
+  int64_t depth(int64_t s) const { return grid_depth(n_coordinates(s)); }
 };
 
 }  // namespace clmfast

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PANEL, PAIR, TURNED = 32, 2, 72  # as in csrc/grid.h
+PANEL, PAIR, TURNED = 32, 2, 60  # as in csrc/grid.h
 
 
 class Grid(NamedTuple):
@@ -20,7 +20,7 @@ class Grid(NamedTuple):
     unit: Tensor  # [S] float64
     n_turned: Tensor  # [S] int64
     wasted: Tensor  # [S, 2] int64
-    turn: Tensor  # [S, 72, D] float32
+    turn: Tensor  # [S, 60, D] float32
     cells: Tensor  # [S, ceil(N / 32), ceil(D / 2), 32, 2] int16
     norm2: Tensor  # [S, ceil(N / 32) * 32] int32
     rest: Tensor  # [S, ceil(N / 32) * 32] float32

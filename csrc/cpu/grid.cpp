@@ -455,7 +455,7 @@ void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor 
 }
 
 GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
-    : s_(s), n_(n), depth_(grid_depth(grid.n_coordinates(s))), cells_(depth_ * MOST * PAIR) {
+    : s_(s), n_(n), depth_(grid.depth(s)), cells_(depth_ * MOST * PAIR) {
   bool is_copied = false;
   for (int64_t r = 0; r < MOST; ++r) {
     norm2_[r] = 0;
