@@ -136,6 +136,52 @@ def test_any_shape(S, N, Q, D, k, n_values, seed):
         assert_exact(points, k)
 
 
+def few_directions(S, N, D, rank=9, noise=0.02, seed=0):
+    """Points that differ in few directions, as a model's states do: the screen turns them and leaves the rest out."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(S, rank, D, generator=generator)
+    weights = torch.randn(S, N, rank, generator=generator)
+    return weights @ directions + noise * torch.randn(S, N, D, generator=generator)
+
+
+TURNED = {
+    "as they are": lambda x: x,
+    "offset": lambda x: x + 300,
+    "tiny": lambda x: x * 1e-30,
+    "huge": lambda x: x * 1e18,
+    "exactly so few": lambda x: x.round(),
+    "duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 190],
+    "outliers": lambda x: torch.where(torch.arange(x.shape[1])[:, None] % 50 == 7, x * 1e4, x),
+    "another direction later": lambda x: (
+        x + (torch.arange(x.shape[1]) % 8 == 3)[:, None] * 50 * normal(1, 1, x.shape[2])
+    ),
+    "not finite": lambda x: x.masked_fill(torch.arange(x.shape[1])[:, None] % 40 == 3, NAN),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_points_of_few_directions(name, k):
+    points = TURNED[name](few_directions(2, 330, 130))
+    assert_exact(points, k)
+    assert_exact(points, k, points[:, :20] * 1.5)
+
+
+@pytest.mark.parametrize("N", [256, 257, 512, 700, 1100])
+def test_blocks_meet_once(N):
+    group = torch.arange(N) % 5
+    for points in (normal(1, N, 6), normal(1, N, 6).sign(), few_directions(1, N, 100)):
+        assert_exact(points, 10)
+        assert_exact(points, 10, barred=(group, group))
+
+
+def test_cells_as_far_apart_as_can_be():
+    points = torch.ones(1, 300, 128)
+    points[:, ::2] = -1
+    assert_exact(points, 5)
+    assert_exact(points, 200)
+
+
 def test_no_coordinates():
     points = torch.zeros(2, 5, 0)
     assert_exact(points, 3)
@@ -164,10 +210,12 @@ def answers():
             *ops.knn(points, 9, normal(2, 14, D)),
             *ops.kmeans(points, 6, init=points[:, :6]),
         ]
+    for make in TURNED.values():
+        found += ops.knn(make(few_directions(1, 330, 130)), 10)
     return found
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
 def test_every_instruction_set_gives_the_same_bits(tmp_path, isa):
     script = "import sys, torch, test_knn as t; torch.save(t.answers(), sys.argv[1])"
     done = subprocess.run(

@@ -35,6 +35,9 @@ class TwoRings:
         x = torch.randn(shape, generator=self.generator)
         if self.kind == "ties":
             x = x.sign()  # 64 different points, so most distances tie
+        if self.kind == "turning":  # in few directions, which change: grids are turned, and go stale
+            directions = torch.randn(5, shape[-1], generator=torch.Generator().manual_seed(step // 6))
+            x = x[..., :5] @ directions + 0.01 * x
         if self.kind == "drifting":
             x = x / (1 + step) + step  # everything old is far away and thinly spread: lists run dry
         if self.kind == "growing":
@@ -46,7 +49,7 @@ class TwoRings:
             x[:, 1::4] = 1e30  # finite, but distances overflow
         return x
 
-    def step(self, step, batches):
+    def step(self, step, batches, is_new=None):
         """Write a batch into each ring; returns both as the ops take them."""
         views = []
         for i, batch in enumerate(batches):
@@ -57,11 +60,11 @@ class TwoRings:
             first = self.n_written[i] % n
             self.n_written[i] += batch
             views.append(Ring(ring, self.grids[i], min(n, self.n_written[i]), first, batch))
-        ops.ring_to_grid(*views, is_new=step % 10 == 0)
+        ops.ring_to_grid(*views, is_new=step % 10 == 0 if is_new is None else is_new)
         return views
 
 
-KINDS = ["gaussian", "ties", "drifting", "growing", "shrinking", "non-finite"]
+KINDS = ["gaussian", "ties", "turning", "drifting", "growing", "shrinking", "non-finite"]
 
 
 def assert_equals_knn(index, points, queries, barred):
@@ -90,6 +93,32 @@ def test_queries_in_two_views(kind):
         points, queries = data.step(step, (9, 3))
         barred = (data.groups[1], data.groups[0])
         assert_equals_knn(near.update(points, queries, barred), points, queries, barred)
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+def test_wide_rings_on_turned_grids(is_self):
+    data = TwoRings("turning", n=400, n_queries=60, n_sets=2, width=100)
+    near = RingNeighbours(K, 1 if is_self else 2, 2, 400 if is_self else 60)
+    for step in range(24):
+        points, queries = data.step(step, (400, 60) if step == 0 else (40, 7), is_new=step == 0)
+        barred = (data.groups[0][:1], data.groups[0][:1]) if is_self else (data.groups[1], data.groups[0])
+        index = near.update(points, None if is_self else queries, barred)
+        assert_equals_knn(index, points, points if is_self else queries, barred)
+    assert (data.grids[0].n_turned > 0).all()
+
+
+def test_a_grid_that_wastes_measurements_is_chosen_anew():
+    data = TwoRings("turning", n=400, n_queries=60, n_sets=1, width=100)
+    near = RingNeighbours(K, 1, 1, 400)
+    turns = []
+    for step in range(4):
+        points, _ = data.step(0, (400, 60) if step == 0 else (40, 7), is_new=step == 0)
+        turns.append(data.grids[0].turn.clone())
+        near.update(points, None, (data.groups[0][:1], data.groups[0][:1]))
+        if step == 2:
+            data.grids[0].wasted[0, 1] = 10**6
+    assert torch.equal(turns[0], turns[2])
+    assert not torch.equal(turns[2], turns[3])
 
 
 @pytest.mark.parametrize("batches", [(60, 3), (9, 18), (60, 18), (0, 0), (1, 0), (0, 1)])
@@ -132,7 +161,12 @@ def history():
         points, queries = data.step(step, (70, 10))
         near.update(points, queries, (data.groups[1], data.groups[0]))
         own.update(points, None, (data.groups[0][:1], data.groups[0][:1]))
-    return [*near._state, *own._state]
+    wide = TwoRings("turning", n=400, n_queries=60, width=100)
+    turned = RingNeighbours(K, 1, 3, 400)
+    for step in range(5):
+        points, _ = wide.step(step, (400, 60) if step == 0 else (40, 7))
+        turned.update(points, None, (wide.groups[0][:1], wide.groups[0][:1]))
+    return [*near._state, *own._state, *turned._state]
 
 
 def test_threads_do_not_matter():
@@ -142,7 +176,7 @@ def test_threads_do_not_matter():
 def test_every_instruction_set_gives_the_same_bits(tmp_path):
     script = "import sys, torch, test_ring_neighbours as t; torch.save(t.history(), sys.argv[1])"
     best = history()
-    for isa in ("baseline", "avx2", "avx512"):
+    for isa in ("baseline", "avx2", "avx512", "avx512vnni"):
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / isa)],
             env={**os.environ, "CLMFAST_ISA": isa},
