@@ -26,7 +26,7 @@ inline std::vector<int64_t> panels_of(int64_t N, int64_t first, int64_t count) {
 }
 
 constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
-// Coordinates that are left of many by turning. Of 60, 72, 96 the best for states of width 128 (Zen 3).
+// Coordinates that are left of many by turning. For states of width 128, 48 to 72 are equally fast (Zen 3).
 constexpr int64_t TURNED = 60;
 
 // Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
@@ -39,8 +39,8 @@ struct Grid {
   float* centre;      // [S, D] in steps
   double* unit;       // [S] steps per unit of the points
   int64_t* n_turned;  // [S] rows of the turn; 0: the coordinates are the points' own
-  int64_t* wasted;    // [S, 2] pairs of points that ring_knn measured in vain: the first time after the grid was chosen (-1:
-                      // not yet), and how many more than then it has been since
+  int64_t* wasted;    // [S, 2] pairs of points that ring_knn measured in vain: the first time after the grid was chosen
+                      // (-1: not yet), and how many more than then it has been since
   float* turn;        // [S, TURNED, D], interleaved as cpu/tile.h wants its rows
   int16_t* cells;     // [S, n_panels(N), depth, PANEL, PAIR], with room for grid_depth(D): whole steps from the centre
   int32_t* norm2;     // [S, n_panels(N) * PANEL] of the cells; or NOBODY

@@ -116,8 +116,8 @@ Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tens
               has_shape(norm2, {S, n_panels(N) * PANEL}) && has_shape(rest, {S, n_panels(N) * PANEL}),
           op, ": the grid must be made for points ", shape(points));
   return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<int64_t>(n_turned),
-          mutable_data<int64_t>(wasted), mutable_data<float>(turn), mutable_data<int16_t>(cells), mutable_data<int32_t>(norm2),
-          mutable_data<float>(rest)};
+          mutable_data<int64_t>(wasted), mutable_data<float>(turn), mutable_data<int16_t>(cells),
+          mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
 }
 
 // ---- knn
@@ -249,18 +249,21 @@ Ring ring(const char* op, const Tensor& points, int64_t n, int64_t first, int64_
 
 void ring_to_grid(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
                   int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                  const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                  const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn,
+                  const Tensor& cells, const Tensor& norm2, const Tensor& rest,
                   const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_new) {
   const char* name = "ring_to_grid";
   const Ring of_points = ring(name, points, n, first, count);
   const Ring of_queries = ring(name, queries, n_queries, first_query, count_queries);
   ring_to_grid_cpu(of_points, grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest), of_queries,
-                   grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest), is_new, parallel_for);
+                   grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest), is_new,
+                   parallel_for);
 }
 
 int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
                  int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                 const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest,
+                 const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn,
+                 const Tensor& cells, const Tensor& norm2, const Tensor& rest,
                  const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_self,
                  const Tensor& query_group, const Tensor& point_group, const Tensor& key, const Tensor& bound,
                  const Tensor& index) {
@@ -269,7 +272,8 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
   op.points = ring(name, points, n, first, count);
   op.queries = ring(name, queries, n_queries, first_query, count_queries);
   const Grid grid_points = grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest);
-  const Grid grid_queries = grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest);
+  const Grid grid_queries =
+      grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest);
   const std::pair<const char*, const Tensor*> integers[] = {{"query_group", &query_group},
                                                             {"point_group", &point_group},
                                                             {"key", &key},

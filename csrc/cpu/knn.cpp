@@ -1,5 +1,5 @@
-// knn on the CPU. Queries meet the points in blocks. In the self form a block of points meets another one once, and both
-// look for neighbours in the same numbers.
+// knn on the CPU. Queries meet the points in blocks. In the self form two blocks of points meet once, and both look for
+// neighbours in the same numbers.
 #include "../knn.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t BLOCK_PANELS = 8;   // of points that meet each other: their cells stay in the second cache
-constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: enough to reuse a panel, few enough for many threads
+constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: many enough to reuse panels, few for many threads
 
 // Neighbours at dist2 <= within lie below this.
 Neighbour bound_of(float within) {
@@ -32,7 +32,9 @@ struct Searches {
   std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
   std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
 
-  const float* query(int64_t s, int64_t i) const { return (op.is_self ? op.points : op.queries) + (s * op.Q + i) * op.D; }
+  const float* query(int64_t s, int64_t i) const {
+    return (op.is_self ? op.points : op.queries) + (s * op.Q + i) * op.D;
+  }
   int64_t size_of(int64_t block) const { return std::min(block_size, op.Q - block * block_size); }
 
   void begin(int64_t s, int64_t i) {
@@ -84,7 +86,8 @@ struct Searches {
   }
 
   void write(int64_t s, int64_t block) const {
-    for (int64_t e = (s * op.Q + block * block_size) * op.k; e < (s * op.Q + block * block_size + size_of(block)) * op.k; ++e) {
+    const int64_t first = (s * op.Q + block * block_size) * op.k;
+    for (int64_t e = first; e < first + size_of(block) * op.k; ++e) {
       const Neighbour found = op.index[e];
       op.dist2[e] = found == NO_NEIGHBOUR ? INF : dist2_of(found);
       op.index[e] = found == NO_NEIGHBOUR ? -1 : index_of(found);

@@ -80,9 +80,9 @@ CLMFAST_AVX512 double dist2_avx512(const float* a, const float* b, int64_t D) {
   for (; d + LANES <= D; d += LANES) add_squares_avx512(a + d, b + d, sum);
   if (d < D) add_squares_avx512(Last(a + d, D - d).value, Last(b + d, D - d).value, sum);
   const __m512d eight = _mm512_add_pd(sum[0], sum[1]);
-  const __m256d four = _mm256_add_pd(_mm512_maskz_extractf64x4_pd(ALL, eight, 0), _mm512_maskz_extractf64x4_pd(ALL, eight, 1));
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+  const __m256d low = _mm512_maskz_extractf64x4_pd(ALL, eight, 0), high = _mm512_maskz_extractf64x4_pd(ALL, eight, 1);
+  const __m256d four = _mm256_add_pd(low, high);
+  return sum_of_four(four);
 }
 #else
 constexpr auto dist2_avx2 = dist2_baseline, dist2_avx512 = dist2_baseline;

@@ -92,8 +92,8 @@ struct Update {
     return is_arrival;
   }
 
-  // The queries `rows` [n] look for their neighbours, and write their lists. With `arrivals`, these rows are new points as
-  // well, and the queries that stay look for neighbours among them.
+  // The queries `rows` [n] look for their neighbours, and write their lists. With `arrivals`, these rows are new points
+  // as well, and the queries that stay look for neighbours among them.
   // Returns how many points it measured in vain.
   int64_t search(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>* arrivals) const {
     int64_t n_wasted = 0;
@@ -248,7 +248,8 @@ void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries,
                       ParallelFor parallel_for) {
   // To choose a grid and to move all points to it costs about as much as measuring so many pairs (Zen 3, 2048 x 128).
   constexpr int64_t PRICE = 60000;
-  const std::vector<int64_t> changed = panels_of(grid.N, points.first, points.count), all = panels_of(grid.N, 0, grid.N);
+  const std::vector<int64_t> changed = panels_of(grid.N, points.first, points.count),
+                             all = panels_of(grid.N, 0, grid.N);
   const std::vector<int64_t> changed_queries = panels_of(query_grid.N, queries.first, queries.count),
                              all_queries = panels_of(query_grid.N, 0, query_grid.N);
   const bool is_shared = grid.cells == query_grid.cells;

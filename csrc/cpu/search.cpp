@@ -85,8 +85,8 @@ CLMFAST_BODY void minima_body(const float* x, int64_t n, int64_t n_minima, float
 
 CLMFAST_PER_ISA(void, minima, (const float* x, int64_t n, int64_t n_minima, float* out), (x, n, n_minima, out))
 
-// A little more than the k-th smallest of n floats >= 0, n >= k. Halving the range has nothing to predict, which partial
-// sorting has; floats >= 0 sort as their bits.
+// A little more than the k-th smallest of n floats >= 0, n >= k. Halving the range has nothing to predict, which
+// partial sorting has; floats >= 0 sort as their bits.
 CLMFAST_BODY float kth_of_body(const float* x, int64_t n, int64_t k) {
   constexpr uint32_t NEAR = 1 << 8;
   uint32_t low = ~0u, high = 0;  // fewer than k are below `low`, at least k are at most `high`
@@ -121,7 +121,8 @@ CLMFAST_BODY void insert_chunk_body(Neighbour* list, int64_t n, Neighbour x, Nei
   for (int64_t e = 0; e < n; ++e) list[e] = scratch[e];
 }
 
-CLMFAST_PER_ISA(void, insert_chunk, (Neighbour* list, int64_t n, Neighbour x, Neighbour* scratch), (list, n, x, scratch))
+CLMFAST_PER_ISA(void, insert_chunk, (Neighbour* list, int64_t n, Neighbour x, Neighbour* scratch),
+                (list, n, x, scratch))
 
 }  // namespace
 

@@ -163,7 +163,8 @@ void sweep(const std::vector<GridRows>& rows, const Grid& columns, int64_t begin
   if (rows.empty()) return;
   constexpr int64_t CACHE = 320 << 10;  // a chunk of panels stays in the second cache
   const int64_t chunk = std::clamp<int64_t>(CACHE / std::max<int64_t>(rows[0].panel_bytes(), 1), 4, Row::MOST / PANEL);
-  constexpr int64_t STRIDE = Row::MOST + PANEL;  // rows a power of two apart would share a few places of the first cache
+  // Rows a power of two apart would share a few places of the first cache.
+  constexpr int64_t STRIDE = Row::MOST + PANEL;
   std::unique_ptr<float[]> dist2(new float[GridRows::MOST * STRIDE]);
   for (; begin < end; begin += chunk) {
     const int64_t n = std::min(chunk, end - begin);
