@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 
 #include "isa.h"
@@ -24,22 +23,25 @@ constexpr int64_t LINE = 64;     // bytes that memory moves as one
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Pieces of one allocation, each on a line of its own.
-template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : all_(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(LINE)))), next_(all_) {}
+  explicit Scratch(int64_t bytes) : all_(static_cast<char*>(::operator new(bytes, std::align_val_t(LINE)))), next_(all_) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() { ::operator delete(all_, std::align_val_t(LINE)); }
 
-  static constexpr int64_t size(int64_t n) { return round_up(n, LINE / sizeof(T)); }
+  template <class T>
+  static constexpr int64_t size(int64_t n) {
+    return round_up(n * sizeof(T), LINE);
+  }
+  template <class T>
   T* take(int64_t n) {
-    T* piece = next_;
-    next_ += size(n);
-    return piece;
+    char* piece = next_;
+    next_ += size<T>(n);
+    return reinterpret_cast<T*>(piece);
   }
 
  private:
-  T *all_, *next_;
+  char *all_, *next_;
 };
 
 // The rows that a sequence's queries see, as keys 0, 1, ... : first those of the prefix, then its own.
@@ -62,14 +64,15 @@ Keys keys_of(const Attention<T>& op, const Sequence& s) {
 
 // Up to QUERIES queries: query `first` + i sees the keys below n_seen[i], which ascends.
 struct Block {
-  int64_t first, n, n_seen[QUERIES];
+  int64_t first, n, n_keys, n_seen[QUERIES];
 
   template <class T>
   Block(const Attention<T>& op, const Sequence& s, const Keys& keys, int64_t first)
-      : first(first), n(std::min(QUERIES, s.query_end - first)) {
-    for (int64_t i = 0; i < n; ++i) n_seen[i] = keys.n_prefix + row_of(op, first + i) - s.begin + 1;
+      : first(first), n(std::min(QUERIES, s.query_end - first)), n_keys(0) {
+    for (int64_t i = 0; i < n; ++i) n_seen[i] = n_keys = keys.n_prefix + row_of(op, first + i) - s.begin + 1;
+    for (int64_t i = n; i < round_up(n, ROWS); ++i) n_seen[i] = n_keys;
   }
-  int64_t n_keys() const { return n_seen[n - 1]; }
+  int64_t at(int64_t i) const { return std::min(i, n - 1); }  // a tile is filled up with the last query
 };
 
 struct Span {
@@ -110,20 +113,38 @@ struct Tiles {
     return lane < static_cast<T>(n) ? x : other - Lanes{};
   }
 
-  CLMFAST_BODY static T sum_of(Lanes x) {
-    T lane[N], sum = 0;
-    std::memcpy(lane, &x, sizeof x);
-    for (int64_t step = N / 2; step; step /= 2)
-      for (int64_t i = 0; i < step; ++i) lane[i] += lane[i + step];
-    return sum + lane[0];
+  template <int64_t I>
+  CLMFAST_BODY static Four four(Lanes x) {
+    return __builtin_shufflevector(x, x, 4 * I, 4 * I + 1, 4 * I + 2, 4 * I + 3);
   }
 
-  CLMFAST_BODY static T largest_of(Lanes x) {
-    T lane[N];
-    std::memcpy(lane, &x, sizeof x);
-    for (int64_t step = N / 2; step; step /= 2)
-      for (int64_t i = 0; i < step; ++i) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
-    return lane[0];
+  CLMFAST_BODY static Four larger(Four x, Four y) { return x > y ? x : y; }
+
+  CLMFAST_BODY static Four folded_sum(Lanes x) {
+    if constexpr (N == 4) return four<0>(x);
+    else if constexpr (N == 8) return four<0>(x) + four<1>(x);
+    else return (four<0>(x) + four<2>(x)) + (four<1>(x) + four<3>(x));
+  }
+
+  CLMFAST_BODY static Four folded_largest(Lanes x) {
+    if constexpr (N == 4) return four<0>(x);
+    else if constexpr (N == 8) return larger(four<0>(x), four<1>(x));
+    else return larger(larger(four<0>(x), four<2>(x)), larger(four<1>(x), four<3>(x)));
+  }
+
+  // The sums of four vectors' lanes, all four at once.
+  CLMFAST_BODY static Four sums_of(const Lanes (&x)[ROWS]) {
+    const Four a = folded_sum(x[0]), b = folded_sum(x[1]), c = folded_sum(x[2]), d = folded_sum(x[3]);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  }
+
+  CLMFAST_BODY static Four largest_of(const Lanes (&x)[ROWS]) {
+    const Four a = folded_largest(x[0]), b = folded_largest(x[1]), c = folded_largest(x[2]), d = folded_largest(x[3]);
+    const Four ab = larger(__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7));
+    const Four cd = larger(__builtin_shufflevector(c, d, 0, 4, 1, 5), __builtin_shufflevector(c, d, 2, 6, 3, 7));
+    return larger(__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
   }
 
   // The same row of the next head is wanted soon: heads lie side by side, their rows too far apart for the processor to
@@ -169,32 +190,30 @@ struct Tiles {
   }
 
   // sum[r][c] += sum_{k in span} a[r][k a_step] b[k, c]
-  template <int64_t C>
+  template <int64_t R, int64_t C>
   CLMFAST_BODY static void add_products(const T* const* a, int64_t a_step, const T* b, int64_t b_step, Span span,
-                                        Lanes (&sum)[ROWS][C]) {
-    Lanes s[ROWS][C];
-    for (int64_t r = 0; r < ROWS; ++r)
+                                        Lanes (&sum)[R][C]) {
+    Lanes s[R][C];
+    const T* at[R];
+    for (int64_t r = 0; r < R; ++r) {
+      at[r] = a[r] + span.begin * a_step;
       for (int64_t c = 0; c < C; ++c) s[r][c] = sum[r][c];
-    const T *a0 = a[0] + span.begin * a_step, *a1 = a[1] + span.begin * a_step, *a2 = a[2] + span.begin * a_step,
-            *a3 = a[3] + span.begin * a_step;
+    }
     b += span.begin * b_step;
     for (int64_t k = span.begin; k < span.end; ++k, b += b_step) {
       Lanes x[C];
       for (int64_t c = 0; c < C; ++c) x[c] = get(b + c * N);
-      for (int64_t c = 0; c < C; ++c) s[0][c] += *a0 * x[c];
-      for (int64_t c = 0; c < C; ++c) s[1][c] += *a1 * x[c];
-      for (int64_t c = 0; c < C; ++c) s[2][c] += *a2 * x[c];
-      for (int64_t c = 0; c < C; ++c) s[3][c] += *a3 * x[c];
-      a0 += a_step, a1 += a_step, a2 += a_step, a3 += a_step;
+      for (int64_t r = 0; r < R; ++r, at[r - 1] += a_step)
+        for (int64_t c = 0; c < C; ++c) s[r][c] += *at[r] * x[c];
     }
-    for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t r = 0; r < R; ++r)
       for (int64_t c = 0; c < C; ++c) sum[r][c] = s[r][c];
   }
 
   template <int64_t C>
   CLMFAST_BODY static void score_tile(const T* const* a, const T* b, int64_t width, T* const* to) {
     Lanes sum[ROWS][C] = {};
-    add_products<C>(a, 1, b, PANEL, {0, width}, sum);
+    add_products<ROWS, C>(a, 1, b, PANEL, {0, width}, sum);
     for (int64_t r = 0; r < ROWS; ++r)
       for (int64_t c = 0; c < C; ++c) put(to[r] + c * N, sum[r][c]);
   }
@@ -202,16 +221,15 @@ struct Tiles {
   // to[i, key] = a[i] . key for the keys that query i sees, and rubbish in up to a tile's worth behind them
   CLMFAST_BODY static void scores(const T* a, int64_t padded, int64_t width, const Block& block, const T* keys, T* to,
                                   int64_t to_stride) {
-    for (int64_t j = 0; j < block.n_keys(); j += PANEL) {
+    for (int64_t j = 0; j < block.n_keys; j += PANEL) {
       for (int64_t first = 0; first < block.n; first += ROWS) {
-        const int64_t n = block.n_seen[std::min(first + ROWS, block.n) - 1] - j;
+        const int64_t n = block.n_seen[first + ROWS - 1] - j;
         if (n <= 0) continue;
         const T* row[ROWS];
         T* out[ROWS];
         for (int64_t r = 0; r < ROWS; ++r) {
-          const int64_t i = std::min(first + r, block.n - 1);
-          row[r] = a + i * padded;
-          out[r] = to + i * to_stride + j;
+          row[r] = a + block.at(first + r) * padded;
+          out[r] = to + (first + r) * to_stride + j;
         }
         if (n > N) score_tile<2>(row, keys + j * padded, width, out);
         else score_tile<1>(row, keys + j * padded, width, out);
@@ -233,25 +251,21 @@ struct Tiles {
     std::memcpy(to, all, n * sizeof(T));
   }
 
-  template <int64_t C>
+  template <int64_t R, int64_t C>
   CLMFAST_BODY static void mix_tile(const T* const* a, int64_t a_step, const T* b, int64_t b_step, const Span* span,
                                     T* const* to, int64_t n_real, int64_t n_added, int64_t width) {
-    Span some = span[0], all = span[0];
-    for (int64_t r = 1; r < ROWS; ++r) {
-      some = {std::min(some.begin, span[r].begin), std::max(some.end, span[r].end)};
-      all = {std::max(all.begin, span[r].begin), std::min(all.end, span[r].end)};
-    }
-    Lanes sum[ROWS][C] = {};
-    add_products<C>(a, a_step, b, b_step, all, sum);
+    Span all = span[0];
+    for (int64_t r = 1; r < R; ++r) all = {std::max(all.begin, span[r].begin), std::min(all.end, span[r].end)};
+    Lanes sum[R][C] = {};
+    add_products<R, C>(a, a_step, b, b_step, all, sum);
     // What not all rows of the tile see is not even multiplied by zero for the others.
-    for (int64_t k = some.begin; k < some.end; k = k + 1 == all.begin ? all.end : k + 1) {
-      if (k == all.begin) k = all.end;
-      if (k >= some.end) break;
-      for (int64_t r = 0; r < ROWS; ++r)
-        if (span[r].begin <= k && k < span[r].end)
-          for (int64_t c = 0; c < C; ++c) sum[r][c] += a[r][k * a_step] * get(b + k * b_step + c * N);
+    for (int64_t r = 0; r < R; ++r) {
+      for (int64_t k = span[r].begin; k < all.begin; ++k)
+        for (int64_t c = 0; c < C; ++c) sum[r][c] += a[r][k * a_step] * get(b + k * b_step + c * N);
+      for (int64_t k = all.end; k < span[r].end; ++k)
+        for (int64_t c = 0; c < C; ++c) sum[r][c] += a[r][k * a_step] * get(b + k * b_step + c * N);
     }
-    for (int64_t r = 0; r < ROWS; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
       if (r >= n_real) break;
       for (int64_t c = 0; c < C; ++c) {
         if (r < n_added) sum[r][c] += get_first(to[r] + c * N, width - c * N);
@@ -260,44 +274,58 @@ struct Tiles {
     }
   }
 
-  // to[i] = sum_{k in span[i]} a[i, k] b[k], on top of what is there for i < n_added
-  CLMFAST_BODY static void mix(Matrix<const T> a, int64_t n, const Span* span, const T* b, int64_t padded, int64_t width,
-                               Matrix<T> to, int64_t n_added) {
-    for (int64_t first = 0; first < n; first += ROWS) {
-      const T* row[ROWS];
-      T* out[ROWS];
-      Span spans[ROWS];
-      for (int64_t r = 0; r < ROWS; ++r) {
+  template <int64_t R, int64_t C>
+  CLMFAST_BODY static void mix_tiles(Matrix<const T> a, int64_t n, const Span* span, const T* b, int64_t padded,
+                                     int64_t width, Matrix<T> to, int64_t n_added) {
+    for (int64_t first = 0; first < n; first += R) {
+      const T* row[R];
+      T* out[R];
+      Span spans[R];
+      for (int64_t r = 0; r < R; ++r) {
         const int64_t i = std::min(first + r, n - 1);
         row[r] = a.at + i * a.row, out[r] = to.at + i * to.row, spans[r] = span[i];
       }
-      for (int64_t w = 0; w < padded; w += PANEL) {
-        if (padded - w > N) mix_tile<2>(row, a.column, b + w, padded, spans, out, n - first, n_added - first, width - w);
-        else mix_tile<1>(row, a.column, b + w, padded, spans, out, n - first, n_added - first, width - w);
-        for (int64_t r = 0; r < ROWS; ++r) out[r] += PANEL;
-      }
+      mix_tile<R, C>(row, a.column, b, padded, spans, out, n - first, n_added - first, width);
     }
   }
 
-  // A row of scores becomes its softmax; returns lse.
-  CLMFAST_BODY static T soften(T* row, int64_t n, T scale) {
+  // to[i] = sum_{k in span[i]} a[i, k] b[k], on top of what is there for i < n_added. Neighbouring spans share a k. Where
+  // a row is wide, tiles are of two rows, of which less is seen by one row alone.
+  CLMFAST_BODY static void mix(Matrix<const T> a, int64_t n, const Span* span, const T* b, int64_t padded, int64_t width,
+                               Matrix<T> to, int64_t n_added) {
+    int64_t w = 0;
+    for (; w + 4 * N <= padded; w += 4 * N)
+      mix_tiles<2, 4>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
+    for (; w + 2 * N <= padded; w += 2 * N)
+      mix_tiles<4, 2>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
+    if (w < padded) mix_tiles<4, 1>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
+  }
+
+  // The scores of ROWS queries, row r at row + r stride, become softmax; returns lse. Row r has n[r] keys, no row more
+  // than the last. Four rows at a time: their chains of sums and powers run side by side.
+  CLMFAST_BODY static Four soften(T* row, int64_t stride, const int64_t* n, T scale) {
     const T lowest = -std::numeric_limits<T>::infinity();
-    Lanes highest = lowest - Lanes{}, sums = {};
-    for (int64_t j = 0; j < n; j += N) {
-      const Lanes x = keep_first(get(row + j) * scale, n - j, lowest);
-      put(row + j, x);
-      highest = highest > x ? highest : x;
-    }
-    T top = largest_of(highest);
-    if (top == lowest) top = 0;
-    for (int64_t j = 0; j < n; j += N) {
-      const Lanes p = exponential(get(row + j) - top);
-      put(row + j, p);
-      sums += p;
-    }
-    const T sum = sum_of(sums), share = 1 / sum;
-    for (int64_t j = 0; j < n; j += N) put(row + j, get(row + j) * share);
-    return top + std::log(sum);
+    Lanes highest[ROWS], sums[ROWS] = {};
+    for (int64_t r = 0; r < ROWS; ++r) highest[r] = lowest - Lanes{};
+    for (int64_t j = 0; j < n[ROWS - 1]; j += N)
+      for (int64_t r = 0; r < ROWS; ++r) {
+        const Lanes x = keep_first(get(row + r * stride + j) * scale, n[r] - j, lowest);
+        put(row + r * stride + j, x);
+        highest[r] = highest[r] > x ? highest[r] : x;
+      }
+    Four top = largest_of(highest);
+    top = top == lowest ? Four{} : top;
+    for (int64_t j = 0; j < n[ROWS - 1]; j += N)
+      for (int64_t r = 0; r < ROWS; ++r) {
+        const Lanes p = keep_first(exponential(get(row + r * stride + j) - top[r]), n[r] - j, 0);
+        put(row + r * stride + j, p);
+        sums[r] += p;
+      }
+    const Four sum = sums_of(sums), share = 1 / sum;
+    for (int64_t j = 0; j < n[ROWS - 1]; j += N)
+      for (int64_t r = 0; r < ROWS; ++r) put(row + r * stride + j, get(row + r * stride + j) * share[r]);
+    for (int64_t r = 0; r < ROWS; ++r) top[r] += std::log(sum[r]);
+    return top;
   }
 
   CLMFAST_BODY static void forward(const Attention<T>& op, const Sequence& s, const AttentionOut<T>& to) {
@@ -306,10 +334,10 @@ struct Tiles {
     const int64_t W = op.width, H = op.n_heads, padded = round_up(W, N);
     const int64_t n_packed = round_up(keys.n, PANEL), stride = n_packed + LINE / sizeof(T);  // no two rows in one cache set
     const T scale = 1 / std::sqrt(static_cast<T>(W));
-    using S = Scratch<T>;
-    S scratch(2 * S::size(n_packed * padded) + S::size(QUERIES * padded) + S::size(QUERIES * stride));
-    T *packed = scratch.take(n_packed * padded), *rows = scratch.take(n_packed * padded);
-    T *q = scratch.take(QUERIES * padded), *weight = scratch.take(QUERIES * stride);
+    const int64_t n_rows = n_packed * padded, n_queries = QUERIES * padded, n_scores = QUERIES * stride;
+    Scratch scratch(2 * Scratch::size<T>(n_rows) + Scratch::size<T>(n_queries) + Scratch::size<T>(n_scores));
+    T *packed = scratch.take<T>(n_rows), *rows = scratch.take<T>(n_rows);
+    T *q = scratch.take<T>(n_queries), *weight = scratch.take<T>(n_scores);
 
     for (int64_t h = 0; h < H; ++h) {
       gather(op.k + h * W, op.kv_stride, keys, W, padded, rows);
@@ -323,8 +351,10 @@ struct Tiles {
           span[i] = {0, block.n_seen[i]};
         }
         scores(q, padded, W, block, packed, weight, stride);
-        for (int64_t i = 0; i < block.n; ++i)
-          to.lse[(first + i) * H + h] = soften(weight + i * stride, block.n_seen[i], scale);
+        for (int64_t i = 0; i < block.n; i += ROWS) {
+          const Four lse = soften(weight + i * stride, stride, block.n_seen + i, scale);
+          for (int64_t r = 0; r < std::min(ROWS, block.n - i); ++r) to.lse[(first + i + r) * H + h] = lse[r];
+        }
         mix({weight, stride}, block.n, span, rows, padded, W, {to.out + first * to.out_stride + h * W, to.out_stride}, 0);
       }
     }
@@ -337,13 +367,13 @@ struct Tiles {
     const int64_t W = op.width, H = op.n_heads, padded = round_up(W, N);
     const int64_t n_packed = round_up(keys.n, PANEL), stride = n_packed + LINE / sizeof(T);
     const T scale = 1 / std::sqrt(static_cast<T>(W));
-    using S = Scratch<T>;
-    S scratch(3 * S::size(n_packed * padded) + 2 * S::size(QUERIES * padded) + 2 * S::size(QUERIES * stride));
-    T *key = scratch.take(n_packed * padded), *value = scratch.take(n_packed * padded);
-    T *rows = scratch.take(n_packed * padded), *q = scratch.take(QUERIES * padded);
-    T *grad_out = scratch.take(QUERIES * padded), *weight = scratch.take(QUERIES * stride);
-    T* grad_score = scratch.take(QUERIES * stride);
-    const std::unique_ptr<Span[]> sees(new Span[keys.n]);
+    const int64_t n_rows = n_packed * padded, n_queries = QUERIES * padded, n_scores = QUERIES * stride;
+    Scratch scratch(3 * Scratch::size<T>(n_rows) + 2 * Scratch::size<T>(n_queries) + 2 * Scratch::size<T>(n_scores) +
+                    Scratch::size<Span>(keys.n));
+    T *key = scratch.take<T>(n_rows), *value = scratch.take<T>(n_rows), *rows = scratch.take<T>(n_rows);
+    T *q = scratch.take<T>(n_queries), *grad_out = scratch.take<T>(n_queries);
+    T *weight = scratch.take<T>(n_scores), *grad_score = scratch.take<T>(n_scores);
+    Span* sees = scratch.take<Span>(keys.n);
 
     for (int64_t h = 0; h < H; ++h) {
       gather(op.v + h * W, op.kv_stride, keys, W, padded, rows);
@@ -362,25 +392,30 @@ struct Tiles {
         }
         scores(q, padded, W, block, key, weight, stride);
         scores(grad_out, padded, W, block, value, grad_score, stride);
-        for (int64_t i = 0; i < block.n; ++i) {
-          const T* out = forward.out + (first + i) * forward.out_stride + h * W;
-          const T lse = forward.lse[(first + i) * H + h];
-          T *p_row = weight + i * stride, *grad_row = grad_score + i * stride;
-          prefetch_next(out, W);
-          Lanes products = {};
-          for (int64_t w = 0; w < W; w += N) products += get(grad_out + i * padded + w) * get_first(out + w, W - w);
-          const T delta = sum_of(products);
-          for (int64_t j = 0; j < block.n_seen[i]; j += N) {
-            const Lanes p = exponential(get(p_row + j) * scale - lse);
-            put(p_row + j, p);
-            put(grad_row + j, p * (get(grad_row + j) - delta) * scale);
+        for (int64_t i = 0; i < block.n; i += ROWS) {
+          Lanes products[ROWS] = {};
+          T lse[ROWS];
+          for (int64_t r = 0; r < ROWS; ++r) {
+            const int64_t at = block.at(i + r);
+            const T* out = forward.out + (first + at) * forward.out_stride + h * W;
+            prefetch_next(out, W);
+            for (int64_t w = 0; w < W; w += N) products[r] += get(grad_out + at * padded + w) * get_first(out + w, W - w);
+            lse[r] = forward.lse[(first + at) * H + h];
           }
+          const Four delta = sums_of(products);
+          T *p_row = weight + i * stride, *grad_row = grad_score + i * stride;
+          for (int64_t j = 0; j < block.n_seen[i + ROWS - 1]; j += N)
+            for (int64_t r = 0; r < ROWS; ++r) {
+              const Lanes p = exponential(get(p_row + r * stride + j) * scale - lse[r]);
+              put(p_row + r * stride + j, p);
+              put(grad_row + r * stride + j, p * (get(grad_row + r * stride + j) - delta[r]) * scale);
+            }
         }
         mix({grad_score, stride}, block.n, span, rows, padded, W, {grad.grad_q + first * op.q_stride + h * W, op.q_stride}, 0);
         T *grad_k = grad.grad_k + s.begin * op.kv_stride + h * W, *grad_v = grad.grad_v + s.begin * op.kv_stride + h * W;
-        mix({grad_score, 1, stride}, block.n_keys(), sees.get(), q, padded, W, {grad_k, op.kv_stride}, n_known);
-        mix({weight, 1, stride}, block.n_keys(), sees.get(), grad_out, padded, W, {grad_v, op.kv_stride}, n_known);
-        n_known = block.n_keys();
+        mix({grad_score, 1, stride}, block.n_keys, sees, q, padded, W, {grad_k, op.kv_stride}, n_known);
+        mix({weight, 1, stride}, block.n_keys, sees, grad_out, padded, W, {grad_v, op.kv_stride}, n_known);
+        n_known = block.n_keys;
       }
     }
   }
