@@ -44,7 +44,7 @@ void make_grids(const Grid& grid, const float* points, int64_t n, ParallelFor pa
 void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels);
 void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for);
 
-// Some rows of a set that meet its panels, or those of another set on the same grid.
+// Some rows of a set, ascending, that meet its panels, or those of another set on the same grid.
 class GridRows {
  public:
   static constexpr int64_t MOST = 12;  // of 32 columns, their sums are 24 of the 32 AVX-512 registers
