@@ -282,6 +282,7 @@ struct Tiles {
     Lanes sum[R][C] = {};
     add_products<R, C>(a, a_step, b, b_step, all, sum);
     // What not all rows of the tile see is not even multiplied by zero for the others.
+#pragma GCC unroll 4  // a loop over rows would keep the sums in memory
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t k = span[r].begin; k < all.begin; ++k)
         for (int64_t c = 0; c < C; ++c) sum[r][c] += a[r][k * a_step] * get(b + k * b_step + c * N);
