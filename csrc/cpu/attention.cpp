@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t ROWS = 4;      // of a register tile: with two vectors it keeps both multipliers busy
 constexpr int64_t QUERIES = 32;  // of a block
+constexpr int64_t FEW = 16;      // rows that are read where they stand
 constexpr int64_t LINE = 64;     // bytes that memory moves as one
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -25,7 +26,8 @@ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / un
 // Pieces of one allocation, each on a line of its own.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : all_(static_cast<char*>(::operator new(bytes, std::align_val_t(LINE)))), next_(all_) {}
+  explicit Scratch(int64_t bytes)
+      : all_(static_cast<char*>(::operator new(bytes, std::align_val_t(LINE)))), next_(all_) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() { ::operator delete(all_, std::align_val_t(LINE)); }
 
@@ -70,7 +72,7 @@ struct Block {
   Block(const Attention<T>& op, const Sequence& s, const Keys& keys, int64_t first)
       : first(first), n(std::min(QUERIES, s.query_end - first)), n_keys(0) {
     for (int64_t i = 0; i < n; ++i) n_seen[i] = n_keys = keys.n_prefix + row_of(op, first + i) - s.begin + 1;
-    for (int64_t i = n; i < round_up(n, ROWS); ++i) n_seen[i] = n_keys;
+    for (int64_t i = n; i < round_up(n, 2 * ROWS); ++i) n_seen[i] = n_keys;
   }
   int64_t at(int64_t i) const { return std::min(i, n - 1); }  // a tile is filled up with the last query
 };
@@ -162,25 +164,41 @@ struct Tiles {
     for (; w < padded; ++w) to[w] = 0;
   }
 
-  CLMFAST_BODY static void gather(const T* from, int64_t stride, const Keys& keys, int64_t width, int64_t padded, T* to) {
-    for (int64_t key = 0; key < keys.n; ++key) copy_row(from + keys.row(key) * stride, width, padded, to + key * padded);
+  struct Rows {
+    const T* at;
+    int64_t stride;
+  };
+
+  // A head of the keys' rows, `padded` numbers each that may be read: the rows themselves where they are few, one after
+  // another and fill their vectors, else copies in `to`. (Many rows a power of two apart share too few cache sets.)
+  CLMFAST_BODY static Rows gather(const T* from, int64_t stride, const Keys& keys, int64_t width, int64_t padded,
+                                  T* to) {
+    if (keys.n_prefix == 0 && keys.n <= FEW && width == padded) {
+      from += keys.begin * stride;
+      for (int64_t key = 0; key < keys.n; ++key) prefetch_next(from + key * stride, width);
+      return {from, stride};
+    }
+    for (int64_t key = 0; key < keys.n; ++key)
+      copy_row(from + keys.row(key) * stride, width, padded, to + key * padded);
+    return {to, padded};
   }
 
   // The keys of `rows` [n, padded] side by side, PANEL to a panel: key j's coordinate w at
   // to[(j - j % PANEL) padded + w PANEL + j % PANEL]. The last vector is filled up with the last key.
-  CLMFAST_BODY static void transpose(const T* rows, int64_t n, int64_t padded, T* to) {
+  CLMFAST_BODY static void transpose(Rows rows, int64_t n, int64_t padded, T* to) {
     for (int64_t key = 0; key < round_up(n, N); key += 4) {
       const T* row[4];
-      for (int64_t i = 0; i < 4; ++i) row[i] = rows + std::min(key + i, n - 1) * padded;
+      for (int64_t i = 0; i < 4; ++i) row[i] = rows.at + std::min(key + i, n - 1) * rows.stride;
       T* column = to + key / PANEL * PANEL * padded + key % PANEL;
       for (int64_t w = 0; w < padded; w += 4) {
         Four x[4];
         for (int64_t i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Four*>(row[i] + w);
-        const Four a = __builtin_shufflevector(x[0], x[2], 0, 4, 1, 5), b = __builtin_shufflevector(x[0], x[2], 2, 6, 3, 7);
-        const Four c = __builtin_shufflevector(x[1], x[3], 0, 4, 1, 5), d = __builtin_shufflevector(x[1], x[3], 2, 6, 3, 7);
-        Four* const at[4] = {reinterpret_cast<Four*>(column + w * PANEL), reinterpret_cast<Four*>(column + (w + 1) * PANEL),
-                             reinterpret_cast<Four*>(column + (w + 2) * PANEL),
-                             reinterpret_cast<Four*>(column + (w + 3) * PANEL)};
+        const Four a = __builtin_shufflevector(x[0], x[2], 0, 4, 1, 5);
+        const Four b = __builtin_shufflevector(x[0], x[2], 2, 6, 3, 7);
+        const Four c = __builtin_shufflevector(x[1], x[3], 0, 4, 1, 5);
+        const Four d = __builtin_shufflevector(x[1], x[3], 2, 6, 3, 7);
+        Four* at[4];
+        for (int64_t i = 0; i < 4; ++i) at[i] = reinterpret_cast<Four*>(column + (w + i) * PANEL);
         *at[0] = __builtin_shufflevector(a, c, 0, 4, 1, 5);
         *at[1] = __builtin_shufflevector(a, c, 2, 6, 3, 7);
         *at[2] = __builtin_shufflevector(b, d, 0, 4, 1, 5);
@@ -210,29 +228,34 @@ struct Tiles {
       for (int64_t c = 0; c < C; ++c) sum[r][c] = s[r][c];
   }
 
-  template <int64_t C>
-  CLMFAST_BODY static void score_tile(const T* const* a, const T* b, int64_t width, T* const* to) {
-    Lanes sum[ROWS][C] = {};
-    add_products<ROWS, C>(a, 1, b, PANEL, {0, width}, sum);
-    for (int64_t r = 0; r < ROWS; ++r)
-      for (int64_t c = 0; c < C; ++c) put(to[r] + c * N, sum[r][c]);
+  template <int64_t R, int64_t C>
+  CLMFAST_BODY static void score_tile(Rows a, int64_t width, const Block& block, int64_t first,
+                                      const T* b, T* to, int64_t to_stride) {
+    const T* row[R];
+    for (int64_t r = 0; r < R; ++r) row[r] = a.at + block.at(first + r) * a.stride;
+    Lanes sum[R][C] = {};
+    add_products<R, C>(row, 1, b, PANEL, {0, width}, sum);
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t c = 0; c < C; ++c) put(to + (first + r) * to_stride + c * N, sum[r][c]);
   }
 
-  // to[i, key] = a[i] . key for the keys that query i sees, and rubbish in up to a tile's worth behind them
-  CLMFAST_BODY static void scores(const T* a, int64_t padded, int64_t width, const Block& block, const T* keys, T* to,
+  // to[i, key] = a[i] . key for the keys that query i sees, and rubbish in up to a tile's worth behind them. Where one
+  // vector is all that they see, eight queries: four sums alone would wait for each other.
+  CLMFAST_BODY static void scores(Rows a, int64_t padded, int64_t width, const Block& block, const T* keys, T* to,
                                   int64_t to_stride) {
-    for (int64_t j = 0; j < block.n_keys; j += PANEL) {
-      for (int64_t first = 0; first < block.n; first += ROWS) {
-        const int64_t n = block.n_seen[first + ROWS - 1] - j;
+    for (int64_t j = 0; j < block.n_keys; j += PANEL, to += PANEL) {
+      const T* b = keys + j * padded;
+      for (int64_t first = 0; first < block.n; first += 2 * ROWS) {
+        const int64_t n = block.n_seen[first + 2 * ROWS - 1] - j;
         if (n <= 0) continue;
-        const T* row[ROWS];
-        T* out[ROWS];
-        for (int64_t r = 0; r < ROWS; ++r) {
-          row[r] = a + block.at(first + r) * padded;
-          out[r] = to + (first + r) * to_stride + j;
+        if (n <= N) {
+          score_tile<2 * ROWS, 1>(a, width, block, first, b, to, to_stride);
+          continue;
         }
-        if (n > N) score_tile<2>(row, keys + j * padded, width, out);
-        else score_tile<1>(row, keys + j * padded, width, out);
+        for (int64_t i = first; i < std::min(first + 2 * ROWS, block.n); i += ROWS) {
+          if (block.n_seen[i + ROWS - 1] - j > N) score_tile<ROWS, 2>(a, width, block, i, b, to, to_stride);
+          else if (block.n_seen[i + ROWS - 1] > j) score_tile<ROWS, 1>(a, width, block, i, b, to, to_stride);
+        }
       }
     }
   }
@@ -259,6 +282,7 @@ struct Tiles {
     Lanes sum[R][C] = {};
     add_products<R, C>(a, a_step, b, b_step, all, sum);
     // What not all rows of the tile see is not even multiplied by zero for the others.
+#pragma GCC unroll 4  // a loop over rows would keep the sums in memory
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t k = span[r].begin; k < all.begin; ++k)
         for (int64_t c = 0; c < C; ++c) sum[r][c] += a[r][k * a_step] * get(b + k * b_step + c * N);
@@ -275,8 +299,8 @@ struct Tiles {
   }
 
   template <int64_t R, int64_t C>
-  CLMFAST_BODY static void mix_tiles(Matrix<const T> a, int64_t n, const Span* span, const T* b, int64_t padded,
-                                     int64_t width, Matrix<T> to, int64_t n_added) {
+  CLMFAST_BODY static void mix_tiles(Matrix<const T> a, int64_t n, const Span* span, Rows b, int64_t width,
+                                     Matrix<T> to, int64_t n_added) {
     for (int64_t first = 0; first < n; first += R) {
       const T* row[R];
       T* out[R];
@@ -285,20 +309,20 @@ struct Tiles {
         const int64_t i = std::min(first + r, n - 1);
         row[r] = a.at + i * a.row, out[r] = to.at + i * to.row, spans[r] = span[i];
       }
-      mix_tile<R, C>(row, a.column, b, padded, spans, out, n - first, n_added - first, width);
+      mix_tile<R, C>(row, a.column, b.at, b.stride, spans, out, n - first, n_added - first, width);
     }
   }
 
-  // to[i] = sum_{k in span[i]} a[i, k] b[k], on top of what is there for i < n_added. Neighbouring spans share a k. Where
-  // a row is wide, tiles are of two rows, of which less is seen by one row alone.
-  CLMFAST_BODY static void mix(Matrix<const T> a, int64_t n, const Span* span, const T* b, int64_t padded, int64_t width,
+  // to[i] = sum_{k in span[i]} a[i, k] b[k], on top of what is there for i < n_added; neighbouring spans share a k.
+  // Where a row is wide enough, tiles are of two rows, of which less is seen by one row alone.
+  CLMFAST_BODY static void mix(Matrix<const T> a, int64_t n, const Span* span, Rows b, int64_t padded, int64_t width,
                                Matrix<T> to, int64_t n_added) {
     int64_t w = 0;
     for (; w + 4 * N <= padded; w += 4 * N)
-      mix_tiles<2, 4>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
+      mix_tiles<2, 4>(a, n, span, {b.at + w, b.stride}, width - w, {to.at + w, to.row}, n_added);
     for (; w + 2 * N <= padded; w += 2 * N)
-      mix_tiles<4, 2>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
-    if (w < padded) mix_tiles<4, 1>(a, n, span, b + w, padded, width - w, {to.at + w, to.row}, n_added);
+      mix_tiles<4, 2>(a, n, span, {b.at + w, b.stride}, width - w, {to.at + w, to.row}, n_added);
+    if (w < padded) mix_tiles<4, 1>(a, n, span, {b.at + w, b.stride}, width - w, {to.at + w, to.row}, n_added);
   }
 
   // The scores of ROWS queries, row r at row + r stride, become softmax; returns lse. Row r has n[r] keys, no row more
@@ -332,30 +356,28 @@ struct Tiles {
     if (s.query_begin >= s.query_end) return;
     const Keys keys = keys_of(op, s);
     const int64_t W = op.width, H = op.n_heads, padded = round_up(W, N);
-    const int64_t n_packed = round_up(keys.n, PANEL), stride = n_packed + LINE / sizeof(T);  // no two rows in one cache set
+    const int64_t n_packed = round_up(keys.n, PANEL);
+    const int64_t stride = n_packed + LINE / sizeof(T);  // no two rows in one cache set
     const T scale = 1 / std::sqrt(static_cast<T>(W));
     const int64_t n_rows = n_packed * padded, n_queries = QUERIES * padded, n_scores = QUERIES * stride;
     Scratch scratch(2 * Scratch::size<T>(n_rows) + Scratch::size<T>(n_queries) + Scratch::size<T>(n_scores));
-    T *packed = scratch.take<T>(n_rows), *rows = scratch.take<T>(n_rows);
-    T *q = scratch.take<T>(n_queries), *weight = scratch.take<T>(n_scores);
+    T *packed = scratch.take<T>(n_rows), *row_copies = scratch.take<T>(n_rows);
+    T *q_copies = scratch.take<T>(n_queries), *weight = scratch.take<T>(n_scores);
 
     for (int64_t h = 0; h < H; ++h) {
-      gather(op.k + h * W, op.kv_stride, keys, W, padded, rows);
-      transpose(rows, keys.n, padded, packed);
-      gather(op.v + h * W, op.kv_stride, keys, W, padded, rows);
+      transpose(gather(op.k + h * W, op.kv_stride, keys, W, padded, row_copies), keys.n, padded, packed);
+      const Rows v = gather(op.v + h * W, op.kv_stride, keys, W, padded, row_copies);
       for (int64_t first = s.query_begin; first < s.query_end; first += QUERIES) {
         const Block block(op, s, keys, first);
         Span span[QUERIES];
-        for (int64_t i = 0; i < block.n; ++i) {
-          copy_row(op.q + (first + i) * op.q_stride + h * W, W, padded, q + i * padded);
-          span[i] = {0, block.n_seen[i]};
-        }
+        for (int64_t i = 0; i < block.n; ++i) span[i] = {0, block.n_seen[i]};
+        const Rows q = gather(op.q + h * W, op.q_stride, {0, 0, first, block.n}, W, padded, q_copies);
         scores(q, padded, W, block, packed, weight, stride);
         for (int64_t i = 0; i < block.n; i += ROWS) {
           const Four lse = soften(weight + i * stride, stride, block.n_seen + i, scale);
           for (int64_t r = 0; r < std::min(ROWS, block.n - i); ++r) to.lse[(first + i + r) * H + h] = lse[r];
         }
-        mix({weight, stride}, block.n, span, rows, padded, W, {to.out + first * to.out_stride + h * W, to.out_stride}, 0);
+        mix({weight, stride}, block.n, span, v, padded, W, {to.out + first * to.out_stride + h * W, to.out_stride}, 0);
       }
     }
   }
@@ -370,26 +392,26 @@ struct Tiles {
     const int64_t n_rows = n_packed * padded, n_queries = QUERIES * padded, n_scores = QUERIES * stride;
     Scratch scratch(3 * Scratch::size<T>(n_rows) + 2 * Scratch::size<T>(n_queries) + 2 * Scratch::size<T>(n_scores) +
                     Scratch::size<Span>(keys.n));
-    T *key = scratch.take<T>(n_rows), *value = scratch.take<T>(n_rows), *rows = scratch.take<T>(n_rows);
-    T *q = scratch.take<T>(n_queries), *grad_out = scratch.take<T>(n_queries);
+    T *key = scratch.take<T>(n_rows), *value = scratch.take<T>(n_rows), *row_copies = scratch.take<T>(n_rows);
+    T *q_copies = scratch.take<T>(n_queries), *grad_copies = scratch.take<T>(n_queries);
     T *weight = scratch.take<T>(n_scores), *grad_score = scratch.take<T>(n_scores);
     Span* sees = scratch.take<Span>(keys.n);
 
     for (int64_t h = 0; h < H; ++h) {
-      gather(op.v + h * W, op.kv_stride, keys, W, padded, rows);
-      transpose(rows, keys.n, padded, value);
-      gather(op.k + h * W, op.kv_stride, keys, W, padded, rows);
-      transpose(rows, keys.n, padded, key);
+      transpose(gather(op.v + h * W, op.kv_stride, keys, W, padded, row_copies), keys.n, padded, value);
+      const Rows k = gather(op.k + h * W, op.kv_stride, keys, W, padded, row_copies);
+      transpose(k, keys.n, padded, key);
       int64_t n_known = 0;  // keys that have a gradient by now
       for (int64_t first = s.query_begin; first < s.query_end; first += QUERIES) {
         const Block block(op, s, keys, first);
         Span span[QUERIES];
         for (int64_t i = 0, seen = 0; i < block.n; ++i) {
-          copy_row(op.q + (first + i) * op.q_stride + h * W, W, padded, q + i * padded);
-          copy_row(grad.grad_out + (first + i) * grad.grad_out_stride + h * W, W, padded, grad_out + i * padded);
           span[i] = {0, block.n_seen[i]};
           for (; seen < block.n_seen[i]; ++seen) sees[seen] = {i, block.n};
         }
+        const Keys queries{0, 0, first, block.n};
+        const Rows q = gather(op.q + h * W, op.q_stride, queries, W, padded, q_copies);
+        const Rows grad_out = gather(grad.grad_out + h * W, grad.grad_out_stride, queries, W, padded, grad_copies);
         scores(q, padded, W, block, key, weight, stride);
         scores(grad_out, padded, W, block, value, grad_score, stride);
         for (int64_t i = 0; i < block.n; i += ROWS) {
@@ -399,7 +421,8 @@ struct Tiles {
             const int64_t at = block.at(i + r);
             const T* out = forward.out + (first + at) * forward.out_stride + h * W;
             prefetch_next(out, W);
-            for (int64_t w = 0; w < W; w += N) products[r] += get(grad_out + at * padded + w) * get_first(out + w, W - w);
+            for (int64_t w = 0; w < W; w += N)
+              products[r] += get(grad_out.at + at * grad_out.stride + w) * get_first(out + w, W - w);
             lse[r] = forward.lse[(first + at) * H + h];
           }
           const Four delta = sums_of(products);
@@ -411,8 +434,10 @@ struct Tiles {
               put(grad_row + r * stride + j, p * (get(grad_row + r * stride + j) - delta[r]) * scale);
             }
         }
-        mix({grad_score, stride}, block.n, span, rows, padded, W, {grad.grad_q + first * op.q_stride + h * W, op.q_stride}, 0);
-        T *grad_k = grad.grad_k + s.begin * op.kv_stride + h * W, *grad_v = grad.grad_v + s.begin * op.kv_stride + h * W;
+        T* const grad_q = grad.grad_q + first * op.q_stride + h * W;
+        T* const grad_k = grad.grad_k + s.begin * op.kv_stride + h * W;
+        T* const grad_v = grad.grad_v + s.begin * op.kv_stride + h * W;
+        mix({grad_score, stride}, block.n, span, k, padded, W, {grad_q, op.q_stride}, 0);
         mix({grad_score, 1, stride}, block.n_keys, sees, q, padded, W, {grad_k, op.kv_stride}, n_known);
         mix({weight, 1, stride}, block.n_keys, sees, grad_out, padded, W, {grad_v, op.kv_stride}, n_known);
         n_known = block.n_keys;
