@@ -151,11 +151,11 @@ CLMFAST_PER_ISA(void, to_cells,
                 (const float* y, int64_t M, float reach, int16_t* cells, int32_t* norm2, float* rest2),
                 (y, M, reach, cells, norm2, rest2))
 
-// Moves points first..first + PANEL - 1, of which those from n on are none. z and y [D, PANEL] are scratch.
+// Moves one panel of points, of which those from n on are none. z [D, PANEL] and y [TURNED, PANEL] are scratch.
 void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* z, float* y) {
   const int64_t D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
   const bool is_turned = grid.n_turned[s] > 0;
-  float length2[PANEL], rest2[PANEL];
+  float length2[PANEL] = {}, rest2[PANEL];
   bool is_point[PANEL];
   for (int64_t c = 0; c < PANEL; ++c) {
     const float* row = points + (first + c) * D;
@@ -357,7 +357,6 @@ GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
     if (r >= n) continue;
     const int64_t i_panel = row[r] / PANEL, c = row[r] % PANEL;
     norm2_[r] = grid.norm2_of(s)[row[r]];
-    rest_[r] = grid.rest_of(s)[row[r]];
     const int16_t* from = grid.panel(s, i_panel) + c * PAIR;
     if (r == 0 && n == MOST && row[n - 1] == row[0] + n - 1 && row[n - 1] / PANEL == i_panel) {  // side by side
       for (int64_t g = 0; g < depth_; ++g)

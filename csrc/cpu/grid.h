@@ -53,7 +53,6 @@ class GridRows {
 
   int64_t size() const { return n_; }
   int64_t panel_bytes() const { return depth_ * PANEL * PAIR * static_cast<int64_t>(sizeof(int16_t)); }
-  float rest(int64_t i) const { return rest_[i]; }  // -infinity: the row is not finite
 
   // The squared distances of their cells to those of a panel: dist2 [size, stride], of which PANEL columns are written.
   void dist2(const Grid& other, int64_t i_panel, float* dist2, int64_t stride) const;
@@ -62,7 +61,6 @@ class GridRows {
   int64_t s_, n_, depth_;
   std::vector<int16_t> cells_;  // [depth, MOST, PAIR]
   int32_t norm2_[MOST];
-  float rest_[MOST];
 };
 
 }  // namespace clmfast

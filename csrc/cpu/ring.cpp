@@ -117,11 +117,11 @@ struct Update {
               point_groups[v].for_members(op.query_group[v * Q + q], first, n_columns, bar);
               n_wasted += look(
                   {dist2, first, n_columns, queries.rest_of(s)[q], points.rest_of(s) + first,
-                    arrivals ? &limit[s * n_panels(Q) * PANEL + first] : nullptr, query(s, q), point(s, 0), D},
-                   op.length, nearest[r * op.V + v], [&](int64_t c, float measured) {
-                     return arrivals && !changed_queries.has(first + c) &&
-                            note(v, s, first + c, neighbour(measured, q), *arrivals);
-                   });
+                   arrivals ? &limit[s * n_panels(Q) * PANEL + first] : nullptr, query(s, q), point(s, 0), D},
+                  op.length, nearest[r * op.V + v], [&](int64_t c, float measured) {
+                    return arrivals && !changed_queries.has(first + c) &&
+                           note(v, s, first + c, neighbour(measured, q), *arrivals);
+                  });
               for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
             }
           });
@@ -143,13 +143,13 @@ struct Update {
           [&](int64_t r, int64_t first, int64_t n_columns, float* dist2) {
             n_wasted += look(
                 {dist2, first, n_columns, points.rest_of(s)[rows[r]], queries.rest_of(s) + first,
-                  &limit[s * n_panels(Q) * PANEL + first], point(s, rows[r]), query(s, 0), D},
-                 0, nobody, [&](int64_t c, float measured) {
-                   bool is_taken = false;
-                   for (int64_t v = 0; v < op.V; ++v)
-                     is_taken |= note(v, s, first + c, neighbour(measured, rows[r]), arrivals);
-                   return is_taken;
-                 });
+                 &limit[s * n_panels(Q) * PANEL + first], point(s, rows[r]), query(s, 0), D},
+                0, nobody, [&](int64_t c, float measured) {
+                  bool is_taken = false;
+                  for (int64_t v = 0; v < op.V; ++v)
+                    is_taken |= note(v, s, first + c, neighbour(measured, rows[r]), arrivals);
+                  return is_taken;
+                });
           });
     return n_wasted;
   }
