@@ -25,14 +25,18 @@ from clmfast.config import ConfigError, RunConfig, check, closest
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
 
 BAD_INPUT, STOPPED = 2, 130
-QUICK_SEEDS = 2
 
 
 def studies() -> dict[str, Study]:
     """All studies by name, in the order of the paper's findings."""
-    from clmfast.study import emergence
+    from clmfast.study import clusters_by, early_stopping, emergence, unseen
 
-    return {"emergence": emergence.STUDY}
+    return {
+        "emergence": emergence.STUDY,
+        "early_stopping": early_stopping.STUDY,
+        "unseen": unseen.STUDY,
+        "clusters_by": clusters_by.STUDY,
+    }
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -126,7 +130,7 @@ def read(
     return runs, diverged
 
 
-def work(asked: argparse.Namespace, arguments: list[str]) -> None:
+def work(asked: argparse.Namespace) -> None:
     """Train, read, judge, draw; StudyError or ConfigError where that cannot be."""
     known = studies()
     if asked.list or not asked.name:
@@ -153,7 +157,14 @@ def work(asked: argparse.Namespace, arguments: list[str]) -> None:
 
     from clmfast.study.pages import facts_of, write_pages
 
-    command = " ".join(["python -m clmfast.study", *(a for a in arguments if a != "--draw")])
+    command = " ".join(
+        [
+            "python -m clmfast.study",
+            asked.name,
+            *(["--quick"] if asked.quick else []),
+            *([f"--seeds {asked.seeds}"] if asked.seeds else []),
+        ]
+    )
     for name, study in chosen.items():
         planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
         runs, diverged = read(planned)
@@ -172,7 +183,7 @@ def main(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        work(parse(arguments), arguments)
+        work(parse(arguments))
     except (StudyError, ConfigError) as error:
         print(f"clmfast.study: {error}", file=sys.stderr)
         return BAD_INPUT
