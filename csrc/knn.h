@@ -16,10 +16,13 @@
 // Within     a NaN or a negative number leaves no neighbour. A tight one makes the search cheaper.
 // Too few    candidates: index -1, dist2 inf in the places left over.
 // Limits     k >= 1; in the self form k < N; N < 2^31; D < 2^20. Memory O(S N D + S Q k).
+// On a GPU   points and queries keep their own type, and the caller lends scratch memory; nothing else differs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
+#include "element.h"
 #include "parallel.h"
 
 namespace clmfast {
@@ -37,5 +40,10 @@ struct Knn {
 };
 
 void knn_cpu(const Knn& op, ParallelFor parallel_for);
+
+// Of op, points and queries are not looked at. Scratch: as many bytes as the op asks for, aligned to 256.
+size_t knn_cuda_scratch(const Knn& op);
+void knn_cuda(const Knn& op, Element element, const void* points, const void* queries, void* scratch,
+              struct CUstream_st* stream);
 
 }  // namespace clmfast
