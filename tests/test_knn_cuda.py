@@ -15,23 +15,23 @@ INF, NAN = float("inf"), float("nan")
 SOURCE = """
 #include "knn.cu"
 using namespace clmfast;
-static Knn op_of(const int64_t* query_group, const int64_t* point_group, const float* within, const int64_t* size,
-                 float* dist2, int64_t* index) {
-  return {nullptr, nullptr, size[5] != 0, query_group, point_group, within, size[0], size[1], size[2], size[3], size[4],
-          dist2, index};
+static Knn op_of(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
+                 const float* within, const int64_t* size, float* dist2, int64_t* index) {
+  return {points,  queries, size[5] != 0, query_group, point_group, within, size[0],
+          size[1], size[2], size[3],      size[4],     dist2,       index};
 }
 extern "C" void scratch(const int64_t* size, int64_t* n) {
-  *n = static_cast<int64_t>(knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, size, nullptr, nullptr)));
+  *n = static_cast<int64_t>(knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr)));
 }
-extern "C" void knn(const void* points, const void* queries, const int64_t* query_group, const int64_t* point_group,
+extern "C" void knn(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
                     const float* within, const int64_t* size, int64_t element, float* dist2, int64_t* index,
                     void* scratch) {
-  knn_cuda(op_of(query_group, point_group, within, size, dist2, index), static_cast<Element>(element), points, queries,
+  knn_cuda(op_of(points, queries, query_group, point_group, within, size, dist2, index), static_cast<Element>(element),
            scratch, nullptr);
 }
 // How many queries the exact kernel had to answer.
 extern "C" void listed(const int64_t* size, void* scratch, int64_t* n) {
-  const Knn op = op_of(nullptr, nullptr, nullptr, size, nullptr, nullptr);
+  const Knn op = op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr);
   Scratch memory{static_cast<unsigned char*>(scratch)};
   *n = *prepared_in(memory, op, plan_of(op)).n_listed;
 }

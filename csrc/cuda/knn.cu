@@ -78,7 +78,7 @@ struct Prepared {
   float* cut;         // [S, n_splits, queries.n]  no point left out has a smaller key
   int64_t n_splits;   // parts of the points, each screened by its own blocks
   int64_t* n_listed;  // queries on the list
-  int64_t* listed;    // [S Q]
+  int64_t* listed;    // [S Q]  s << 32 | i
 };
 
 // Who is answered, and where.
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(CENTRE_THREADS) knn_centre_kernel(Asked<T> ask
 // Points of this key, or a larger one, are farther than dist2 from a query of this base and rest.
 __device__ float limit_of(float dist2, double base, double rest, double unit) {
   // More than whatever rounds to dist2, in float32.
-  const double dist = sqrt(dist2 * (1 + 0x1p-20) + 0x1p-140) * unit + rest;
+  const double dist = __fsqrt_ru(float_above(dist2 * (1 + 0x1p-20) + 0x1p-140)) * unit + rest;
   return float_above(dist * dist * (1 / (1 - SHARE) + 0x1p-40) - base);
 }
 
@@ -243,32 +243,32 @@ struct RowLists {
     if (key < limit[half]) slots[half * 256 + lane_id() * SLOTS + n[half]++] = {key, column};
   }
 
-  // After this every lane can look at n_next more numbers of each row.
-  __device__ void make_room(int n_next, const Knn& op, int64_t first_row) {
-    if (!warp_any(max(n[0], n[1]) > SLOTS - n_next)) return;
-    empty(SLOTS - n_next, op, first_row);
-  }
+  // Can't every lane look at n_next more numbers of each row?
+  __device__ bool is_full(int n_next) const { return warp_any(max(n[0], n[1]) > SLOTS - n_next); }
 
-  // Rows of which a lane holds more than `most`.
+  // The slots of rows of which a lane holds more than `most`.
   __device__ void empty(int most, const Knn& op, int64_t first_row) {
+    const int lane = lane_id();
+    const uint32_t low = warp_ballot(n[0] > most), high = warp_ballot(n[1] > most);
     __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t in_need = warp_ballot(n[half] > most);
-      for (int g = 0; g < 8; ++g) {
-        if (!(in_need >> (4 * g) & 15)) continue;
-        take_slots(half * 8 + g, warp_shuffle(n[half], 4 * g + lane_id() / SLOTS), op, first_row);
-        if (lane_id() / 4 == g) {
-          n[half] = 0;
-          limit[half] = fminf(limit[half], number_of(list[(half * 8 + g) * 32 * R + 32 * R - 1]));
-        }
-        __syncwarp();
-      }
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+      const bool is_high = row >= 8;
+      const int quad = row % 8;
+      if (!((is_high ? high : low) >> (4 * quad) & 15)) continue;
+      take_slots(row, warp_shuffle(is_high ? n[1] : n[0], 4 * quad + lane / SLOTS), op, first_row);
+      if (lane / 4 != quad) continue;
+      const float reached = number_of(list[row * 32 * R + 32 * R - 1]);
+      if (is_high)
+        n[1] = 0, limit[1] = fminf(limit[1], reached);
+      else
+        n[0] = 0, limit[0] = fminf(limit[0], reached);
     }
+    __syncwarp();
   }
 
  private:
-  // n: how many of the slots beside this lane's are full.
+  // n_full: how many of the eight slots that this lane is one of.
   __device__ void take_slots(int row, int n_full, const Knn& op, int64_t first_row) {
     const int lane = lane_id();
     Entry entry = NO_ENTRY;
@@ -354,16 +354,26 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   auto look_at_tile = [&](const float (&products)[COLUMNS / 2], int64_t tile) {
     const int first = static_cast<int>(tile * COLUMNS) + 2 * (lane_id() % 4);
     const float2* floors = reinterpret_cast<const float2*>(points.floor + s * points.n + first);
-    constexpr int GROUP = 2;  // columns of eight between looks at the slots
+    // In groups, between which slots may have to be emptied: there, and nowhere else, so that the code stays small.
+    constexpr int GROUP = 2;
+    int next = 0;
+    while (true) {
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j) {
-      const float2 floor = floors[4 * j];
+      for (int group = 0; group < COLUMNS / 8 / GROUP; ++group) {
+        if (group != next || nearest.is_full(2 * GROUP)) continue;
+        ++next;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half], floor.x), first + 8 * j);
-        nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half + 1], floor.y), first + 8 * j + 1);
+        for (int j = group * GROUP; j < (group + 1) * GROUP; ++j) {
+          const float2 floor = floors[4 * j];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half], floor.x), first + 8 * j);
+            nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half + 1], floor.y), first + 8 * j + 1);
+          }
+        }
       }
-      if (j % GROUP == GROUP - 1) nearest.make_room(2 * GROUP, op, warp_row);
+      if (next == COLUMNS / 8 / GROUP) break;
+      nearest.empty(SLOTS - 2 * GROUP, op, warp_row);
     }
   };
 
@@ -374,15 +384,15 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   for (int i = 0; i < N_AHEAD; ++i) load_next();
   // While a tile is multiplied, the one before is looked at.
   float even[COLUMNS / 2], odd[COLUMNS / 2];
-  for (int64_t tile = begin; tile < end; tile += 2) {
-    multiply_tile(even);
+  for (int64_t tile = begin; tile <= end; tile += 2) {
+    if (tile < end) multiply_tile(even);
     if (tile > begin) look_at_tile(odd, tile - 1);
     Engine::template wait<0>(even);
+    if (tile == end) break;
     if (tile + 1 < end) multiply_tile(odd);
     look_at_tile(even, tile);
     Engine::template wait<0>(odd);
   }
-  if (begin < end && (end - begin) % 2 == 0) look_at_tile(odd, end - 1);
   nearest.empty(0, op, warp_row);
   cp_async_wait<0>();
 
@@ -421,6 +431,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS) knn_rescore_kernel(Asked<T> a
   for (int64_t split = 0; split < prepared.n_splits; ++split) {
     const int64_t from = (s * prepared.n_splits + split) * prepared.queries.n + i;
     cut = fminf(cut, prepared.cut[from]);
+#pragma unroll 1
     for (int r = 0; r < R; ++r) take_32(list, prepared.kept[from * 32 * R + 32 * r + lane], lane);
   }
   if (prepared.n_splits > 1) cut = fminf(cut, number_of(warp_shuffle(list[R - 1], 31)));  // others may have fallen off
@@ -459,6 +470,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS) knn_rescore_kernel(Asked<T> a
 
 #pragma unroll
   for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
+#pragma unroll 1
   for (int r = 0; r < R; ++r)
     take_32(list, 32 * r + lane < max(n_first, n_near) ? measured[32 * r + lane] : NO_ENTRY, lane);
   __syncwarp();
@@ -471,7 +483,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS) knn_rescore_kernel(Asked<T> a
   const float kth = measured[k - 1] == NO_ENTRY ? within : number_of(measured[k - 1]);
   const bool is_certain = rest < INF && (cut == limit || cut >= limit_of(kth, base, rest, unit));
   if (lane == 0 && !is_certain)
-    prepared.listed[atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_listed), 1ull)] = s * op.Q + i;
+    prepared.listed[atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_listed), 1ull)] = s << 32 | i;
 }
 
 // ---- exact: one block per query, in rounds of as many neighbours as its pool can sort out
@@ -527,10 +539,13 @@ __global__ void __launch_bounds__(EXACT_THREADS) knn_exact_kernel(Asked<T> asked
   const Knn& op = asked.op;
   Pool& pool = static_shared<Pool>();
   const int64_t n = listed ? *n_listed : op.S * op.Q;
+  int64_t next_s = 0, next_i = blockIdx.x;  // without a list: a division would cost the registers of a call
   const int64_t quad = threadIdx.x / QUAD;
   const bool is_aligned = asked.is_in_fours();
   for (int64_t task = blockIdx.x; task < n; task += gridDim.x) {
-    const int64_t asker = listed ? listed[task] : task, s = asker / op.Q, i = asker % op.Q;
+    for (; next_i >= op.Q && !listed; next_i -= op.Q) ++next_s;
+    const int64_t s = listed ? listed[task] >> 32 : next_s, i = listed ? listed[task] & 0xffffffff : next_i;
+    next_i += gridDim.x;
     const float within = within_of(op, s, i);
     Entry least = 0;  // of what this round looks for
     for (int64_t done = 0; done < op.k; done += ROUND) {
@@ -559,7 +574,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) knn_exact_kernel(Asked<T> asked
       }
       sort_pool(pool, most);
       for (int e = threadIdx.x; e < most; e += EXACT_THREADS)
-        write_neighbour(op, asker * op.k + done + e, e < pool.n ? pool.entry[e] : NO_ENTRY);
+        write_neighbour(op, (s * op.Q + i) * op.k + done + e, e < pool.n ? pool.entry[e] : NO_ENTRY);
       least = pool.n == most ? pool.entry[most - 1] + 1 : NO_ENTRY;
     }
     __syncthreads();
@@ -669,8 +684,7 @@ size_t knn_cuda_scratch(const Knn& op) {
   return scratch.used;
 }
 
-void knn_cuda(const Knn& op, Element element, const void* points, const void* queries, void* scratch,
-              cudaStream_t stream) {
+void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) {
   if (op.S * op.Q == 0) return;
   const Plan plan = plan_of(op);
   Scratch memory{static_cast<unsigned char*>(scratch)};
@@ -678,7 +692,7 @@ void knn_cuda(const Knn& op, Element element, const void* points, const void* qu
   const auto n_exact = static_cast<unsigned>(std::min<int64_t>(op.S * op.Q, 4 * n_multiprocessors()));
   with_element(element, [&](auto zero) {
     using T = decltype(zero);
-    const Asked<T> asked{static_cast<const T*>(points), static_cast<const T*>(queries), op};
+    const Asked<T> asked{reinterpret_cast<const T*>(op.points), reinterpret_cast<const T*>(op.queries), op};
     if (plan.R > 0) {
       launch(knn_centre_kernel<T>, n_blocks_for(op.S, 1), CENTRE_THREADS, 0, stream, asked, prepared);
       const int64_t n_rows = op.S * (prepared.points.n + (op.is_self ? 0 : prepared.queries.n));
