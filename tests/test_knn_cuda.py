@@ -159,12 +159,12 @@ DATA = {
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("k", [1, 10])
 def test_awkward_data(knn: Any, name: str, k: int) -> None:
-    points = DATA[name](normal(2, 150, 12))
+    points = DATA[name](normal(1, 150, 12))
     assert_exact(knn, points, k)
-    assert_exact(knn, points, k, points[:, :20] * 1.5)
+    assert_exact(knn, points, k, points[:, :8] * 1.5)
 
 
-@pytest.mark.parametrize(("name", "n_listed"), [("offset", 0), ("tiny", 0), ("denormal", 0), ("huge", 0), ("an outlier", 1)])
+@pytest.mark.parametrize(("name", "n_listed"), [("offset", 0), ("tiny", 0), ("huge", 0), ("an outlier", 1)])
 def test_size_and_offset_do_not_defeat_the_screen(knn: Any, name: str, n_listed: int) -> None:
     assert_exact(knn, DATA[name](normal(1, 400, 12)), 10)
     assert_screened(knn, n_listed)
@@ -237,7 +237,9 @@ def test_rows_that_lie_anywhere(knn: Any, dtype: torch.dtype) -> None:
     assert_exact(knn, memory[1:].view(1, 80, 8), 4)
 
 
-def test_a_row_whose_rounding_costs_much_is_not_lost(knn: Any) -> None:
-    """Pairs closer than float16 tells apart, in a set that is wide: the nearest are found among many equals."""
-    points = (normal(1, 60, 20)[:, :, None] * 50 + 1e-4 * normal(1, 60, 1, 20).transpose(1, 2)[:, :, :1]).expand(1, 60, 20, 1)
-    assert_exact(knn, points[..., 0], 5)
+def test_pairs_that_float16_does_not_tell_apart(knn: Any) -> None:
+    """Sixty tight clusters far from each other: within one, float16 sees nothing but rounding."""
+    centre, member = normal(60, 1, 20) * 50, normal(60, 20, 20, seed=1) * 1e-4
+    assert_exact(knn, (centre + member).view(1, 1200, 20)[:, ::7], 2)
+    if isinstance(knn, Emulated):
+        assert knn.n_listed < 200

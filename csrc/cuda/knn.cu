@@ -413,7 +413,7 @@ struct Measured {
 };
 
 template <class T, int R>
-__global__ void __launch_bounds__(RESCORE_THREADS) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
+__global__ void __launch_bounds__(RESCORE_THREADS, 2) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
   const Knn& op = asked.op;
   const int lane = lane_id();
   const int64_t task = static_cast<int64_t>(blockIdx.x) * (RESCORE_THREADS / 32) + warp_id();
@@ -534,7 +534,7 @@ __device__ bool is_same_row(const T* a, const T* b, int64_t D, bool is_aligned) 
 }
 
 template <class T>
-__global__ void __launch_bounds__(EXACT_THREADS) knn_exact_kernel(Asked<T> asked, const int64_t* n_listed,
+__global__ void __launch_bounds__(EXACT_THREADS, 1) knn_exact_kernel(Asked<T> asked, const int64_t* n_listed,
                                                                   const int64_t* listed) {
   const Knn& op = asked.op;
   Pool& pool = static_shared<Pool>();
