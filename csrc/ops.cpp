@@ -209,15 +209,15 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
     require(is_same_device(*within, points), "knn: all tensors must be on one device, but within is on another");
   }
   Tensor dist2 = empty(points, {S, Q, k}, ScalarType::Float), index = empty(points, {S, Q, k}, ScalarType::Long);
-  Tensor dense_points = dense_float(points);
+  Tensor dense_points = dense_points_of(points);
   MaybeTensor dense_queries, dense_query_group, dense_point_group, dense_within;
-  if (queries) dense_queries = dense_float(*queries);
+  if (queries) dense_queries = dense_points_of(*queries);
   if (query_group) dense_query_group = torch::stable::contiguous(*query_group);
   if (point_group) dense_point_group = torch::stable::contiguous(*point_group);
   if (within) dense_within = torch::stable::contiguous(*within);
   Knn op;
-  op.points = data<float>(dense_points);
-  op.queries = queries ? data<float>(*dense_queries) : nullptr;
+  op.points = static_cast<const float*>(dense_points.const_data_ptr());
+  op.queries = queries ? static_cast<const float*>(dense_queries->const_data_ptr()) : nullptr;
   op.is_self = !queries;  // not a null pointer, which an empty tensor has as well
   op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
   op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
@@ -225,7 +225,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
   op.S = S, op.N = N, op.Q = Q, op.D = D, op.k = k;
   op.dist2 = mutable_data<float>(dist2);
   op.index = mutable_data<int64_t>(index);
-  knn_cpu(op, parallel_for);
+  if (is_on_gpu(points))
+    on_gpu_of(points, [&](CudaStream stream) {
+      Tensor memory = scratch(points, knn_cuda_scratch(op));
+      knn_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
+    });
+  else
+    knn_cpu(op, parallel_for);
   return {dist2, index};
 }
 
@@ -938,6 +944,7 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
 
 #ifdef CLMFAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CUDA, m) {
+  m.impl("knn", TORCH_BOX(&clmfast::knn));
   m.impl("separation", TORCH_BOX(&clmfast::separation));
   m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
   m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
