@@ -1,0 +1,214 @@
+// From labels to new centroids, and whether to go on: the rules of kmeans.h.
+#pragma once
+
+#include "kmeans_label.cuh"
+
+namespace clmfast::kmeans_gpu {
+
+// What the block knows after a move.
+struct Verdict {
+  bool is_active, is_consistent;  // go on? are the labels those of the centroids?
+};
+
+__device__ inline bool has_empty(const Sizes& z, const Run& run) {
+  bool is_any = false;
+  for (int64_t k = threadIdx.x; k < z.K; k += THREADS) is_any |= run.count[k] == 0;
+  return __syncthreads_or(is_any);
+}
+
+// The points farthest from their centroids, one for each empty cluster in turn; of equals the smaller index. One block;
+// run.dist2 is used up.
+__device__ inline void take_over(const Sizes& z, const Run& run) {
+  struct Farthest {
+    double dist2[N_WARPS];
+    int64_t i[N_WARPS];
+    int64_t first;
+  };
+  Farthest& farthest = static_shared<Farthest>();
+  int32_t n_taken = 0;
+  for (int64_t k = 0; k < z.K; ++k) {
+    if (run.count[k] > 0) continue;
+    double dist2 = 0;
+    int64_t first = z.N;
+    auto consider = [&](double x, int64_t i) {
+      if (x > dist2 || (x == dist2 && i < first)) dist2 = x, first = i;
+    };
+    for (int64_t i = threadIdx.x; i < z.N; i += THREADS) consider(run.dist2[i], i);
+#pragma unroll
+    for (int h = LANES / 2; h > 0; h /= 2) {
+      const double x = warp_shuffle_xor(dist2, h);
+      const int64_t i = warp_shuffle_xor(first, h);
+      consider(x, i);
+    }
+    if (lane_id() == 0) farthest.dist2[warp_id()] = dist2, farthest.i[warp_id()] = first;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < N_WARPS; ++w) consider(farthest.dist2[w], farthest.i[w]);
+      farthest.first = dist2 > 0 ? first : -1;
+      if (dist2 > 0) {
+        run.dist2[first] = 0;
+        run.taken[n_taken] = {static_cast<int32_t>(first), run.label[first], static_cast<int32_t>(k)};
+      }
+    }
+    __syncthreads();
+    if (farthest.first < 0) break;
+    ++n_taken;
+  }
+  if (threadIdx.x == 0) run.control->n_taken = n_taken;
+  __syncthreads();
+}
+
+// Places centroid k in the frame; by half a warp, whose other half does another.
+__device__ inline void place_centroid(const Sizes& z, const Run& run, int64_t k, bool is_one) {
+  const float scale = run.control->scale;
+  double norm2 = 0;
+  for (int64_t d = threadIdx.x % HALF; d < z.depth; d += HALF) {
+    const float x = d < z.D ? place(run.centroid[k * z.D + d], scale, run.centre[d]) : 0;
+    const bfloat16 high = narrow<bfloat16>(x), low = narrow<bfloat16>(x - widen(high));
+    norm2 += static_cast<double>(x) * x;
+    if (is_one) run.high[k * z.depth + d] = high, run.low[k * z.depth + d] = low;
+  }
+  norm2 = half_sum(norm2);
+  if (is_one && threadIdx.x % HALF == 0)
+    run.column_norm[k] = {static_cast<float>(norm2), static_cast<float>(sqrt(norm2)) * (1 + 0x1p-20f) + 0x1p-60f};
+}
+
+// Calls visit(k, is_one) for every cluster, by half a warp; is_one is false where the other half alone has one.
+template <class Visit>
+__device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
+  const int64_t n_halves = static_cast<int64_t>(team.n_blocks) * (THREADS / HALF);
+  const int64_t half = static_cast<int64_t>(threadIdx.x / HALF) * team.n_blocks + team.rank;
+  for (int64_t base = 0; base < z.K; base += n_halves) {
+    const int64_t k = base + half;
+    if (warp_any(k < z.K)) visit(k < z.K ? k : z.K - 1, k < z.K);
+  }
+}
+
+__device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
+  for_clusters(team, z, [&](int64_t k, bool is_one) { place_centroid(z, run, k, is_one); });
+}
+
+// Moves every centroid to the mean of its points and those that it takes over.
+template <class T>
+__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken) {
+  for_clusters(team, z, [&](int64_t k, bool is_one) {
+    int32_t n = run.count[k];
+    for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
+    double move2 = 0;
+    for (int64_t d = threadIdx.x % HALF; d < z.D; d += HALF) {
+      double sum = run.sum[k * z.D + d];
+      for (int e = 0; e < n_taken; ++e) {
+        const int sign = (run.taken[e].to == k) - (run.taken[e].from == k);
+        if (sign) sum += sign * rounded(widen(points[run.taken[e].i * z.D + d]), run.magic[d]);
+      }
+      const float before = run.centroid[k * z.D + d], next = n > 0 ? static_cast<float>(sum / n) : before;
+      const double difference = static_cast<double>(before) - static_cast<double>(next);
+      move2 = __dadd_rn(move2, __dmul_rn(difference, difference));
+      if (is_one) run.centroid[k * z.D + d] = next;
+    }
+    move2 = half_sum(move2);
+    if (is_one && threadIdx.x % HALF == 0) run.move2[k] = move2;
+    __syncwarp();
+    place_centroid(z, run, k, is_one);
+  });
+}
+
+// The mean over the coordinates of the variance of the points, as in cpu/kmeans.cpp; all of it by this block.
+template <class T>
+__device__ double variance(const Sizes& z, const Run& run, const T* points) {
+  struct Shared {
+    double dist2[TILE];
+    double square;
+  };
+  Shared& shared = static_shared<Shared>();
+  const int half = threadIdx.x / HALF, lane = threadIdx.x % HALF;
+  const double n = run.control->n_finite < 1 ? 1 : run.control->n_finite;
+  auto mean = [&](int64_t d) {
+    double sum = 0;
+    for (int64_t k = 0; k < z.K; ++k) sum += run.sum[k * z.D + d] / n;
+    return sum;
+  };
+  double squares = 0;
+  for (int64_t first = 0; first < z.N; first += TILE) {
+    for (int r = half; r < TILE; r += THREADS / HALF) {
+      const int64_t i = first + r;
+      double x = 0;
+      if (i < z.N && run.label[i] >= 0)
+        for (int64_t d = lane; d < z.D; d += HALF) {
+          const double difference = static_cast<double>(widen(points[i * z.D + d])) - static_cast<double>(static_cast<float>(mean(d)));
+          x = __dadd_rn(x, __dmul_rn(difference, difference));
+        }
+      x = half_sum(x);
+      if (lane == 0) shared.dist2[r] = x;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (double x : shared.dist2) squares += x;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    squares /= n;
+    for (int64_t d = 0; d < z.D; ++d) {
+      const double difference = mean(d) - static_cast<double>(static_cast<float>(mean(d)));
+      squares -= difference * difference;
+    }
+    shared.square = (squares > 0 ? squares : 0) / static_cast<double>(z.D < 1 ? 1 : z.D);
+  }
+  __syncthreads();
+  return shared.square;
+}
+
+// Did the centroids move by more than tol? The norms of the points in their frame are mostly enough to tell.
+template <class T>
+__device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, double moved2) {
+  struct Bounds {
+    double low, high;
+  };
+  Bounds& bounds = static_shared<Bounds>();
+  if (threadIdx.x == 0) bounds.low = bounds.high = run.control->bound;
+  __syncthreads();
+  if (bounds.low < 0) {
+    if (warp_id() == 0) {
+      double squares = 0;
+      for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
+      squares = warp_sum(squares);
+      if (lane_id() == 0) {
+        const double scale = run.control->scale, n = run.control->n_finite < 1 ? 1 : run.control->n_finite;
+        const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale, doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
+        const double of_centre = static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
+        bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
+        bounds.high = op.tol * ((squares / n * (1 + doubt) + of_centre) / unit);
+      }
+    }
+    __syncthreads();
+  }
+  if (moved2 > bounds.high) return true;
+  if (moved2 <= bounds.low) return false;
+  const double bound = op.tol * variance(z, run, points);
+  if (team.rank == 0 && threadIdx.x == 0) run.control->bound = bound;
+  return moved2 > bound;
+}
+
+// All threads of all blocks come to the same verdict on iteration n_iter, counted from 1.
+template <class T>
+__device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, int64_t n_iter,
+                         int n_taken, int parity) {
+  struct Moved {
+    double move2[TILE], sum;
+  };
+  Moved& moved = static_shared<Moved>();
+  if (threadIdx.x == 0) moved.sum = 0;
+  for (int64_t first = 0; first < z.K; first += TILE) {
+    __syncthreads();
+    if (first + threadIdx.x < z.K) moved.move2[threadIdx.x] = run.move2[first + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int64_t k = 0; k < TILE && first + k < z.K; ++k) moved.sum += moved.move2[k];
+  }
+  __syncthreads();
+  const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
+  // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
+  return {has_changed && n_iter < op.max_iter && has_moved(op, team, z, run, points, moved.sum), !has_changed && n_taken == 0};
+}
+
+}  // namespace clmfast::kmeans_gpu
