@@ -17,11 +17,10 @@
 
 #include <cstdint>
 
+#include "element.h"
 #include "parallel.h"
 
 namespace clmfast {
-
-enum class Element { float32, bfloat16, float16 };
 
 struct CaptureRows {
   Element element;
