@@ -345,17 +345,30 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
   });
 }
 
-// dist2 of every point to its centroid; 0 for those that have none.
+// dist2 of every point to its centroid, 0 for those that have none; and its sum over each tile, in the CPU's order.
 template <class T>
-__device__ void measure_own(const Team& team, const Sizes& z, const Run& run, const T* points) {
-  team.for_tiles(z, [&](int64_t, int64_t first, int n) {
+__device__ void measure_own(const Team& team, const Sizes& z, const Run& run, const T* points, bool is_summed) {
+  struct Own {
+    double dist2[TILE];
+  };
+  Own& own = static_shared<Own>();
+  team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
     for (int base = 0; base < n; base += THREADS / HALF) {
       const int r = base + threadIdx.x / HALF;
       const int64_t i = first + (r < n ? r : base);
       const int32_t label = run.label[i];
       const double dist2 = pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
-      if (r < n && threadIdx.x % HALF == 0) run.dist2[i] = label < 0 ? 0 : dist2;
+      if (r < n && threadIdx.x % HALF == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
     }
+    if (!is_summed) return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      double sum = 0;
+#pragma unroll 8
+      for (int r = 0; r < n; ++r) sum += own.dist2[r];
+      run.tile_inertia[tile] = sum;
+    }
+    __syncthreads();
   });
 }
 

@@ -113,49 +113,34 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
   });
 }
 
-// The mean over the coordinates of the variance of the points, as in cpu/kmeans.cpp; all of it by this block.
+// The mean over the coordinates of the variance of the points; all of it by this block.
 template <class T>
 __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   struct Shared {
     double dist2[TILE];
-    double square;
+    double result;
   };
   Shared& shared = static_shared<Shared>();
-  const int half = threadIdx.x / HALF, lane = threadIdx.x % HALF;
-  const double n = run.control->n_finite < 1 ? 1 : run.control->n_finite;
-  auto mean = [&](int64_t d) {
-    double sum = 0;
-    for (int64_t k = 0; k < z.K; ++k) sum += run.sum[k * z.D + d] / n;
-    return sum;
-  };
   double squares = 0;
   for (int64_t first = 0; first < z.N; first += TILE) {
-    for (int r = half; r < TILE; r += THREADS / HALF) {
-      const int64_t i = first + r;
+    for (int r = threadIdx.x / HALF; r < TILE; r += THREADS / HALF) {
       double x = 0;
-      if (i < z.N && run.label[i] >= 0)
-        for (int64_t d = lane; d < z.D; d += HALF) {
-          const double difference = static_cast<double>(widen(points[i * z.D + d])) - static_cast<double>(static_cast<float>(mean(d)));
-          x = __dadd_rn(x, __dmul_rn(difference, difference));
+      if (first + r < z.N && run.label[first + r] >= 0)
+        for (int64_t d = threadIdx.x % HALF; d < z.D; d += HALF) {
+          const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
+          x += difference * difference;
         }
       x = half_sum(x);
-      if (lane == 0) shared.dist2[r] = x;
+      if (threadIdx.x % HALF == 0) shared.dist2[r] = x;
     }
     __syncthreads();
     if (threadIdx.x == 0)
       for (double x : shared.dist2) squares += x;
     __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    squares /= n;
-    for (int64_t d = 0; d < z.D; ++d) {
-      const double difference = mean(d) - static_cast<double>(static_cast<float>(mean(d)));
-      squares -= difference * difference;
-    }
-    shared.square = (squares > 0 ? squares : 0) / static_cast<double>(z.D < 1 ? 1 : z.D);
-  }
+  if (threadIdx.x == 0) shared.result = squares / max(run.control->n_finite, 1) / static_cast<double>(z.D < 1 ? 1 : z.D);
   __syncthreads();
-  return shared.square;
+  return shared.result;
 }
 
 // Did the centroids move by more than tol? The norms of the points in their frame are mostly enough to tell.
@@ -173,7 +158,7 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
       for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
       squares = warp_sum(squares);
       if (lane_id() == 0) {
-        const double scale = run.control->scale, n = run.control->n_finite < 1 ? 1 : run.control->n_finite;
+        const double scale = run.control->scale, n = max(run.control->n_finite, 1);
         const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale, doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
         const double of_centre = static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
         bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
@@ -185,6 +170,7 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
   if (moved2 > bounds.high) return true;
   if (moved2 <= bounds.low) return false;
   const double bound = op.tol * variance(z, run, points);
+  // Another block that reads it before it has left this function comes to the same verdict by it.
   if (team.rank == 0 && threadIdx.x == 0) run.control->bound = bound;
   return moved2 > bound;
 }

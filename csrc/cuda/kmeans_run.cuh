@@ -30,8 +30,9 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n
 
 struct Control {
   double bound;       // on the squared moves of the centroids together; negative: not known yet
+  int64_t n_iter;
   float scale;
-  int32_t n_finite, n_iter, n_taken;
+  int32_t n_finite, n_taken;
   int32_t n_changed[2];  // labels, in this iteration and the one before
   int32_t is_active, is_consistent;
 };
@@ -52,7 +53,7 @@ struct Sizes {
   __host__ __device__ Sizes(const Kmeans& op)
       : N(op.N), D(op.D), K(op.K), n_tiles(ceil_div(N, TILE)), depth(D < 16 ? 16 : ceil_div(D, 16) * 16),
         n_columns(ceil_div(K, COLUMNS) * COLUMNS), n_trials(2) {
-    // 2 + floor(ln K), by the powers of e rounded up: the same integer as that of the CPU's logarithm
+    // 2 + floor(ln K): no power of e is an integer
     for (double power = 2.718281828459045; power < static_cast<double>(K); power *= 2.718281828459045) ++n_trials;
   }
 };
@@ -73,10 +74,11 @@ struct Run {
   Control* control;
   int32_t* reach;            // [D]: bits of the largest |coordinate|
   double *column, *magic;    // [D]: sum of the rounded coordinates; what rounds them (cpu/sums.h)
+  double* mean;              // [D]
   float* centre;             // [D]
   Norm* norm;                // [N]
   int32_t* tile_finite;      // [n_tiles]: finite points
-  double* tile_norm2;        // [n_tiles]: sum of |x~|^2
+  double *tile_norm2, *tile_inertia;  // [n_tiles]: sum of |x~|^2; of dist2
   int32_t* chosen;           // [K]: the points that are the first centroids
   int32_t* trial;            // [2, n_trials]: points drawn in this round and in the one before
   float* least;              // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
@@ -108,10 +110,12 @@ struct Run {
     reach = parts.take<int32_t>(z.D);
     column = parts.take<double>(z.D);
     magic = parts.take<double>(z.D);
+    mean = parts.take<double>(z.D);
     centre = parts.take<float>(z.depth);
     norm = parts.take<Norm>(z.N);
     tile_finite = parts.take<int32_t>(z.n_tiles);
     tile_norm2 = parts.take<double>(z.n_tiles);
+    tile_inertia = parts.take<double>(z.n_tiles);
     chosen = parts.take<int32_t>(z.K);
     trial = parts.take<int32_t>(2 * z.n_trials);
     least = parts.take<float>(2 * z.n_trials * z.N);
@@ -156,6 +160,10 @@ __device__ const T* points_of(const Kmeans& op, int64_t run) {
   return reinterpret_cast<const T*>(op.points) + run / op.n_init * op.N * op.D;
 }
 
+__device__ inline const float* init_of(const Kmeans& op, int64_t run) {
+  return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
+}
+
 // Sum over the lanes of a half warp, in the order of cpu/pair.h: lane[l] += lane[l + h] for h = 8, 4, 2, 1.
 template <class X>
 __device__ X half_sum(X x) {
@@ -191,10 +199,12 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 
 // ---- the steps that prepare a run
 
-__device__ inline void clear(const Team& team, const Sizes& z, const Run& run) {
-  if (team.rank == 0 && threadIdx.x == 0) *run.control = {-1.0, 1.0f, 0, 0, 0, {0, 0}, 1, 0};
+// within [S, room]: of `known`, which later calls must not trust; or null.
+__device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within, int64_t room) {
+  if (team.rank == 0 && threadIdx.x == 0) *run.control = {-1.0, 0, 1.0f, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.D, [&](int64_t d) { run.reach[d] = 0, run.column[d] = 0; });
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
+  if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
   team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column_norm[z.K + k] = {INFINITY, 0}; });
@@ -263,11 +273,6 @@ __device__ void sum_columns(const Team& team, const Sizes& z, const Run& run, co
   });
 }
 
-__device__ inline double mean_of(const Run& run, int64_t d) {
-  const int32_t n = run.control->n_finite;
-  return run.column[d] / static_cast<double>(n < 1 ? 1 : n);
-}
-
 // Every block finds the scale; the columns are shared out.
 __device__ inline void find_frame(const Team& team, const Sizes& z, const Run& run, const float* init) {
   struct Largest {
@@ -287,7 +292,8 @@ __device__ inline void find_frame(const Team& team, const Sizes& z, const Run& r
   if (team.rank == 0 && threadIdx.x == 0) run.control->scale = scale;
   team.for_each(z.D, [&](int64_t d) {
     run.magic[d] = magic_of(run.reach[d], run.control->n_finite);
-    run.centre[d] = static_cast<float>(mean_of(run, d) * scale);
+    run.mean[d] = run.column[d] / max(run.control->n_finite, 1);
+    run.centre[d] = static_cast<float>(run.mean[d] * scale);
   });
   __syncthreads();
 }

@@ -255,7 +255,7 @@ __device__ void write_start(const Kmeans& op, const Team& team, const Sizes& z, 
     for (int64_t d = lane_id(); given && d < z.D; d += LANES) is_spoilt |= !isfinite(given[d]);
     is_spoilt = warp_any(is_spoilt);
     for (int64_t d = lane_id(); d < z.D; d += LANES) {
-      if (given) centroid[d] = is_spoilt ? static_cast<float>(mean_of(run, d)) : given[d];
+      if (given) centroid[d] = is_spoilt ? static_cast<float>(run.mean[d]) : given[d];
       else centroid[d] = run.control->n_finite == 0 ? 0 : widen(points[run.chosen[k] * z.D + d]);
     }
   }
