@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     cluster_sync();
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
-  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, 0);
+  // Another block may still be reading what changed in the last iteration.
+  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2);
   measure_own(team, z, run, points, true);
   if (team.rank == 0 && threadIdx.x == 0) run.control->n_iter = n_iter;
 }

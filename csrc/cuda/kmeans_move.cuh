@@ -147,12 +147,12 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
 template <class T>
 __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, double moved2) {
   struct Bounds {
-    double low, high;
+    double exact, low, high;
   };
   Bounds& bounds = static_shared<Bounds>();
-  if (threadIdx.x == 0) bounds.low = bounds.high = run.control->bound;
+  if (threadIdx.x == 0) bounds.exact = bounds.low = bounds.high = run.control->bound;
   __syncthreads();
-  if (bounds.low < 0) {
+  if (bounds.exact < 0) {
     if (warp_id() == 0) {
       double squares = 0;
       for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
