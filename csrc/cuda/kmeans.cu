@@ -25,14 +25,16 @@ constexpr int MAX_CLUSTER = 16;
 constexpr int64_t MAX_BLOCKS = 2048;         // of a step of `streaming`, for one run. Not tuned yet
 constexpr size_t STATIC_SHARED = 12 * 1024;  // at least what the kernels have beside dynamic shared memory
 
-// The steps of `streaming` before the first iteration.
-enum class Prepare { clear, reach, columns, frame, place, start, write_start, place_centroids };
+constexpr size_t STREAMING_BYTES = static_cast<size_t>(Tiles::bytes(TILE, SLAB));
 
-template <class T>
-__device__ void start_step(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, Work* work,
-                           int64_t step) {
+// The steps of `streaming` before the first iteration.
+enum class Prepare { clear, reach, columns, place, start, write_start, place_centroids };
+
+template <class T, bool IS_RESIDENT>
+__device__ void start_step(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                           const Tiles& tiles, int64_t step) {
   if (op.start == KmeansStart::random) start_random(op, team, z, run);
-  else if (step < z.K) start_plus_plus(op, team, z, run, points, work, step);
+  else if (step < z.K) start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
   else finish_plus_plus(team, z, run);
 }
 
@@ -57,14 +59,12 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   cluster_sync();
   find_reach(team, z, run, points);
   cluster_sync();
-  sum_columns(team, z, run, points);
-  cluster_sync();
-  find_frame(team, z, run, init_of(op, team.run));
+  find_columns(team, z, run, init_of(op, team.run));
   cluster_sync();
   place_points<T, true>(team, z, run, points, tiles.points, tiles.stride);
   cluster_sync();
   for (int64_t step = 0; step < n_start_steps(op); ++step) {
-    start_step(op, team, z, run, points, tiles.work, step);
+    start_step<T, true>(op, team, z, run, points, tiles, step);
     cluster_sync();
   }
   write_start(op, team, z, run, points);
@@ -113,10 +113,9 @@ __global__ void __launch_bounds__(THREADS) prepare_kernel(Kmeans op, char* scrat
   switch (what) {
     case Prepare::clear: return clear(team, z, run, op, within, room);
     case Prepare::reach: return find_reach(team, z, run, points);
-    case Prepare::columns: return sum_columns(team, z, run, points);
-    case Prepare::frame: return find_frame(team, z, run, init_of(op, team.run));
+    case Prepare::columns: return find_columns(team, z, run, init_of(op, team.run));
     case Prepare::place: return place_points<T, false>(team, z, run, points, nullptr, 0);
-    case Prepare::start: return start_step(op, team, z, run, points, dynamic_shared<Work>(), step);
+    case Prepare::start: return start_step<T, false>(op, team, z, run, points, Tiles(TILE, SLAB), step);
     case Prepare::write_start: return write_start(op, team, z, run, points);
     case Prepare::place_centroids: return place_centroids(team, z, run);
   }
@@ -229,13 +228,13 @@ struct Launcher {
     const int64_t n_blocks = std::min(z.n_tiles, MAX_BLOCKS);
     const dim3 grid(static_cast<unsigned>(n_runs * n_blocks)), one_each(static_cast<unsigned>(n_runs));
     auto prepare = [&](Prepare what, int64_t step = 0) {
-      launch(prepare_kernel<T>, grid, THREADS, what == Prepare::start ? sizeof(Work) : 0, stream, op, scratch, n_blocks, what, step,
+      launch(prepare_kernel<T>, grid, THREADS, what == Prepare::start ? STREAMING_BYTES : 0, stream, op, scratch, n_blocks, what, step,
              within, room);
     };
     auto label = [&](bool is_last) {
-      launch(label_kernel<T>, grid, THREADS, static_cast<size_t>(Tiles::bytes(TILE, SLAB)), stream, op, scratch, n_blocks, is_last);
+      launch(label_kernel<T>, grid, THREADS, STREAMING_BYTES, stream, op, scratch, n_blocks, is_last);
     };
-    for (Prepare what : {Prepare::clear, Prepare::reach, Prepare::columns, Prepare::frame, Prepare::place}) prepare(what);
+    for (Prepare what : {Prepare::clear, Prepare::reach, Prepare::columns, Prepare::place}) prepare(what);
     for (int64_t step = 0; step < n_start_steps(op); ++step) prepare(Prepare::start, step);
     prepare(Prepare::write_start);
     prepare(Prepare::place_centroids);

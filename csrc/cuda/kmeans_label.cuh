@@ -20,6 +20,7 @@ constexpr int CLOSE = 6;        // centroids of a point that are measured; with 
 constexpr int SLAB = 64;        // coordinates that are screened at a time where points do not stay in shared memory
 constexpr int PAD = 8;          // bfloat16 behind each row, so that ldmatrix reads eight rows from eight different banks
 constexpr int MAX_TRIALS = 23;  // of a draw: 2 + ln K
+constexpr int TRIALS = 8;       // that are measured side by side
 
 // What a block keeps beside the points and the centroids.
 struct Work {
@@ -37,6 +38,7 @@ struct Work {
     struct {
       float least[MAX_TRIALS][TILE];
       double warp_total[MAX_TRIALS][N_WARPS];
+      uint16_t trial_pair[TRIALS * TILE];  // row * TRIALS + which
     };
   };
   int32_t close[CLOSE][TILE];
@@ -85,9 +87,11 @@ struct Bound {
 
 // ---- screen
 
-// sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . (high + low) of n_blocks x 8 columns.
-__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* high, const bfloat16* low,
-                                int stride, int n_steps, int n_blocks) {
+// sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . (high + low) of n_blocks x 8 columns; of high alone where
+// n_parts is 1.
+template <int n_parts>
+__device__ void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* high, const bfloat16* low, int stride,
+                         int n_steps, int n_blocks) {
   const int lane = lane_id();
   const int of_points = (lane % 16) * stride + lane / 16 * 8;
   const int of_columns = (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
@@ -100,7 +104,7 @@ __device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, c
     for (int pair = 0; pair < 2; ++pair) {
       if (2 * pair >= n_blocks) break;
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
+      for (int part = 0; part < n_parts; ++part) {
         uint32_t b[4];
         ldmatrix_x4(b, (part ? low : high) + of_columns + pair * 16 * stride + step * 16);
 #pragma unroll
@@ -147,7 +151,7 @@ __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const
   const int column = threadIdx.x % SLAB;
   if (column >= width) return;
   const int64_t d = first_d + column;
-  const float scale = run.control->scale, centre = d < z.D ? run.centre[d] : 0;
+  const float scale = scale_of(run), centre = run.centre[d];
 #pragma unroll 8
   for (int r = threadIdx.x / SLAB; r < TILE; r += ROWS) {
     const float x = r < n && d < z.D ? place(widen(points[(first + r) * z.D + d]), scale, centre) : 0;
@@ -157,7 +161,7 @@ __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const
 
 // Multiplies a tile by COLUMNS columns, and leaves the products in work.screened, each warp those of its rows.
 // load(first_d, width) brings the columns. Points that are resident stand `row` rows behind tiles.points.
-template <class T, bool IS_RESIDENT, class Load>
+template <class T, bool IS_RESIDENT, int n_parts, class Load>
 __device__ void screen(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n, int64_t row,
                        int n_columns, const Load& load) {
   float sum[2][4][4] = {};
@@ -169,7 +173,7 @@ __device__ void screen(const Sizes& z, const Run& run, const T* points, const Ti
     if (!IS_RESIDENT) load_slab(z, run, points, tiles, first, n, d, width);
     cp_async_wait<0>();
     __syncthreads();
-    multiply(sum, tiles.points + (row + warp_id() * LANES) * tiles.stride, tiles.high, tiles.low, tiles.stride, width / 16,
+    multiply<n_parts>(sum, tiles.points + (row + warp_id() * LANES) * tiles.stride, tiles.high, tiles.low, tiles.stride, width / 16,
              (n_columns + 7) / 8);
   }
   turn(sum, tiles.work->screened[warp_id()]);
@@ -229,26 +233,32 @@ __device__ void measure_close(const Sizes& z, const Run& run, const T* points, W
   }
   if (n < 0) work->lost[atomicAdd(&work->n_lost, 1)] = static_cast<uint16_t>(row);
   __syncthreads();
-  const int half = threadIdx.x / HALF, n_halves = THREADS / HALF;
-  for (int base = 0; base < work->n_pairs; base += n_halves) {
-    const bool is_one = base + half < work->n_pairs;
-    const int pair = work->pair[is_one ? base + half : base], of_row = pair / CLOSE, e = pair % CLOSE;
+  for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
+    const int at = base + lane_id() / QUAD;
+    const bool is_one = at < work->n_pairs;
+    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
     const double dist2 = pair_dist2(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D, z.D);
-    if (is_one && threadIdx.x % HALF == 0) work->dist2[e][of_row] = dist2;
+    if (is_one && lane_id() % QUAD == 0) work->dist2[e][of_row] = dist2;
   }
+  constexpr int SIDE_BY_SIDE = LANES / QUAD;
   for (int at = warp_id(); at < work->n_lost; at += N_WARPS) {
-    const int of_row = work->lost[at], which = lane_id() / HALF;
+    const int of_row = work->lost[at], which = lane_id() / QUAD;
     double best = INFINITY;
-    int32_t label = -1;
-    for (int64_t k = 0; k < z.K; k += 2) {
-      const bool is_one = k + which < z.K;
-      const double dist2 = pair_dist2(points + (first + of_row) * z.D, run.centroid + (is_one ? k + which : k) * z.D, z.D);
-      if (is_one && (label < 0 || dist2 < best)) best = dist2, label = static_cast<int32_t>(k) + which;
+    int64_t label = z.K;
+    auto consider = [&](double dist2, int64_t k) {
+      if (dist2 < best || (dist2 == best && k < label)) best = dist2, label = k;
+    };
+    for (int64_t k = 0; k < z.K; k += SIDE_BY_SIDE) {
+      const int64_t own = k + which < z.K ? k + which : k;
+      consider(pair_dist2(points + (first + of_row) * z.D, run.centroid + own * z.D, z.D), own);
     }
-    const double other = warp_shuffle_xor(best, HALF);
-    const int32_t other_label = warp_shuffle_xor(label, HALF);
-    if (other_label >= 0 && (other < best || (other == best && other_label < label))) label = other_label;
-    if (lane_id() == 0) work->label[of_row] = label;
+#pragma unroll
+    for (int mask = LANES / 2; mask >= QUAD; mask /= 2) {
+      const double dist2 = warp_shuffle_xor(best, mask);
+      const int64_t k = warp_shuffle_xor(label, mask);
+      consider(dist2, k);
+    }
+    if (lane_id() == 0) work->label[of_row] = static_cast<int32_t>(label);
   }
   __syncthreads();
 }
@@ -313,7 +323,7 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     Candidates candidates(work);
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
-      screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
+      screen<T, IS_RESIDENT, 2>(z, run, points, tiles, first, n, row, n_columns,
                              [&](int64_t d, int width) { load_columns(z, run, tiles, column, d, width); });
       if (isnan(norm.norm)) continue;
       for (int k = 0; k < n_columns; ++k) {
@@ -353,12 +363,12 @@ __device__ void measure_own(const Team& team, const Sizes& z, const Run& run, co
   };
   Own& own = static_shared<Own>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    for (int base = 0; base < n; base += THREADS / HALF) {
-      const int r = base + threadIdx.x / HALF;
+    for (int base = warp_id() * LANES / QUAD; base < n; base += THREADS / QUAD) {
+      const int r = base + lane_id() / QUAD;
       const int64_t i = first + (r < n ? r : base);
       const int32_t label = run.label[i];
       const double dist2 = pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
-      if (r < n && threadIdx.x % HALF == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
+      if (r < n && lane_id() % QUAD == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
     }
     if (!is_summed) return;
     __syncthreads();

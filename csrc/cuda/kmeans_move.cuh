@@ -60,7 +60,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
 
 // Places centroid k in the frame; by half a warp, whose other half does another.
 __device__ inline void place_centroid(const Sizes& z, const Run& run, int64_t k, bool is_one) {
-  const float scale = run.control->scale;
+  const float scale = scale_of(run);
   double norm2 = 0;
   for (int64_t d = threadIdx.x % HALF; d < z.depth; d += HALF) {
     const float x = d < z.D ? place(run.centroid[k * z.D + d], scale, run.centre[d]) : 0;
@@ -158,7 +158,7 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
       for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
       squares = warp_sum(squares);
       if (lane_id() == 0) {
-        const double scale = run.control->scale, n = max(run.control->n_finite, 1);
+        const double scale = scale_of(run), n = max(run.control->n_finite, 1);
         const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale, doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
         const double of_centre = static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
         bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);

@@ -24,14 +24,15 @@ constexpr int N_WARPS = 8;
 constexpr int THREADS = N_WARPS * LANES;
 constexpr int TILE = THREADS;  // points; a thread each. The CPU sums inertia by as many, so that the bits are the same
 constexpr int COLUMNS = 32;    // centroids, or points drawn, that are screened side by side
-constexpr int HALF = 16;       // lanes that share one exact distance: those of cpu/pair.h
+constexpr int QUAD = 4;        // threads that share one exact distance
+constexpr int HALF = 16;       // threads that share one centroid
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Control {
   double bound;       // on the squared moves of the centroids together; negative: not known yet
   int64_t n_iter;
-  float scale;
+  int32_t reach;      // bits of the largest |coordinate|
   int32_t n_finite, n_taken;
   int32_t n_changed[2];  // labels, in this iteration and the one before
   int32_t is_active, is_consistent;
@@ -72,12 +73,12 @@ struct Parts {
 
 struct Run {
   Control* control;
-  int32_t* reach;            // [D]: bits of the largest |coordinate|
-  double *column, *magic;    // [D]: sum of the rounded coordinates; what rounds them (cpu/sums.h)
-  double* mean;              // [D]
+  double *magic, *mean;      // [D]: what rounds coordinates (cpu/sums.h); their mean
   float* centre;             // [D]
   Norm* norm;                // [N]
   int32_t* tile_finite;      // [n_tiles]: finite points
+  int32_t* tile_reach;       // [n_tiles, D]: bits of their largest |coordinate|
+  double* tile_sum;          // [n_tiles, D]: of their coordinates
   double *tile_norm2, *tile_inertia;  // [n_tiles]: sum of |x~|^2; of dist2
   int32_t* chosen;           // [K]: the points that are the first centroids
   int32_t* trial;            // [2, n_trials]: points drawn in this round and in the one before
@@ -107,13 +108,13 @@ struct Run {
 
   __host__ __device__ void place(const Sizes& z, Parts& parts) {
     control = parts.take<Control>(1);
-    reach = parts.take<int32_t>(z.D);
-    column = parts.take<double>(z.D);
     magic = parts.take<double>(z.D);
     mean = parts.take<double>(z.D);
     centre = parts.take<float>(z.depth);
     norm = parts.take<Norm>(z.N);
     tile_finite = parts.take<int32_t>(z.n_tiles);
+    tile_reach = parts.take<int32_t>(z.n_tiles * z.D);
+    tile_sum = parts.take<double>(z.n_tiles * z.D);
     tile_norm2 = parts.take<double>(z.n_tiles);
     tile_inertia = parts.take<double>(z.n_tiles);
     chosen = parts.take<int32_t>(z.K);
@@ -172,16 +173,49 @@ __device__ X half_sum(X x) {
   return x;
 }
 
-// pair_dist2 of cpu/pair.h, by the 16 lanes of a half warp, which all get it. No fused multiply-add.
+// Four coordinates of a row from d on, zeros behind its end.
+template <class T>
+__device__ float4 load_four(const T* row, int64_t d, int64_t D, bool is_aligned) {
+  struct alignas(4 * sizeof(T)) Four {
+    T x[4];
+  };
+  if (is_aligned) {
+    const Four four = *reinterpret_cast<const Four*>(row + d);
+    return {widen(four.x[0]), widen(four.x[1]), widen(four.x[2]), widen(four.x[3])};
+  }
+  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0, d + 3 < D ? widen(row[d + 3]) : 0};
+}
+
+// Can rows of D be read by fours?
+template <class T>
+__device__ bool is_aligned(const T* row, int64_t D) {
+  return D % 4 == 0 && reinterpret_cast<uintptr_t>(row) % (4 * sizeof(T)) == 0;
+}
+
+// Sums the 16 lanes of cpu/pair.h, of which four threads have four each, in its order.
+template <class X>
+__device__ X sum_of_lanes(X (&lane)[4]) {
+#pragma unroll
+  for (int mask = 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (X& x : lane) x += warp_shuffle_xor(x, mask);
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+// pair_dist2 of cpu/pair.h, by four threads, which all get it. No fused multiply-add.
 template <class A, class B>
 __device__ double pair_dist2(const A* a, const B* b, int64_t D) {
-  double lane = 0;
+  const bool by_four = is_aligned(a, D) && is_aligned(b, D);
+  double lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = threadIdx.x % HALF; d < D; d += HALF) {
-    const double x = static_cast<double>(widen(a[d])) - static_cast<double>(widen(b[d]));
-    lane = __dadd_rn(lane, __dmul_rn(x, x));
+  for (int64_t d = threadIdx.x % QUAD * 4; d < D; d += 16) {
+    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
+    const double difference[4] = {static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
+                                  static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
   }
-  return half_sum(lane);
+  return sum_of_lanes(lane);
 }
 
 // What rounds the coordinates of a column: cpu/sums.h, of which this is find_magic.
@@ -201,8 +235,7 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 
 // within [S, room]: of `known`, which later calls must not trust; or null.
 __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within, int64_t room) {
-  if (team.rank == 0 && threadIdx.x == 0) *run.control = {-1.0, 0, 1.0f, 0, 0, {0, 0}, 1, 0};
-  team.for_each(z.D, [&](int64_t d) { run.reach[d] = 0, run.column[d] = 0; });
+  if (team.rank == 0 && threadIdx.x == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
   if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
@@ -211,122 +244,126 @@ __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, c
   team.for_each((z.n_columns - z.K) * z.depth, [&](int64_t e) { run.high[z.K * z.depth + e] = run.low[z.K * z.depth + e] = 0; });
 }
 
-// Which points are finite, and how far their coordinates reach.
+// Which points are finite, how far their coordinates reach, and their sums.
 template <class T>
 __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, const T* points) {
   struct Found {
     int32_t is_finite[TILE], n_finite;
   };
-  auto& [is_finite, n_finite] = static_shared<Found>();
+  Found& found = static_shared<Found>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    if (threadIdx.x == 0) n_finite = 0;
+    found.is_finite[threadIdx.x] = threadIdx.x < n;
+    if (threadIdx.x == 0) found.n_finite = n;
     __syncthreads();
-    for (int r = warp_id(); r < n; r += N_WARPS) {
-      bool is_spoilt = false;
-      for (int64_t d = lane_id(); d < z.D; d += LANES) is_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
-      is_spoilt = warp_ballot(is_spoilt) != 0;
-      if (lane_id() == 0) {
-        is_finite[r] = !is_spoilt;
-        run.norm[first + r] = {is_spoilt ? NAN : 0.0f, 0.0f};
-        if (!is_spoilt) atomicAdd(&n_finite, 1);
+    bool is_spoilt = false;
+    auto sum_columns = [&] {
+      is_spoilt = false;
+      for (int64_t d = threadIdx.x; d < z.D; d += THREADS) {
+        int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
+        double sum = 0;
+#pragma unroll 16
+        for (int r = 0; r < n; ++r) {
+          const float x = widen(points[(first + r) * z.D + d]);
+          if (!found.is_finite[r]) continue;
+          reach = max(reach, __float_as_int(fabsf(x)));
+          sum += x;
+        }
+        is_spoilt |= reach >= 0x7f800000;
+        run.tile_reach[tile * z.D + d] = reach;
+        run.tile_sum[tile * z.D + d] = sum;
       }
-    }
-    __syncthreads();
-    for (int64_t d = threadIdx.x; d < z.D; d += THREADS) {
-      int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
-#pragma unroll 8
-      for (int r = 0; r < n; ++r) {
-        const int32_t bits = __float_as_int(fabsf(widen(points[(first + r) * z.D + d])));
-        if (is_finite[r] && bits > reach) reach = bits;
+    };
+    sum_columns();
+    if (__syncthreads_or(is_spoilt)) {  // once more without the points that are not finite
+      for (int r = warp_id(); r < n; r += N_WARPS) {
+        bool is_row_spoilt = false;
+        for (int64_t d = lane_id(); d < z.D; d += LANES) is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
+        if (!warp_any(is_row_spoilt) || lane_id() > 0) continue;
+        found.is_finite[r] = false;
+        atomicAdd(&found.n_finite, -1);
       }
-      atomicMax(&run.reach[d], reach);
+      __syncthreads();
+      sum_columns();
     }
+    if (threadIdx.x < n) run.norm[first + threadIdx.x] = {found.is_finite[threadIdx.x] ? 0 : NAN, 0};
     if (threadIdx.x == 0) {
-      run.tile_finite[tile] = n_finite;
-      atomicAdd(&run.control->n_finite, n_finite);
+      run.tile_finite[tile] = found.n_finite;
+      atomicAdd(&run.control->n_finite, found.n_finite);
     }
     __syncthreads();
   });
 }
 
-// The sum of each column; exact, so that the order of the blocks does not show.
-template <class T>
-__device__ void sum_columns(const Team& team, const Sizes& z, const Run& run, const T* points) {
-  struct IsFinite {
-    int32_t row[TILE];
-  };
-  auto& is_finite = static_shared<IsFinite>().row;
-  team.for_tiles(z, [&](int64_t, int64_t first, int n) {
-    if (threadIdx.x < n) is_finite[threadIdx.x] = !isnan(run.norm[first + threadIdx.x].norm);
-    __syncthreads();
-    for (int64_t d = threadIdx.x; d < z.D; d += THREADS) {
-      const double magic = magic_of(run.reach[d], run.control->n_finite);
-      double sum = 0;
-#pragma unroll 8
-      for (int r = 0; r < n; ++r) {
-        const float x = widen(points[(first + r) * z.D + d]);
-        if (is_finite[r]) sum += rounded(x, magic);
-      }
-      atomicAdd(&run.column[d], sum);
-    }
-    __syncthreads();
-  });
-}
-
-// Every block finds the scale; the columns are shared out.
-__device__ inline void find_frame(const Team& team, const Sizes& z, const Run& run, const float* init) {
-  struct Largest {
-    int32_t reach;
-  };
-  int32_t& largest = static_shared<Largest>().reach;
-  if (threadIdx.x == 0) largest = 0;
-  __syncthreads();
-  int32_t reach = 0;
-  for (int64_t d = threadIdx.x; d < z.D; d += THREADS) reach = max(reach, run.reach[d]);
-  for (int64_t e = threadIdx.x; init && e < z.K * z.D; e += THREADS)
-    if (isfinite(init[e])) reach = max(reach, __float_as_int(fabsf(init[e])));
-  atomicMax(&largest, reach);
-  __syncthreads();
-  const int exponent = min(max(126 - largest / 0x00800000, -126), 126);  // half the largest |coordinate| to 1, or less
-  const float scale = __int_as_float((exponent + 127) << 23);
-  if (team.rank == 0 && threadIdx.x == 0) run.control->scale = scale;
+// Of every column: how far it reaches, so that sums have their quantum, and the mean.
+__device__ inline void find_columns(const Team& team, const Sizes& z, const Run& run, const float* init) {
+  const int32_t n = run.control->n_finite;
+  int32_t largest = 0;
   team.for_each(z.D, [&](int64_t d) {
-    run.magic[d] = magic_of(run.reach[d], run.control->n_finite);
-    run.mean[d] = run.column[d] / max(run.control->n_finite, 1);
-    run.centre[d] = static_cast<float>(run.mean[d] * scale);
+    int32_t reach = 0;
+    double sum = 0;
+#pragma unroll 8
+    for (int64_t tile = 0; tile < z.n_tiles; ++tile) {
+      reach = max(reach, run.tile_reach[tile * z.D + d]);
+      sum += run.tile_sum[tile * z.D + d];
+    }
+    run.magic[d] = magic_of(reach, n);
+    run.mean[d] = sum / max(n, 1);
+    largest = max(largest, reach);
   });
-  __syncthreads();
+  if (init)
+    team.for_each(z.K * z.D, [&](int64_t e) {
+      if (isfinite(init[e])) largest = max(largest, __float_as_int(fabsf(init[e])));
+    });
+  if (largest > 0) atomicMax(&run.control->reach, largest);
 }
+
+__device__ inline float scale_of(const Run& run) {
+  const int exponent = min(max(126 - run.control->reach / 0x00800000, -126), 126);
+  return __int_as_float((exponent + 127) << 23);  // brings the largest |coordinate| to 1/2 ... 1
+}
+
+__device__ inline float centre_of(const Run& run, int64_t d, float scale) { return static_cast<float>(run.mean[d] * scale); }
 
 // Norms in the frame; and, where the points stay in shared memory, their x^ [rows of this block, stride].
 template <class T, bool IS_RESIDENT>
 __device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident, int stride) {
+  constexpr int ROWS = 4;  // of a warp at a time, so that enough reads are on their way
   struct Norm2 {
     float row[TILE];
   };
   auto& norm2 = static_shared<Norm2>().row;
-  const float scale = run.control->scale, doubt = (static_cast<float>(z.D) + 8) * 0x1p-24f;
+  const float scale = scale_of(run), doubt = (static_cast<float>(z.D) + 8) * 0x1p-24f;
+  team.for_each(z.depth, [&](int64_t d) { run.centre[d] = d < z.D ? centre_of(run, d, scale) : 0; });
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    for (int r = warp_id(); r < TILE; r += N_WARPS) {
-      const int64_t i = first + r;
-      const bool is_point = r < n && !isnan(run.norm[r < n ? i : first].norm);
-      float squares = 0, errors = 0;
+    for (int base = warp_id() * ROWS; base < TILE; base += N_WARPS * ROWS) {
+      bool is_point[ROWS];
+      float squares[ROWS] = {}, errors[ROWS] = {};
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) is_point[r] = base + r < n && !isnan(run.norm[first + base + r].norm);
+#pragma unroll 2
       for (int64_t d = lane_id(); d < z.depth; d += LANES) {
-        const float x = is_point && d < z.D ? place(widen(points[i * z.D + d]), scale, run.centre[d]) : 0;
-        const bfloat16 rounded_x = narrow<bfloat16>(x);
-        const float error = x - widen(rounded_x);
-        squares += x * x;
-        errors += error * error;
-        if (IS_RESIDENT) resident[(row + r) * stride + d] = rounded_x;
+        const float centre = d < z.D ? centre_of(run, d, scale) : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const float x = is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
+          const bfloat16 rounded_x = narrow<bfloat16>(x);
+          const float error = x - widen(rounded_x);
+          squares[r] += x * x;
+          errors[r] += error * error;
+          if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
+        }
       }
-      squares = warp_sum(squares);
-      errors = warp_sum(errors);
-      if (lane_id() > 0) continue;
-      norm2[r] = squares;
-      if (!is_point) continue;
-      const float norm = sqrtf(squares) * (1 + doubt) + 0x1p-60f;
-      run.norm[i] = {norm, sqrtf(errors) * (1 + doubt) + norm * 0x1p-23f + 0x1p-60f};
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        squares[r] = warp_sum(squares[r]);
+        errors[r] = warp_sum(errors[r]);
+        if (lane_id() > 0) continue;
+        norm2[base + r] = squares[r];
+        if (!is_point[r]) continue;
+        const float norm = sqrtf(squares[r]) * (1 + doubt) + 0x1p-60f;
+        run.norm[first + base + r] = {norm, sqrtf(errors[r]) * (1 + doubt) + norm * 0x1p-23f + 0x1p-60f};
+      }
     }
     __syncthreads();
     if (warp_id() == 0) {

@@ -5,7 +5,8 @@
 // once for each centroid.
 //
 // Distances are float32 sums of squared differences in the lanes of cpu/pair.h, with fused multiply-add: the bits of the
-// CPU's, where it has that instruction. Sums of them are float64 in an order of our own: they agree to rounding.
+// CPU's, where it has that instruction. Sums of them are float64 in an order of our own: they agree to rounding. Most are
+// never computed: the screen of kmeans_label.cuh shows that a point stays with the centroid that it has.
 #pragma once
 
 #include "kmeans_label.cuh"
@@ -72,10 +73,29 @@ __device__ inline int64_t finite_point(const Sizes& z, const Run& run, int32_t j
 
 // The point that is drawn by a target, in proportion to `least`.
 __device__ inline int64_t drawn_point(const Sizes& z, const float* least, const double* total, double target) {
+  constexpr int ROWS = TILE / LANES;  // of a lane
   double before;
   const int64_t tile = find_part<double>(z.n_tiles, target, before, [&](int64_t i) { return total[i]; });
-  const int64_t first = tile * TILE, n = z.N - first < TILE ? z.N - first : TILE;
-  return first + find_part<double>(n, target - before, before, [&](int64_t r) { return static_cast<double>(least[first + r]); });
+  target -= before;
+  const int64_t first = tile * TILE + lane_id() * ROWS;
+  float x[ROWS];
+  double sum = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) x[r] = first + r < z.N ? least[first + r] : 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) sum += x[r];
+  double running = warp_prefix(sum) - sum;  // about; a lane's points are searched from there
+  int found = -1, last = -1;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    running += x[r];
+    if (x[r] > 0) last = r;
+    if (x[r] > 0 && running > target && found < 0) found = r;
+  }
+  const uint32_t has_found = warp_ballot(found >= 0), has_any = warp_ballot(last >= 0);
+  if (has_any == 0) return tile * TILE;  // of a tile whose sum is not 0, some point is at a distance
+  const int lane = has_found ? first_lane(has_found) : last_lane(has_any);
+  return tile * TILE + lane * ROWS + warp_shuffle(has_found ? found : last, lane);
 }
 
 __device__ inline double sum_of_tiles(const Sizes& z, const double* total) {
@@ -86,121 +106,150 @@ __device__ inline double sum_of_tiles(const Sizes& z, const double* total) {
 
 // ---- k-means++
 
-struct Drawn {
-  double potential[MAX_TRIALS];
-  int32_t trial[MAX_TRIALS];
-  int32_t best;
+// Which trial of the step before was the best, and the sum that it leaves; every warp finds out for itself.
+struct Best {
+  int trial;
+  double potential;
 };
 
-// Which trial of the step before was the best, in `drawn`, and which point it is.
-__device__ inline int32_t choose(const Sizes& z, const Run& run, int64_t step, Drawn& drawn) {
-  const int64_t n = step == 1 ? 1 : z.n_trials, before = (step - 1) % 2 * z.n_trials;
-  for (int64_t t = warp_id(); t < n; t += N_WARPS) {
-    const double potential = sum_of_tiles(z, run.total + (before + t) * z.n_tiles);
-    if (lane_id() == 0) drawn.potential[t] = potential;
+__device__ inline Best best_trial(const Sizes& z, const Run& run, int64_t step) {
+  const int n = step == 1 ? 1 : static_cast<int>(z.n_trials);
+  const double* total = run.total + (step + 1) % 2 * z.n_trials * z.n_tiles;
+  Best best{0, 0};
+  for (int base = 0; base < n; base += 4) {
+    double potential[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) potential[e] = sum_of_tiles(z, total + min(base + e, n - 1) * z.n_tiles);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (base + e == 0 || (base + e < n && potential[e] < best.potential)) best = {base + e, potential[e]};
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    drawn.best = 0;
-    for (int t = 1; t < n; ++t)
-      if (drawn.potential[t] < drawn.potential[drawn.best]) drawn.best = t;
-  }
-  __syncthreads();
-  return run.trial[before + drawn.best];
+  return best;
 }
 
-// Draws this step's points to drawn.trial.
-__device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, int64_t step, Drawn& drawn) {
+// The points that this step tries, to `trial`.
+__device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, int64_t step, const Best& best,
+                            int32_t* trial) {
   if (step == 0) {
-    if (warp_id() == 0) {
-      const int32_t j = static_cast<int32_t>(uniform(op, team.run, 0) * run.control->n_finite);
-      const int64_t i = finite_point(z, run, j);
-      if (lane_id() == 0) drawn.trial[0] = static_cast<int32_t>(i);
-    }
+    if (warp_id() > 0) return;
+    const int64_t i = finite_point(z, run, static_cast<int32_t>(uniform(op, team.run, 0) * run.control->n_finite));
+    if (lane_id() == 0) trial[0] = static_cast<int32_t>(i);
     return;
   }
-  const int64_t before = (step - 1) % 2 * z.n_trials + drawn.best;
-  const double potential = drawn.potential[drawn.best];
+  const int64_t before = (step + 1) % 2 * z.n_trials + best.trial;
   for (int64_t t = warp_id(); t < z.n_trials; t += N_WARPS) {
-    // With every point on a centroid, the last one is taken again.
-    int64_t i = run.trial[before];
-    if (potential > 0)
-      i = drawn_point(z, run.least + before * z.N, run.total + before * z.n_tiles,
-                      uniform(op, team.run, 1 + (step - 1) * z.n_trials + t) * potential);
-    if (lane_id() == 0) drawn.trial[t] = static_cast<int32_t>(i);
+    const int64_t i = best.potential > 0
+                          ? drawn_point(z, run.least + before * z.N, run.total + before * z.n_tiles,
+                                        uniform(op, team.run, 1 + (step - 1) * z.n_trials + t) * best.potential)
+                          : run.trial[before];  // with every point on a centroid, the last one is taken again
+    if (lane_id() == 0) trial[t] = static_cast<int32_t>(i);
   }
 }
 
-// float32 dist2 of a point to four others, in the frame's units, by half a warp.
+// float32 dist2 of two points in `unit`, a power of two that keeps squares from leaving float32; by four threads.
 template <class T>
-__device__ void four_dist2(const T* point, const T* const (&other)[4], int64_t D, float scale, float (&dist2)[4]) {
-  const int64_t n_whole = D / HALF * HALF;
-#pragma unroll
-  for (float& x : dist2) x = 0;
+__device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
+  const bool by_four = is_aligned(a, D) && is_aligned(b, D);
+  const int64_t n_whole = D / 16 * 16;
+  float lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = threadIdx.x % HALF; d < n_whole; d += HALF) {
-    const float x = widen(point[d]) * scale;
+  for (int64_t d = threadIdx.x % QUAD * 4; d < n_whole; d += 16) {
+    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
+    const float difference[4] = {x.x * unit - y.x * unit, x.y * unit - y.y * unit, x.z * unit - y.z * unit, x.w * unit - y.w * unit};
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float difference = x - widen(other[t][d]) * scale;
-      dist2[t] = fmaf(difference, difference, dist2[t]);
-    }
+    for (int e = 0; e < 4; ++e) lane[e] = fmaf(difference[e], difference[e], lane[e]);
   }
-#pragma unroll
-  for (float& x : dist2) x = half_sum(x);
+  float dist2 = sum_of_lanes(lane);
   for (int64_t d = n_whole; d < D; ++d) {
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const float difference = widen(point[d]) * scale - widen(other[t][d]) * scale;
-      dist2[t] = fmaf(difference, difference, dist2[t]);
-    }
+    const float difference = widen(a[d]) * unit - widen(b[d]) * unit;
+    dist2 = fmaf(difference, difference, dist2);
   }
+  return dist2;
 }
 
-// Measures this block's points against the points drawn: work.least of `n_trials` and the tile, from `closest`.
-template <class T>
-__device__ void measure_trials(const Sizes& z, const Run& run, const T* points, Work* work, const Drawn& drawn, int n_trials,
-                               int64_t first, int n, const float* closest) {
-  const float scale = run.control->scale;
-  for (int base = 0; base < TILE; base += THREADS / HALF) {
-    const int r = base + threadIdx.x / HALF;
-    const int64_t i = first + (r < n ? r : 0);
-    // Not finite: at no distance from anything, so that none is ever drawn.
-    const float least = r >= n || isnan(run.norm[i].norm) ? 0 : closest ? closest[i] : INFINITY;
-    for (int t = 0; t < n_trials; t += 4) {
-      const T* other[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) other[e] = points + drawn.trial[t + e < n_trials ? t + e : t] * z.D;
-      float dist2[4] = {};
-      if (warp_any(least > 0)) four_dist2(points + i * z.D, other, z.D, scale, dist2);
-      if (threadIdx.x % HALF == 0)
-        for (int e = 0; e < 4 && t + e < n_trials; ++e) work->least[t + e][r] = dist2[e] < least ? dist2[e] : least;
-    }
+// Which of n points tried (bits) may be nearer to this thread's point than `closest`, by the screen.
+__device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm norm, const Norm* of_trial, int n, float closest) {
+  const float doubt = (static_cast<float>(z.D) + 64) * 0x1p-21f, gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
+  uint32_t nearer = 0;
+  for (int t = 0; t < n; ++t) {
+    const Norm other = of_trial[t];
+    const float squares = norm.norm * norm.norm + other.norm * other.norm;
+    const float slack = 2 * (norm.error * other.norm + norm.norm * other.error) + (doubt + 3 * gamma) * squares;
+    const float least = squares - 2 * work->screened[warp_id()][lane_id()][t] - 1.01f * slack - 0x1p-60f;
+    if (!(least > closest * (1 + doubt))) nearer |= 1u << t;
+  }
+  return nearer;
+}
+
+// Measures a tile against TRIALS of the points drawn: work.least of `first_trial` and on, from this thread's `closest`.
+template <class T, bool IS_RESIDENT>
+__device__ void measure_trials(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, const int32_t* trial,
+                               int first_trial, int n, int64_t first, int n_rows, int64_t row, float closest) {
+  struct OfTrials {
+    Norm norm[TRIALS];
+  };
+  auto& of_trial = static_shared<OfTrials>().norm;
+  Work* work = tiles.work;
+  const float scale = scale_of(run);
+  uint32_t nearer = closest > 0 ? (1u << n) - 1 : 0;
+  if (__syncthreads_or(closest > 0 && closest < INFINITY)) {
+    if (threadIdx.x < n) of_trial[threadIdx.x] = run.norm[trial[first_trial + threadIdx.x]];
+    screen<T, IS_RESIDENT, 1>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t first_d, int width) {
+      // ldmatrix reads 16 columns
+      for (int e = threadIdx.x; e < 2 * TRIALS * width; e += THREADS) {
+        const int t = e / width;
+        const int64_t d = first_d + e % width;
+        const float x = t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
+        tiles.high[t * tiles.stride + e % width] = narrow<bfloat16>(x);
+      }
+    });
+    if (closest > 0) nearer = nearer_trials(z, work, run.norm[first + threadIdx.x], of_trial, n, closest);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) work->n_pairs = 0;
+  __syncthreads();
+  for (int t = 0; t < n; ++t) work->least[first_trial + t][threadIdx.x] = closest;
+  int at = nearer ? atomicAdd(&work->n_pairs, __popc(nearer)) : 0;
+  for (; nearer; nearer &= nearer - 1) work->trial_pair[at++] = static_cast<uint16_t>(threadIdx.x * TRIALS + __ffs(nearer) - 1);
+  __syncthreads();
+  for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
+    const int e = base + lane_id() / QUAD;
+    const int pair = work->trial_pair[e < work->n_pairs ? e : base], r = pair / TRIALS, t = first_trial + pair % TRIALS;
+    const float dist2 = trial_dist2(points + (first + r) * z.D, points + trial[t] * z.D, z.D, scale);
+    if (e < work->n_pairs && lane_id() % QUAD == 0 && dist2 < work->least[t][r]) work->least[t][r] = dist2;
   }
   __syncthreads();
 }
+
+struct Trials {
+  int32_t point[MAX_TRIALS];
+};
 
 // Step number `step` of K: chooses the centroid of the step before, draws, measures.
-template <class T>
-__device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, Work* work,
-                                int64_t step) {
+template <class T, bool IS_RESIDENT>
+__device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                                const Tiles& tiles, int64_t step) {
   if (run.control->n_finite == 0) return;
-  Drawn& drawn = static_shared<Drawn>();
+  auto& trial = static_shared<Trials>().point;
+  Work* work = tiles.work;
   const int64_t now = step % 2 * z.n_trials, before = (step + 1) % 2 * z.n_trials;
   const int n_trials = step == 0 ? 1 : static_cast<int>(z.n_trials);
-  if (step > 0) {
-    const int32_t i = choose(z, run, step, drawn);
-    if (team.rank == 0 && threadIdx.x == 0) run.chosen[step - 1] = i;
-  }
-  draw(op, team, z, run, step, drawn);
+  const Best best = step > 0 ? best_trial(z, run, step) : Best{0, 0};
+  if (step > 0 && team.rank == 0 && threadIdx.x == 0) run.chosen[step - 1] = run.trial[before + best.trial];
+  draw(op, team, z, run, step, best, trial);
   __syncthreads();
-  if (team.rank == 0 && threadIdx.x < n_trials) run.trial[now + threadIdx.x] = drawn.trial[threadIdx.x];
-  const float* closest = step == 0 ? nullptr : run.least + (before + drawn.best) * z.N;
+  if (team.rank == 0 && threadIdx.x < n_trials) run.trial[now + threadIdx.x] = trial[threadIdx.x];
+  const float* closest = run.least + (before + best.trial) * z.N;
+  int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    measure_trials(z, run, points, work, drawn, n_trials, first, n, closest);
+    const int64_t i = first + threadIdx.x;
+    // Not finite: at no distance from anything, so that none is ever drawn.
+    const float own = threadIdx.x >= n || isnan(run.norm[i].norm) ? 0 : step == 0 ? INFINITY : closest[i];
+    for (int t = 0; t < n_trials; t += TRIALS)
+      measure_trials<T, IS_RESIDENT>(z, run, points, tiles, trial, t, min(TRIALS, n_trials - t), first, n, row, own);
     for (int t = 0; t < n_trials; ++t) {
       const float least = work->least[t][threadIdx.x];
-      if (threadIdx.x < n) run.least[(now + t) * z.N + first + threadIdx.x] = least;
+      if (threadIdx.x < n) run.least[(now + t) * z.N + i] = least;
       const double sum = warp_sum(static_cast<double>(least));
       if (lane_id() == 0) work->warp_total[t][warp_id()] = sum;
     }
@@ -211,14 +260,15 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
       run.total[(now + threadIdx.x) * z.n_tiles + tile] = sum;
     }
     __syncthreads();
+    row += TILE;
   });
 }
 
 // The last centroid.
 __device__ inline void finish_plus_plus(const Team& team, const Sizes& z, const Run& run) {
   if (run.control->n_finite == 0 || team.rank > 0) return;
-  const int32_t i = choose(z, run, z.K, static_shared<Drawn>());
-  if (threadIdx.x == 0) run.chosen[z.K - 1] = i;
+  const Best best = best_trial(z, run, z.K);
+  if (threadIdx.x == 0) run.chosen[z.K - 1] = run.trial[(z.K + 1) % 2 * z.n_trials + best.trial];
 }
 
 // ---- random
