@@ -104,7 +104,7 @@ __device__ Team team_of_launch(int64_t n_blocks) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) prepare_kernel(Kmeans op, char* scratch, int64_t n_blocks, Prepare what, int64_t step,
+__global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* scratch, int64_t n_blocks, Prepare what, int64_t step,
                                                           float* within, int64_t room) {
   const Sizes z(op);
   const Team team = team_of_launch(n_blocks);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS) own_kernel(Kmeans op, char* scratch, 
 
 // One block per run.
 template <class T>
-__global__ void __launch_bounds__(THREADS) move_kernel(Kmeans op, char* scratch) {
+__global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scratch) {
   const Sizes z(op);
   const Team team{static_cast<int64_t>(blockIdx.x), 0, 1};
   const Run run = Run::at(op, scratch, team.run);
