@@ -87,14 +87,14 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
       n_taken = run.control->n_taken;
     }
     move_centroids(team, z, run, points, n_taken);
-    if (team.rank == 0 && threadIdx.x == 0) run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
+    if (team.rank == 0 && thread() == 0) run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
     cluster_sync();
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
   // Another block may still be reading what changed in the last iteration.
   if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2);
   measure_own(team, z, run, points, true);
-  if (team.rank == 0 && threadIdx.x == 0) run.control->n_iter = n_iter;
+  if (team.rank == 0 && thread() == 0) run.control->n_iter = n_iter;
 }
 
 // ---- streaming
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scrat
   __syncthreads();
   const Verdict verdict = judge(op, team, z, run, points, n_iter, n_taken, 0);
   __syncthreads();
-  if (threadIdx.x > 0) return;
+  if (thread() > 0) return;
   run.control->n_iter = n_iter;
   run.control->n_changed[0] = 0;
   run.control->is_active = verdict.is_active;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* sc
     double inertia;
   };
   Best& best = static_shared<Best>();
-  if (threadIdx.x == 0) {
+  if (thread() == 0) {
     best.restart = -1;
     for (int64_t restart = 0; restart < op.n_init; ++restart) {
       const Run run = Run::at(op, scratch, s * op.n_init + restart);
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* sc
   const Run run = Run::at(op, scratch, s * op.n_init + best.restart);
   team.for_each(z.N, [&](int64_t i) { op.label[s * z.N + i] = run.label[i]; });
   team.for_each(z.K * z.D, [&](int64_t e) { op.centroid[s * z.K * z.D + e] = run.centroid[e]; });
-  if (team.rank > 0 || threadIdx.x > 0) return;
+  if (team.rank > 0 || thread() > 0) return;
   op.inertia[s] = best.inertia;
   op.n_iter[s] = run.control->n_iter;
 }

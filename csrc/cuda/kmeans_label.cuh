@@ -133,14 +133,14 @@ __device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUM
 __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column, int64_t first_d,
                                     int width) {
   const int chunks = width / 8;
-  for (int e = threadIdx.x; e < COLUMNS * chunks; e += THREADS) {
+  for (int e = thread(); e < COLUMNS * chunks; e += THREADS) {
     const int column = e / chunks, at = e % chunks * 8;
     const int64_t from = (first_column + column) * z.depth + first_d + at;
     cp_async_16(tiles.high + column * tiles.stride + at, run.high + from);
     cp_async_16(tiles.low + column * tiles.stride + at, run.low + from);
   }
   cp_async_commit();
-  if (threadIdx.x < COLUMNS) tiles.work->column_norm[threadIdx.x] = run.column_norm[first_column + threadIdx.x];
+  if (thread() < COLUMNS) tiles.work->column_norm[thread()] = run.column_norm[first_column + thread()];
 }
 
 // Coordinates first_d ... of n points, placed in the frame; zeros for rows that are none.
@@ -148,12 +148,12 @@ template <class T>
 __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n,
                           int64_t first_d, int width) {
   constexpr int ROWS = THREADS / SLAB;
-  const int column = threadIdx.x % SLAB;
+  const int column = thread() % SLAB;
   if (column >= width) return;
   const int64_t d = first_d + column;
   const float scale = scale_of(run), centre = run.centre[d];
 #pragma unroll 8
-  for (int r = threadIdx.x / SLAB; r < TILE; r += ROWS) {
+  for (int r = thread() / SLAB; r < TILE; r += ROWS) {
     const float x = r < n && d < z.D ? place(widen(points[(first + r) * z.D + d]), scale, centre) : 0;
     tiles.points[r * tiles.stride + column] = narrow<bfloat16>(x);  // a point that is not finite spoils its own row alone
   }
@@ -190,14 +190,14 @@ class Candidates {
     if (n_ == CLOSE) shrink();
     if (n_ == CLOSE) is_lost_ = true;
     if (is_lost_) return;
-    work_->close[n_][threadIdx.x] = k;
-    work_->low[n_][threadIdx.x] = v - slack;
+    work_->close[n_][thread()] = k;
+    work_->low[n_][thread()] = v - slack;
     ++n_;
   }
 
   __device__ void finish() {
     shrink();
-    work_->n_close[threadIdx.x] = is_lost_ ? -1 : n_;
+    work_->n_close[thread()] = is_lost_ ? -1 : n_;
   }
 
  private:
@@ -205,9 +205,9 @@ class Candidates {
   __device__ void shrink() {
     int n = 0;
     for (int e = 0; e < n_; ++e) {
-      if (work_->low[e][threadIdx.x] > limit_) continue;
-      work_->close[n][threadIdx.x] = work_->close[e][threadIdx.x];
-      work_->low[n][threadIdx.x] = work_->low[e][threadIdx.x];
+      if (work_->low[e][thread()] > limit_) continue;
+      work_->close[n][thread()] = work_->close[e][thread()];
+      work_->low[n][thread()] = work_->low[e][thread()];
       ++n;
     }
     n_ = n;
@@ -224,9 +224,9 @@ class Candidates {
 // Measures the close centroids of all rows that have more than one.
 template <class T>
 __device__ void measure_close(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
-  if (threadIdx.x == 0) work->n_pairs = work->n_lost = 0;
+  if (thread() == 0) work->n_pairs = work->n_lost = 0;
   __syncthreads();
-  const int row = threadIdx.x, n = work->n_close[row];
+  const int row = thread(), n = work->n_close[row];
   if (n > 1) {
     int at = atomicAdd(&work->n_pairs, n);
     for (int e = 0; e < n; ++e) work->pair[at++] = static_cast<uint16_t>(row * CLOSE + e);
@@ -265,7 +265,7 @@ __device__ void measure_close(const Sizes& z, const Run& run, const T* points, W
 
 // The label of this thread's row.
 __device__ inline int32_t decide(const Work* work) {
-  const int row = threadIdx.x, n = work->n_close[row];
+  const int row = thread(), n = work->n_close[row];
   if (n < 0) return work->label[row];
   int best = 0;
   for (int e = 1; e < n; ++e)
@@ -280,7 +280,7 @@ template <class T>
 __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
   const int n = work->n_entries;
   // By cluster, so that a thread adds many points before it must write.
-  for (int e = threadIdx.x; e < n; e += THREADS) {
+  for (int e = thread(); e < n; e += THREADS) {
     const int32_t cluster = work->cluster[e];
     int rank = 0;
     for (int f = 0; f < n; ++f) rank += work->cluster[f] < cluster || (work->cluster[f] == cluster && f < e);
@@ -291,9 +291,9 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Wor
   __syncthreads();
   int width = THREADS;  // threads side by side, a column each; narrow points are summed in several parts
   while (width / 2 >= z.D && width > LANES) width /= 2;
-  const int n_parts = THREADS / width, part = threadIdx.x / width;
+  const int n_parts = THREADS / width, part = thread() / width;
   const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
-  for (int64_t d = threadIdx.x % width; d < z.D; d += width) {
+  for (int64_t d = thread() % width; d < z.D; d += width) {
     const double magic = run.magic[d];
     double sum = 0;
 #pragma unroll 4
@@ -318,8 +318,8 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
   const Bound bound(z);
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t, int64_t first, int n) {
-    const int64_t i = first + threadIdx.x;
-    const Norm norm = threadIdx.x < n ? run.norm[i] : Norm{NAN, 0};
+    const int64_t i = first + thread();
+    const Norm norm = thread() < n ? run.norm[i] : Norm{NAN, 0};
     Candidates candidates(work);
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
@@ -336,19 +336,19 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     __syncthreads();
     measure_close(z, run, points, work, first);
     const int32_t label = decide(work);
-    if (threadIdx.x == 0) work->n_entries = work->n_changed = 0;
+    if (thread() == 0) work->n_entries = work->n_changed = 0;
     __syncthreads();
-    if (threadIdx.x < n && label != run.label[i]) {
+    if (thread() < n && label != run.label[i]) {
       const int32_t before = run.label[i];
       const bool enters = label >= 0, leaves = before >= 0;
       int at = atomicAdd(&work->n_entries, enters + leaves);
       atomicAdd(&work->n_changed, 1);
-      if (enters) work->cluster[at] = label, work->row[at++] = static_cast<uint16_t>(2 * threadIdx.x);
-      if (leaves) work->cluster[at] = before, work->row[at] = static_cast<uint16_t>(2 * threadIdx.x + 1);
+      if (enters) work->cluster[at] = label, work->row[at++] = static_cast<uint16_t>(2 * thread());
+      if (leaves) work->cluster[at] = before, work->row[at] = static_cast<uint16_t>(2 * thread() + 1);
       run.label[i] = label;
     }
     __syncthreads();
-    if (threadIdx.x == 0 && work->n_changed > 0) atomicAdd(&run.control->n_changed[parity], work->n_changed);
+    if (thread() == 0 && work->n_changed > 0) atomicAdd(&run.control->n_changed[parity], work->n_changed);
     sum_changed(z, run, points, work, first);
     __syncthreads();
     row += TILE;
@@ -372,7 +372,7 @@ __device__ void measure_own(const Team& team, const Sizes& z, const Run& run, co
     }
     if (!is_summed) return;
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (thread() == 0) {
       double sum = 0;
 #pragma unroll 8
       for (int r = 0; r < n; ++r) sum += own.dist2[r];

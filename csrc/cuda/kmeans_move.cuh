@@ -12,7 +12,7 @@ struct Verdict {
 
 __device__ inline bool has_empty(const Sizes& z, const Run& run) {
   bool is_any = false;
-  for (int64_t k = threadIdx.x; k < z.K; k += THREADS) is_any |= run.count[k] == 0;
+  for (int64_t k = thread(); k < z.K; k += THREADS) is_any |= run.count[k] == 0;
   return __syncthreads_or(is_any);
 }
 
@@ -33,7 +33,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     auto consider = [&](double x, int64_t i) {
       if (x > dist2 || (x == dist2 && i < first)) dist2 = x, first = i;
     };
-    for (int64_t i = threadIdx.x; i < z.N; i += THREADS) consider(run.dist2[i], i);
+    for (int64_t i = thread(); i < z.N; i += THREADS) consider(run.dist2[i], i);
 #pragma unroll
     for (int h = LANES / 2; h > 0; h /= 2) {
       const double x = warp_shuffle_xor(dist2, h);
@@ -42,7 +42,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     }
     if (lane_id() == 0) farthest.dist2[warp_id()] = dist2, farthest.i[warp_id()] = first;
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (thread() == 0) {
       for (int w = 1; w < N_WARPS; ++w) consider(farthest.dist2[w], farthest.i[w]);
       farthest.first = dist2 > 0 ? first : -1;
       if (dist2 > 0) {
@@ -54,7 +54,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     if (farthest.first < 0) break;
     ++n_taken;
   }
-  if (threadIdx.x == 0) run.control->n_taken = n_taken;
+  if (thread() == 0) run.control->n_taken = n_taken;
   __syncthreads();
 }
 
@@ -62,14 +62,14 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
 __device__ inline void place_centroid(const Sizes& z, const Run& run, int64_t k, bool is_one) {
   const float scale = scale_of(run);
   double norm2 = 0;
-  for (int64_t d = threadIdx.x % HALF; d < z.depth; d += HALF) {
+  for (int64_t d = thread() % HALF; d < z.depth; d += HALF) {
     const float x = d < z.D ? place(run.centroid[k * z.D + d], scale, run.centre[d]) : 0;
     const bfloat16 high = narrow<bfloat16>(x), low = narrow<bfloat16>(x - widen(high));
     norm2 += static_cast<double>(x) * x;
     if (is_one) run.high[k * z.depth + d] = high, run.low[k * z.depth + d] = low;
   }
   norm2 = half_sum(norm2);
-  if (is_one && threadIdx.x % HALF == 0)
+  if (is_one && thread() % HALF == 0)
     run.column_norm[k] = {static_cast<float>(norm2), static_cast<float>(sqrt(norm2)) * (1 + 0x1p-20f) + 0x1p-60f};
 }
 
@@ -77,7 +77,7 @@ __device__ inline void place_centroid(const Sizes& z, const Run& run, int64_t k,
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
   const int64_t n_halves = static_cast<int64_t>(team.n_blocks) * (THREADS / HALF);
-  const int64_t half = static_cast<int64_t>(threadIdx.x / HALF) * team.n_blocks + team.rank;
+  const int64_t half = static_cast<int64_t>(thread() / HALF) * team.n_blocks + team.rank;
   for (int64_t base = 0; base < z.K; base += n_halves) {
     const int64_t k = base + half;
     if (warp_any(k < z.K)) visit(k < z.K ? k : z.K - 1, k < z.K);
@@ -95,7 +95,7 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
     int32_t n = run.count[k];
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     double move2 = 0;
-    for (int64_t d = threadIdx.x % HALF; d < z.D; d += HALF) {
+    for (int64_t d = thread() % HALF; d < z.D; d += HALF) {
       double sum = run.sum[k * z.D + d];
       for (int e = 0; e < n_taken; ++e) {
         const int sign = (run.taken[e].to == k) - (run.taken[e].from == k);
@@ -107,7 +107,7 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
       if (is_one) run.centroid[k * z.D + d] = next;
     }
     move2 = half_sum(move2);
-    if (is_one && threadIdx.x % HALF == 0) run.move2[k] = move2;
+    if (is_one && thread() % HALF == 0) run.move2[k] = move2;
     __syncwarp();
     place_centroid(z, run, k, is_one);
   });
@@ -123,22 +123,22 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   Shared& shared = static_shared<Shared>();
   double squares = 0;
   for (int64_t first = 0; first < z.N; first += TILE) {
-    for (int r = threadIdx.x / HALF; r < TILE; r += THREADS / HALF) {
+    for (int r = thread() / HALF; r < TILE; r += THREADS / HALF) {
       double x = 0;
       if (first + r < z.N && run.label[first + r] >= 0)
-        for (int64_t d = threadIdx.x % HALF; d < z.D; d += HALF) {
+        for (int64_t d = thread() % HALF; d < z.D; d += HALF) {
           const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
           x += difference * difference;
         }
       x = half_sum(x);
-      if (threadIdx.x % HALF == 0) shared.dist2[r] = x;
+      if (thread() % HALF == 0) shared.dist2[r] = x;
     }
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (thread() == 0)
       for (double x : shared.dist2) squares += x;
     __syncthreads();
   }
-  if (threadIdx.x == 0) shared.result = squares / max(run.control->n_finite, 1) / static_cast<double>(z.D < 1 ? 1 : z.D);
+  if (thread() == 0) shared.result = squares / max(run.control->n_finite, 1) / static_cast<double>(z.D < 1 ? 1 : z.D);
   __syncthreads();
   return shared.result;
 }
@@ -150,7 +150,7 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
     double exact, low, high;
   };
   Bounds& bounds = static_shared<Bounds>();
-  if (threadIdx.x == 0) bounds.exact = bounds.low = bounds.high = run.control->bound;
+  if (thread() == 0) bounds.exact = bounds.low = bounds.high = run.control->bound;
   __syncthreads();
   if (bounds.exact < 0) {
     if (warp_id() == 0) {
@@ -171,7 +171,7 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
   if (moved2 <= bounds.low) return false;
   const double bound = op.tol * variance(z, run, points);
   // Another block that reads it before it has left this function comes to the same verdict by it.
-  if (team.rank == 0 && threadIdx.x == 0) run.control->bound = bound;
+  if (team.rank == 0 && thread() == 0) run.control->bound = bound;
   return moved2 > bound;
 }
 
@@ -183,12 +183,12 @@ __device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, con
     double move2[TILE], sum;
   };
   Moved& moved = static_shared<Moved>();
-  if (threadIdx.x == 0) moved.sum = 0;
+  if (thread() == 0) moved.sum = 0;
   for (int64_t first = 0; first < z.K; first += TILE) {
     __syncthreads();
-    if (first + threadIdx.x < z.K) moved.move2[threadIdx.x] = run.move2[first + threadIdx.x];
+    if (first + thread() < z.K) moved.move2[thread()] = run.move2[first + thread()];
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (thread() == 0)
       for (int64_t k = 0; k < TILE && first + k < z.K; ++k) moved.sum += moved.move2[k];
   }
   __syncthreads();

@@ -135,6 +135,8 @@ struct Run {
   }
 };
 
+__device__ inline int thread() { return static_cast<int>(threadIdx.x); }
+
 // The blocks that work on one run.
 struct Team {
   int64_t run;
@@ -151,7 +153,7 @@ struct Team {
   // Calls visit(i) for i in [0, n), the threads of all blocks side by side.
   template <class Visit>
   __device__ void for_each(int64_t n, const Visit& visit) const {
-    for (int64_t i = static_cast<int64_t>(rank) * THREADS + threadIdx.x; i < n; i += static_cast<int64_t>(n_blocks) * THREADS)
+    for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n; i += static_cast<int64_t>(n_blocks) * THREADS)
       visit(i);
   }
 };
@@ -208,7 +210,7 @@ __device__ double pair_dist2(const A* a, const B* b, int64_t D) {
   const bool by_four = is_aligned(a, D) && is_aligned(b, D);
   double lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = threadIdx.x % QUAD * 4; d < D; d += 16) {
+  for (int64_t d = thread() % QUAD * 4; d < D; d += 16) {
     const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
     const double difference[4] = {static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
                                   static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
@@ -235,7 +237,7 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 
 // within [S, room]: of `known`, which later calls must not trust; or null.
 __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within, int64_t room) {
-  if (team.rank == 0 && threadIdx.x == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
+  if (team.rank == 0 && thread() == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
   if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
@@ -252,13 +254,13 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
   };
   Found& found = static_shared<Found>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    found.is_finite[threadIdx.x] = threadIdx.x < n;
-    if (threadIdx.x == 0) found.n_finite = n;
+    found.is_finite[thread()] = thread() < n;
+    if (thread() == 0) found.n_finite = n;
     __syncthreads();
     bool is_spoilt = false;
     auto sum_columns = [&] {
       is_spoilt = false;
-      for (int64_t d = threadIdx.x; d < z.D; d += THREADS) {
+      for (int64_t d = thread(); d < z.D; d += THREADS) {
         int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
         double sum = 0;
 #pragma unroll 16
@@ -285,8 +287,8 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
       __syncthreads();
       sum_columns();
     }
-    if (threadIdx.x < n) run.norm[first + threadIdx.x] = {found.is_finite[threadIdx.x] ? 0 : NAN, 0};
-    if (threadIdx.x == 0) {
+    if (thread() < n) run.norm[first + thread()] = {found.is_finite[thread()] ? 0 : NAN, 0};
+    if (thread() == 0) {
       run.tile_finite[tile] = found.n_finite;
       atomicAdd(&run.control->n_finite, found.n_finite);
     }

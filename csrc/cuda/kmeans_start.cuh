@@ -153,7 +153,7 @@ __device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
   const int64_t n_whole = D / 16 * 16;
   float lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = threadIdx.x % QUAD * 4; d < n_whole; d += 16) {
+  for (int64_t d = thread() % QUAD * 4; d < n_whole; d += 16) {
     const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
     const float difference[4] = {x.x * unit - y.x * unit, x.y * unit - y.y * unit, x.z * unit - y.z * unit, x.w * unit - y.w * unit};
 #pragma unroll
@@ -193,24 +193,24 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
   const float scale = scale_of(run);
   uint32_t nearer = closest > 0 ? (1u << n) - 1 : 0;
   if (__syncthreads_or(closest > 0 && closest < INFINITY)) {
-    if (threadIdx.x < n) of_trial[threadIdx.x] = run.norm[trial[first_trial + threadIdx.x]];
+    if (thread() < n) of_trial[thread()] = run.norm[trial[first_trial + thread()]];
     screen<T, IS_RESIDENT, 1>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t first_d, int width) {
       // ldmatrix reads 16 columns
-      for (int e = threadIdx.x; e < 2 * TRIALS * width; e += THREADS) {
+      for (int e = thread(); e < 2 * TRIALS * width; e += THREADS) {
         const int t = e / width;
         const int64_t d = first_d + e % width;
         const float x = t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
         tiles.high[t * tiles.stride + e % width] = narrow<bfloat16>(x);
       }
     });
-    if (closest > 0) nearer = nearer_trials(z, work, run.norm[first + threadIdx.x], of_trial, n, closest);
+    if (closest > 0) nearer = nearer_trials(z, work, run.norm[first + thread()], of_trial, n, closest);
   }
   __syncthreads();
-  if (threadIdx.x == 0) work->n_pairs = 0;
+  if (thread() == 0) work->n_pairs = 0;
   __syncthreads();
-  for (int t = 0; t < n; ++t) work->least[first_trial + t][threadIdx.x] = closest;
+  for (int t = 0; t < n; ++t) work->least[first_trial + t][thread()] = closest;
   int at = nearer ? atomicAdd(&work->n_pairs, __popc(nearer)) : 0;
-  for (; nearer; nearer &= nearer - 1) work->trial_pair[at++] = static_cast<uint16_t>(threadIdx.x * TRIALS + __ffs(nearer) - 1);
+  for (; nearer; nearer &= nearer - 1) work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(nearer) - 1);
   __syncthreads();
   for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
     const int e = base + lane_id() / QUAD;
@@ -235,29 +235,29 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
   const int64_t now = step % 2 * z.n_trials, before = (step + 1) % 2 * z.n_trials;
   const int n_trials = step == 0 ? 1 : static_cast<int>(z.n_trials);
   const Best best = step > 0 ? best_trial(z, run, step) : Best{0, 0};
-  if (step > 0 && team.rank == 0 && threadIdx.x == 0) run.chosen[step - 1] = run.trial[before + best.trial];
+  if (step > 0 && team.rank == 0 && thread() == 0) run.chosen[step - 1] = run.trial[before + best.trial];
   draw(op, team, z, run, step, best, trial);
   __syncthreads();
-  if (team.rank == 0 && threadIdx.x < n_trials) run.trial[now + threadIdx.x] = trial[threadIdx.x];
+  if (team.rank == 0 && thread() < n_trials) run.trial[now + thread()] = trial[thread()];
   const float* closest = run.least + (before + best.trial) * z.N;
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
-    const int64_t i = first + threadIdx.x;
+    const int64_t i = first + thread();
     // Not finite: at no distance from anything, so that none is ever drawn.
-    const float own = threadIdx.x >= n || isnan(run.norm[i].norm) ? 0 : step == 0 ? INFINITY : closest[i];
+    const float own = thread() >= n || isnan(run.norm[i].norm) ? 0 : step == 0 ? INFINITY : closest[i];
     for (int t = 0; t < n_trials; t += TRIALS)
       measure_trials<T, IS_RESIDENT>(z, run, points, tiles, trial, t, min(TRIALS, n_trials - t), first, n, row, own);
     for (int t = 0; t < n_trials; ++t) {
-      const float least = work->least[t][threadIdx.x];
-      if (threadIdx.x < n) run.least[(now + t) * z.N + i] = least;
+      const float least = work->least[t][thread()];
+      if (thread() < n) run.least[(now + t) * z.N + i] = least;
       const double sum = warp_sum(static_cast<double>(least));
       if (lane_id() == 0) work->warp_total[t][warp_id()] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < n_trials) {
+    if (thread() < n_trials) {
       double sum = 0;
-      for (double x : work->warp_total[threadIdx.x]) sum += x;
-      run.total[(now + threadIdx.x) * z.n_tiles + tile] = sum;
+      for (double x : work->warp_total[thread()]) sum += x;
+      run.total[(now + thread()) * z.n_tiles + tile] = sum;
     }
     __syncthreads();
     row += TILE;
@@ -268,7 +268,7 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
 __device__ inline void finish_plus_plus(const Team& team, const Sizes& z, const Run& run) {
   if (run.control->n_finite == 0 || team.rank > 0) return;
   const Best best = best_trial(z, run, z.K);
-  if (threadIdx.x == 0) run.chosen[z.K - 1] = run.trial[(z.K + 1) % 2 * z.n_trials + best.trial];
+  if (thread() == 0) run.chosen[z.K - 1] = run.trial[(z.K + 1) % 2 * z.n_trials + best.trial];
 }
 
 // ---- random
@@ -277,9 +277,9 @@ __device__ inline void finish_plus_plus(const Team& team, const Sizes& z, const 
 __device__ inline void start_random(const Kmeans& op, const Team& team, const Sizes& z, const Run& run) {
   const int32_t n = run.control->n_finite;
   if (n == 0 || team.rank > 0) return;
-  for (int32_t i = threadIdx.x; i < n; i += THREADS) run.deck[i] = i;
+  for (int32_t i = thread(); i < n; i += THREADS) run.deck[i] = i;
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (thread() == 0) {
     for (int32_t k = 0; k < z.K && k < n; ++k) {
       const int32_t other = k + static_cast<int32_t>(uniform(op, team.run, k) * (n - k)), card = run.deck[k];
       run.deck[k] = run.deck[other];
