@@ -28,7 +28,7 @@ extern "C" void run_kmeans(const float* points, int64_t element, const float* in
   std::vector<double> scratch(kmeans_cuda_scratch(op) / sizeof(double) + 32);
   std::memset(scratch.data(), 0xcd, scratch.size() * sizeof(double));
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) / 256 * 256);
-  kmeans_cuda(op, static_cast<Element>(element), static_cast<KmeansPath>(path), nullptr, aligned);
+  kmeans_cuda(op, static_cast<Element>(element), aligned, nullptr, static_cast<KmeansPath>(path));
 }
 extern "C" void resident_bytes(int64_t N, int64_t D, int64_t n_blocks, int64_t* bytes) {
   bytes[0] = kmeans_gpu::Tiles::bytes((N + n_blocks - 1) / n_blocks, (D + 15) / 16 * 16);

@@ -8,7 +8,7 @@
 //            launches after the last iteration of a run return at once.
 //
 // `known` is not used here. What it holds is marked as of no use, so that a later call does not rely on it.
-#include "kmeans.cuh"
+#include "../kmeans.h"
 
 #include <algorithm>
 
@@ -252,7 +252,7 @@ struct Launcher {
 
 size_t kmeans_cuda_scratch(const Kmeans& op) { return Run::bytes(op) * static_cast<size_t>(op.S * op.n_init); }
 
-void kmeans_cuda(const Kmeans& op, Element element, KmeansPath path, cudaStream_t stream, void* scratch) {
+void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream stream, KmeansPath path) {
   if (op.S == 0) return;
   Launcher launcher{op, stream, static_cast<char*>(scratch), Sizes(op), op.S * op.n_init};
   float* within = op.known ? op.known->within : nullptr;

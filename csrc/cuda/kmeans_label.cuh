@@ -1,13 +1,12 @@
 // The nearest centroid of every point: screened by bfloat16 products of the tensor cores, decided in float64.
 //
 // The screen of point p and centroid c, in the frame of kmeans_run.cuh (u = 2^-24, P = |p~|, C = |c~|):
-//   v = |c~|^2 - 2 p^.c^,   p^ = bfloat16(p~),   c^ = high + low: the two bfloat16 that are nearly c~
+//   v = |c~|^2 - 2 p^.c^
 // and |p - c|^2 = P^2 + v but for
-//   p^ for p, known for every point    2 E C,  E >= |p - p^|
-//   c^ for c                           2 P C (2^-18 + u)
-//   the sum of products                2 P C gamma: each mma cuts 16 products and the sum so far to the 24 bits of the
-//                                      largest: at most 18 x 2^-23 of P C a step
-//   |c~|^2 and v in float32            2^-20 (C^2 + 2 P C), with much to spare
+//   p^ for p and c^ for c           2 (E C + P F),  E >= |p - p^|, F >= |c - c^|: both are known
+//   the sum of products             2 P C gamma: each mma cuts 16 products and the sum so far to the 24 bits of the largest:
+//                                   at most 18 x 2^-23 of P C a step
+//   |c~|^2 and v in float32         (D / 32 + 8) u (C^2 + 2 P C), and twice that with some to spare
 // Labels are those of float64 distances as cpu/pair.h computes them, and these are off by less than (D / 16 + 8) 2^-52
 // (P^2 + C^2): that is in the bound too. Centroids that it cannot tell from the nearest are measured.
 #pragma once
@@ -45,74 +44,71 @@ struct Work {
   float low[CLOSE][TILE];
   int32_t n_close[TILE];  // -1: more than CLOSE
   int32_t label[TILE];
-  float2 column_norm[COLUMNS];
+  Column column[COLUMNS];
   int32_t n_pairs, n_lost, n_entries, n_changed;
 };
 
 // How shared memory is used.
 struct Tiles {
   Work* work;
-  bfloat16 *points, *high, *low;  // [rows, stride], [COLUMNS, stride], [COLUMNS, stride]
+  bfloat16 *points, *columns;  // x^: [rows, stride], [COLUMNS, stride]
   int stride;
 
   __device__ Tiles(int64_t rows, int64_t depth) : stride(static_cast<int>(depth) + PAD) {
     work = dynamic_shared<Work>();
     points = reinterpret_cast<bfloat16*>(work + 1);
-    high = points + rows * stride;
-    low = high + COLUMNS * stride;
+    columns = points + rows * stride;
   }
 
   static constexpr int64_t bytes(int64_t rows, int64_t depth) {
-    return static_cast<int64_t>(sizeof(Work)) + (rows + 2 * COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
+    return static_cast<int64_t>(sizeof(Work)) + (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
   }
 };
 static_assert(sizeof(Work) % 16 == 0, "what follows is copied by 16 bytes");
 
 struct Bound {
-  float of_both, of_float64, eta;
+  float of_product, of_norm2, of_float64, eta;
 
   __device__ explicit Bound(const Sizes& z) {
-    const float gamma = static_cast<float>(2 * z.depth / 16) * 18 * 0x1p-23f;
-    of_both = 2 * (0x1p-17f + 1.5f * gamma);
+    const float gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
+    of_product = 3 * gamma;  // 2, and half as much again: below the largest D gamma stays below 1/6
+    of_norm2 = (static_cast<float>(z.D) + 512) * 0x1p-28f;
     of_float64 = (static_cast<float>(z.D) + 128) * 0x1p-56f;
     eta = static_cast<float>(z.depth) * 0x1p-120f;
   }
 
-  // 1.01 covers the float32 arithmetic done here.
-  __device__ float of(Norm p, float c) const {
-    return 1.01f * (c * (2 * p.error + of_both * p.norm) + 0x1p-20f * c * (c + 2 * p.norm) +
-                    of_float64 * (p.norm * p.norm + c * c)) + eta;
+  // 1.02 covers the float32 arithmetic done here, and E F.
+  __device__ float of(Norm p, Norm c) const {
+    return 1.02f * (2 * (p.error * c.norm + p.norm * c.error) + of_product * p.norm * c.norm +
+                    of_norm2 * c.norm * (c.norm + 2 * p.norm) + of_float64 * (p.norm * p.norm + c.norm * c.norm)) + eta;
   }
 };
 
 // ---- screen
 
-// sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . (high + low) of n_blocks x 8 columns; of high alone where
-// n_parts is 1.
-template <int n_parts>
-__device__ void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* high, const bfloat16* low, int stride,
-                         int n_steps, int n_blocks) {
+// sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . n_blocks x 8 columns
+__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* columns, int stride, int n_steps,
+                                int n_blocks) {
   const int lane = lane_id();
-  const int of_points = (lane % 16) * stride + lane / 16 * 8;
-  const int of_columns = (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+  points += (lane % 16) * stride + lane / 16 * 8;
+  columns += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
 #pragma unroll 2
   for (int step = 0; step < n_steps; ++step) {
-    uint32_t a[2][4];
+    uint32_t a[2][4], b[4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], points + of_points + m * 16 * stride + step * 16);
+    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], points + m * 16 * stride + step * 16);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      if (2 * pair >= n_blocks) break;
+    for (int block = 0; block < 4; block += 2) {
+      if (block >= n_blocks) break;
+      const bfloat16* from = columns + block * 8 * stride + step * 16;
+      const bool is_pair = block + 1 < n_blocks;
+      if (is_pair) ldmatrix_x4(b, from);
+      else ldmatrix_x2(b, from);
 #pragma unroll
-      for (int part = 0; part < n_parts; ++part) {
-        uint32_t b[4];
-        ldmatrix_x4(b, (part ? low : high) + of_columns + pair * 16 * stride + step * 16);
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block], a[m], b, sum[m][block]);
+      if (!is_pair) break;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][2 * pair], a[m], b, sum[m][2 * pair]);
-        if (2 * pair + 1 >= n_blocks) continue;
-#pragma unroll
-        for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][2 * pair + 1], a[m], b + 2, sum[m][2 * pair + 1]);
-      }
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block + 1], a[m], b + 2, sum[m][block + 1]);
     }
   }
 }
@@ -136,11 +132,10 @@ __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles&
   for (int e = thread(); e < COLUMNS * chunks; e += THREADS) {
     const int column = e / chunks, at = e % chunks * 8;
     const int64_t from = (first_column + column) * z.depth + first_d + at;
-    cp_async_16(tiles.high + column * tiles.stride + at, run.high + from);
-    cp_async_16(tiles.low + column * tiles.stride + at, run.low + from);
+    cp_async_16(tiles.columns + column * tiles.stride + at, run.placed + from);
   }
   cp_async_commit();
-  if (thread() < COLUMNS) tiles.work->column_norm[thread()] = run.column_norm[first_column + thread()];
+  if (thread() < COLUMNS) tiles.work->column[thread()] = run.column[first_column + thread()];
 }
 
 // Coordinates first_d ... of n points, placed in the frame; zeros for rows that are none.
@@ -161,7 +156,7 @@ __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const
 
 // Multiplies a tile by COLUMNS columns, and leaves the products in work.screened, each warp those of its rows.
 // load(first_d, width) brings the columns. Points that are resident stand `row` rows behind tiles.points.
-template <class T, bool IS_RESIDENT, int n_parts, class Load>
+template <class T, bool IS_RESIDENT, class Load>
 __device__ void screen(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n, int64_t row,
                        int n_columns, const Load& load) {
   float sum[2][4][4] = {};
@@ -173,7 +168,7 @@ __device__ void screen(const Sizes& z, const Run& run, const T* points, const Ti
     if (!IS_RESIDENT) load_slab(z, run, points, tiles, first, n, d, width);
     cp_async_wait<0>();
     __syncthreads();
-    multiply<n_parts>(sum, tiles.points + (row + warp_id() * LANES) * tiles.stride, tiles.high, tiles.low, tiles.stride, width / 16,
+    multiply(sum, tiles.points + (row + warp_id() * LANES) * tiles.stride, tiles.columns, tiles.stride, width / 16,
              (n_columns + 7) / 8);
   }
   turn(sum, tiles.work->screened[warp_id()]);
@@ -278,6 +273,7 @@ __device__ inline int32_t decide(const Work* work) {
 // Adds the points of `entries` that changed their cluster to the sums, and takes them from those they leave.
 template <class T>
 __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
+  constexpr int AHEAD = 8;  // reads on their way
   const int n = work->n_entries;
   // By cluster, so that a thread adds many points before it must write.
   for (int e = thread(); e < n; e += THREADS) {
@@ -296,15 +292,20 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Wor
   for (int64_t d = thread() % width; d < z.D; d += width) {
     const double magic = run.magic[d];
     double sum = 0;
-#pragma unroll 4
-    for (int e = begin; e < end; ++e) {
-      const int row = work->sorted_row[e];
-      const double x = rounded(widen(points[(first + row / 2) * z.D + d]), magic);
-      sum += row % 2 ? -x : x;
-      const int32_t cluster = work->sorted_cluster[e];
-      if (e + 1 < end && work->sorted_cluster[e + 1] == cluster) continue;
-      atomicAdd(&run.sum[cluster * z.D + d], sum);
-      sum = 0;
+    for (int base = begin; base < end; base += AHEAD) {
+      float x[AHEAD];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) x[e] = widen(points[(first + work->sorted_row[min(base + e, end - 1)] / 2) * z.D + d]);
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        if (base + e >= end) break;
+        const double own = rounded(x[e], magic);
+        sum += work->sorted_row[base + e] % 2 ? -own : own;
+        const int32_t cluster = work->sorted_cluster[base + e];
+        if (base + e + 1 < end && work->sorted_cluster[base + e + 1] == cluster) continue;
+        atomicAdd(&run.sum[cluster * z.D + d], sum);
+        sum = 0;
+      }
     }
   }
 }
@@ -323,13 +324,13 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     Candidates candidates(work);
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
-      screen<T, IS_RESIDENT, 2>(z, run, points, tiles, first, n, row, n_columns,
+      screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
                              [&](int64_t d, int width) { load_columns(z, run, tiles, column, d, width); });
       if (isnan(norm.norm)) continue;
       for (int k = 0; k < n_columns; ++k) {
-        const float2 of_column = work->column_norm[k];
-        candidates.consider(static_cast<int32_t>(column) + k, of_column.x - 2 * work->screened[warp_id()][lane_id()][k],
-                            bound.of(norm, of_column.y));
+        const Column of_column = work->column[k];
+        candidates.consider(static_cast<int32_t>(column) + k, of_column.norm2 - 2 * work->screened[warp_id()][lane_id()][k],
+                            bound.of(norm, of_column.bound));
       }
     }
     candidates.finish();

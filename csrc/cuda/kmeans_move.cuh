@@ -58,58 +58,85 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
   __syncthreads();
 }
 
-// Places centroid k in the frame; by half a warp, whose other half does another.
-__device__ inline void place_centroid(const Sizes& z, const Run& run, int64_t k, bool is_one) {
-  const float scale = scale_of(run);
-  double norm2 = 0;
-  for (int64_t d = thread() % HALF; d < z.depth; d += HALF) {
-    const float x = d < z.D ? place(run.centroid[k * z.D + d], scale, run.centre[d]) : 0;
-    const bfloat16 high = narrow<bfloat16>(x), low = narrow<bfloat16>(x - widen(high));
-    norm2 += static_cast<double>(x) * x;
-    if (is_one) run.high[k * z.depth + d] = high, run.low[k * z.depth + d] = low;
-  }
-  norm2 = half_sum(norm2);
-  if (is_one && thread() % HALF == 0)
-    run.column_norm[k] = {static_cast<float>(norm2), static_cast<float>(sqrt(norm2)) * (1 + 0x1p-20f) + 0x1p-60f};
-}
+// A row of centroids goes through a warp in pieces of LANES x AHEAD, all reads of a piece on their way together.
+constexpr int AHEAD = 8;
 
-// Calls visit(k, is_one) for every cluster, by half a warp; is_one is false where the other half alone has one.
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
-  const int64_t n_halves = static_cast<int64_t>(team.n_blocks) * (THREADS / HALF);
-  const int64_t half = static_cast<int64_t>(thread() / HALF) * team.n_blocks + team.rank;
-  for (int64_t base = 0; base < z.K; base += n_halves) {
-    const int64_t k = base + half;
-    if (warp_any(k < z.K)) visit(k < z.K ? k : z.K - 1, k < z.K);
-  }
+  for (int64_t k = warp_id() * team.n_blocks + team.rank; k < z.K; k += N_WARPS * team.n_blocks) visit(k);
 }
 
+// The placed form of a centroid, as its coordinates become known; by a warp.
+struct Placing {
+  float scale, squares = 0, errors = 0;
+
+  // x: coordinate d; beyond the last one, nothing.
+  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x) {
+    if (d >= z.depth) return;
+    const float placed = d < z.D ? place(x, scale, run.centre[d]) : 0;
+    const bfloat16 rounded_x = narrow<bfloat16>(placed);
+    const float error = placed - widen(rounded_x);
+    squares = fmaf(placed, placed, squares);
+    errors = fmaf(error, error, errors);
+    run.placed[k * z.depth + d] = rounded_x;
+  }
+
+  __device__ void finish(const Sizes& z, const Run& run, int64_t k) {
+    squares = warp_sum(squares);
+    errors = warp_sum(errors);
+    if (lane_id() == 0) run.column[k] = {squares, norm_of(z, squares, errors)};
+  }
+};
+
 __device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
-  for_clusters(team, z, [&](int64_t k, bool is_one) { place_centroid(z, run, k, is_one); });
+  for_clusters(team, z, [&](int64_t k) {
+    Placing placing{scale_of(run)};
+    for (int64_t d = lane_id(); d < z.depth; d += LANES) placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0);
+    placing.finish(z, run, k);
+  });
 }
 
 // Moves every centroid to the mean of its points and those that it takes over.
 template <class T>
 __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken) {
-  for_clusters(team, z, [&](int64_t k, bool is_one) {
+  for_clusters(team, z, [&](int64_t k) {
     int32_t n = run.count[k];
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
-    double move2 = 0;
-    for (int64_t d = thread() % HALF; d < z.D; d += HALF) {
-      double sum = run.sum[k * z.D + d];
-      for (int e = 0; e < n_taken; ++e) {
-        const int sign = (run.taken[e].to == k) - (run.taken[e].from == k);
-        if (sign) sum += sign * rounded(widen(points[run.taken[e].i * z.D + d]), run.magic[d]);
+    Placing placing{scale_of(run)};
+    double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
+    for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
+      double sum[AHEAD];
+      float before[AHEAD];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int64_t d = base + e * LANES + lane_id(), at = k * z.D + (d < z.D ? d : 0);
+        sum[e] = d < z.D ? run.sum[at] : 0;
+        before[e] = d < z.D ? run.centroid[at] : 0;
       }
-      const float before = run.centroid[k * z.D + d], next = n > 0 ? static_cast<float>(sum / n) : before;
-      const double difference = static_cast<double>(before) - static_cast<double>(next);
-      move2 = __dadd_rn(move2, __dmul_rn(difference, difference));
-      if (is_one) run.centroid[k * z.D + d] = next;
+      for (int t = 0; t < n_taken; ++t) {
+        const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
+        if (sign == 0) continue;
+#pragma unroll
+        for (int e = 0; e < AHEAD; ++e) {
+          const int64_t d = base + e * LANES + lane_id();
+          if (d < z.D) sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int64_t d = base + e * LANES + lane_id();
+        const float next = n > 0 && d < z.D ? static_cast<float>(sum[e] / n) : before[e];
+        const double difference = static_cast<double>(before[e]) - static_cast<double>(next);
+        const double square = __dmul_rn(difference, difference);
+        move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
+        if (d < z.D) run.centroid[k * z.D + d] = next;
+        placing.add(z, run, k, d, next);
+      }
     }
-    move2 = half_sum(move2);
-    if (is_one && thread() % HALF == 0) run.move2[k] = move2;
-    __syncwarp();
-    place_centroid(z, run, k, is_one);
+#pragma unroll
+    for (int h = LANES / 4; h > 0; h /= 2) move2 += warp_shuffle_xor(move2, h);
+    if (lane_id() == 0) run.move2[k] = move2;
+    placing.finish(z, run, k);
   });
 }
 
@@ -123,15 +150,15 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   Shared& shared = static_shared<Shared>();
   double squares = 0;
   for (int64_t first = 0; first < z.N; first += TILE) {
-    for (int r = thread() / HALF; r < TILE; r += THREADS / HALF) {
+    for (int r = warp_id(); r < TILE; r += N_WARPS) {
       double x = 0;
       if (first + r < z.N && run.label[first + r] >= 0)
-        for (int64_t d = thread() % HALF; d < z.D; d += HALF) {
+        for (int64_t d = lane_id(); d < z.D; d += LANES) {
           const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
           x += difference * difference;
         }
-      x = half_sum(x);
-      if (thread() % HALF == 0) shared.dist2[r] = x;
+      x = warp_sum(x);
+      if (lane_id() == 0) shared.dist2[r] = x;
     }
     __syncthreads();
     if (thread() == 0)

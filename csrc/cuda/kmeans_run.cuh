@@ -25,7 +25,6 @@ constexpr int THREADS = N_WARPS * LANES;
 constexpr int TILE = THREADS;  // points; a thread each. The CPU sums inertia by as many, so that the bits are the same
 constexpr int COLUMNS = 32;    // centroids, or points drawn, that are screened side by side
 constexpr int QUAD = 4;        // threads that share one exact distance
-constexpr int HALF = 16;       // threads that share one centroid
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -46,6 +45,11 @@ struct Taken {
 struct Norm {
   float norm;   // at least |x~|; NaN: the point is not finite
   float error;  // at least |scale x - centre - x^|
+};
+
+struct Column {
+  float norm2;  // |x~|^2 of a centroid; infinity: there is none
+  Norm bound;
 };
 
 struct Sizes {
@@ -85,8 +89,8 @@ struct Run {
   float* least;              // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
   double* total;             // [2, n_trials, n_tiles]: its sum
   float* centroid;           // [K, D]
-  bfloat16 *high, *low;      // [n_columns, depth]: x~ of the centroids = high + low, nearly
-  float2* column_norm;       // [n_columns]: |x~|^2; at least |x~|. Infinity: there is no such centroid
+  bfloat16* placed;          // [n_columns, depth]: x^ of the centroids
+  Column* column;            // [n_columns]
   int32_t *label, *count;    // [N]: -1 before the first; [K]
   double* sum;               // [K, D]: of the rounded points of each cluster
   double *move2, *dist2;     // [K]: how far centroids moved; [N]: dist2 of the points to their centroids
@@ -122,9 +126,8 @@ struct Run {
     least = parts.take<float>(2 * z.n_trials * z.N);
     total = parts.take<double>(2 * z.n_trials * z.n_tiles);
     centroid = parts.take<float>(z.K * z.D);
-    high = parts.take<bfloat16>(z.n_columns * z.depth);
-    low = parts.take<bfloat16>(z.n_columns * z.depth);
-    column_norm = parts.take<float2>(z.n_columns);
+    placed = parts.take<bfloat16>(z.n_columns * z.depth);
+    column = parts.take<Column>(z.n_columns);
     label = parts.take<int32_t>(z.N);
     count = parts.take<int32_t>(z.K);
     sum = parts.take<double>(z.K * z.D);
@@ -165,14 +168,6 @@ __device__ const T* points_of(const Kmeans& op, int64_t run) {
 
 __device__ inline const float* init_of(const Kmeans& op, int64_t run) {
   return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
-}
-
-// Sum over the lanes of a half warp, in the order of cpu/pair.h: lane[l] += lane[l + h] for h = 8, 4, 2, 1.
-template <class X>
-__device__ X half_sum(X x) {
-#pragma unroll
-  for (int h = HALF / 2; h > 0; h /= 2) x += warp_shuffle_xor(x, h);
-  return x;
 }
 
 // Four coordinates of a row from d on, zeros behind its end.
@@ -242,8 +237,8 @@ __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, c
   if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
-  team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column_norm[z.K + k] = {INFINITY, 0}; });
-  team.for_each((z.n_columns - z.K) * z.depth, [&](int64_t e) { run.high[z.K * z.depth + e] = run.low[z.K * z.depth + e] = 0; });
+  team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}}; });
+  team.for_each((z.n_columns - z.K) * z.depth, [&](int64_t e) { run.placed[z.K * z.depth + e] = 0.0f; });
 }
 
 // Which points are finite, how far their coordinates reach, and their sums.
@@ -326,6 +321,12 @@ __device__ inline float scale_of(const Run& run) {
 
 __device__ inline float centre_of(const Run& run, int64_t d, float scale) { return static_cast<float>(run.mean[d] * scale); }
 
+// From sums of |x~|^2 and |x~ - x^|^2 in float32.
+__device__ inline Norm norm_of(const Sizes& z, float squares, float errors) {
+  const float doubt = 1 + (static_cast<float>(z.D) + 8) * 0x1p-24f, norm = sqrtf(squares) * doubt + 0x1p-60f;
+  return {norm, sqrtf(errors) * doubt + norm * 0x1p-23f + 0x1p-60f};
+}
+
 // Norms in the frame; and, where the points stay in shared memory, their x^ [rows of this block, stride].
 template <class T, bool IS_RESIDENT>
 __device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident, int stride) {
@@ -334,7 +335,7 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
     float row[TILE];
   };
   auto& norm2 = static_shared<Norm2>().row;
-  const float scale = scale_of(run), doubt = (static_cast<float>(z.D) + 8) * 0x1p-24f;
+  const float scale = scale_of(run);
   team.for_each(z.depth, [&](int64_t d) { run.centre[d] = d < z.D ? centre_of(run, d, scale) : 0; });
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
@@ -351,8 +352,8 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
           const float x = is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
           const bfloat16 rounded_x = narrow<bfloat16>(x);
           const float error = x - widen(rounded_x);
-          squares[r] += x * x;
-          errors[r] += error * error;
+          squares[r] = fmaf(x, x, squares[r]);
+          errors[r] = fmaf(error, error, errors[r]);
           if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
         }
       }
@@ -363,8 +364,7 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
         if (lane_id() > 0) continue;
         norm2[base + r] = squares[r];
         if (!is_point[r]) continue;
-        const float norm = sqrtf(squares[r]) * (1 + doubt) + 0x1p-60f;
-        run.norm[first + base + r] = {norm, sqrtf(errors[r]) * (1 + doubt) + norm * 0x1p-23f + 0x1p-60f};
+        run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
       }
     }
     __syncthreads();

@@ -194,13 +194,12 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
   uint32_t nearer = closest > 0 ? (1u << n) - 1 : 0;
   if (__syncthreads_or(closest > 0 && closest < INFINITY)) {
     if (thread() < n) of_trial[thread()] = run.norm[trial[first_trial + thread()]];
-    screen<T, IS_RESIDENT, 1>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t first_d, int width) {
-      // ldmatrix reads 16 columns
-      for (int e = thread(); e < 2 * TRIALS * width; e += THREADS) {
+    screen<T, IS_RESIDENT>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t first_d, int width) {
+      for (int e = thread(); e < TRIALS * width; e += THREADS) {
         const int t = e / width;
         const int64_t d = first_d + e % width;
         const float x = t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
-        tiles.high[t * tiles.stride + e % width] = narrow<bfloat16>(x);
+        tiles.columns[t * tiles.stride + e % width] = narrow<bfloat16>(x);
       }
     });
     if (closest > 0) nearer = nearer_trials(z, work, run.norm[first + thread()], of_trial, n, closest);
