@@ -59,7 +59,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
 }
 
 // A row of centroids goes through a warp in pieces of LANES x AHEAD, all reads of a piece on their way together.
-constexpr int AHEAD = 8;
+constexpr int AHEAD = 4;  // with 8 the resident kernel needs more registers than there are
 
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
