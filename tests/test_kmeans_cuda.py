@@ -46,7 +46,18 @@ def library() -> emulator.Library:
 
 
 def emulated(
-    points, n_clusters, *, init="k-means++", n_init=1, max_iter=100, tol=1e-4, seed=0, within=None, path, device, order=0
+    points,
+    n_clusters,
+    *,
+    init="k-means++",
+    n_init=1,
+    max_iter=100,
+    tol=1e-4,
+    seed=0,
+    within=None,
+    path,
+    device,
+    order=0,
 ):
     points = points.contiguous()
     S, N, D = points.shape
@@ -99,7 +110,8 @@ def blobs(S, N, D, K, spread=0.3, seed=0):
 
 @pytest.mark.parametrize("start", ["k-means++", "random", "given"])
 @pytest.mark.parametrize(
-    ("S", "N", "D", "K"), [(1, 2, 1, 1), (2, 63, 7, 5), (3, 130, 64, 20), (1, 300, 83, 40), (1, 20, 3, 20), (1, 600, 2, 3)]
+    ("S", "N", "D", "K"),
+    [(1, 2, 1, 1), (2, 63, 7, 5), (3, 130, 64, 20), (1, 300, 83, 40), (1, 20, 3, 20), (1, 600, 2, 3)],
 )
 def test_odd_shapes(op, S, N, D, K, start):
     points = blobs(S, N, D, max(K // 2, 1), spread=1)
