@@ -173,7 +173,7 @@ def test_empty_clusters_take_the_farthest_points(op):
     found = assert_like_cpu(op, points, 3, init=torch.tensor([[[1.0], [1000.0], [2000.0]]]))
     assert sorted(found.centroid.flatten().tolist()) == [1, 50, 100]
     points = torch.zeros(1, 300, 1)
-    points[0, [70, 299, 5]] = torch.tensor([[10.0], [-10.0], [10.0]])  # of equals the smaller index, in any warp and lane
+    points[0, [70, 299, 5]] = torch.tensor([[10.0], [-10.0], [10.0]])  # of equals the smaller index
     found = assert_like_cpu(op, points, 3, init=torch.tensor([[[0.0], [1e3], [2e3]]]), max_iter=1)
     assert found.centroid.flatten()[1:].tolist() == [10, 10]
     points = blobs(2, 300, 4, 6)
