@@ -258,11 +258,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   }
   Tensor label = empty(points, {S, N}, ScalarType::Long), centroid = empty(points, {S, K, D}, ScalarType::Float);
   Tensor inertia = empty(points, {S}, ScalarType::Double), n_iter = empty(points, {S}, ScalarType::Long);
-  Tensor dense_points = dense_float(points);
+  Tensor dense_points = dense_points_of(points);
   MaybeTensor dense_init;
   if (init) dense_init = dense_float(*init);
   Kmeans op;
-  op.points = data<float>(dense_points);
+  op.points = static_cast<const float*>(dense_points.const_data_ptr());
   op.init = init ? data<float>(*dense_init) : nullptr;
   op.S = S, op.N = N, op.D = D, op.K = K;
   op.start = is_random ? KmeansStart::random : KmeansStart::plus_plus;
@@ -281,8 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
                 has_shape(*beyond, {S, room, GROUPS}) && has_shape(*point, {S, room, D}) &&
                 has_shape(*reach, {S, n_reaches(room), D}) && has_shape(*sum, {S, K + 1, D}),
             "kmeans: known must be made for points ", shape(points), " and n_clusters=", K);
-    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum})
+    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum}) {
       require(x->is_contiguous(), "kmeans: known must be contiguous");
+      require(is_same_device(*x, points), "kmeans: all tensors must be on one device, but known is on another");
+    }
     require(known_label->scalar_type() == ScalarType::Int && sum->scalar_type() == ScalarType::Double,
             "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
     for (const Tensor* x : {&*within, &*beyond, &*point, &*reach})
@@ -292,7 +294,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
              mutable_data<float>(*point), mutable_data<float>(*reach), mutable_data<double>(*sum)};
   }
   op.known = known ? &*known : nullptr;
-  kmeans_cpu(op, parallel_for);
+  if (is_on_gpu(points)) {
+    on_gpu_of(points, [&](CudaStream stream) {
+      Tensor memory = scratch(points, kmeans_cuda_scratch(op));
+      kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
+    });
+  } else {
+    kmeans_cpu(op, parallel_for);
+  }
   return {label, centroid, inertia, n_iter};
 }
 
@@ -945,6 +954,7 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
 #ifdef CLMFAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CUDA, m) {
   m.impl("knn", TORCH_BOX(&clmfast::knn));
+  m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
   m.impl("separation", TORCH_BOX(&clmfast::separation));
   m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
   m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));

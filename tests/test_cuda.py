@@ -256,9 +256,7 @@ extern "C" void run(const void* points, int64_t element, const int64_t* label, i
 @pytest.mark.parametrize(
     ("S", "N", "D", "n_labels"), [(1, 2, 1, 2), (2, 63, 7, 3), (3, 131, 140, 5), (1, 300, 17, 1), (1, 4, 0, 2)]
 )
-def test_separation(
-    separation: emulator.Library, dtype: torch.dtype, S: int, N: int, D: int, n_labels: int
-) -> None:
+def test_separation(separation: emulator.Library, dtype: torch.dtype, S: int, N: int, D: int, n_labels: int) -> None:
     label = draw(n_labels, N, seed=1)
     points = (normal(S, N, D) + 3 * normal(n_labels, D, seed=2)[label] + 50).to(dtype)
     if N > 50:

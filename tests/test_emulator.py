@@ -135,7 +135,9 @@ __global__ void multiply_tf32(const float* a, const float* b, float* d) {  // A 
 extern "C" void run(const uint16_t* a, const uint16_t* b, float* d, int64_t is_fp16, int64_t is_transposed) {
   launch(multiply, 1, 32, 1536, nullptr, a, b, d, is_fp16, is_transposed);
 }
-extern "C" void run_tf32(const float* a, const float* b, float* d) { launch(multiply_tf32, 1, 32, 0, nullptr, a, b, d); }
+extern "C" void run_tf32(const float* a, const float* b, float* d) {
+  launch(multiply_tf32, 1, 32, 0, nullptr, a, b, d);
+}
 """
 
 
@@ -177,7 +179,10 @@ __global__ void multiply(const uint16_t* a, const uint16_t* b, float* d, int64_t
   }
   fence_async_shared();
   __syncthreads();
-  const Swizzle swizzle = width == 128 ? Swizzle::b128 : width == 64 ? Swizzle::b64 : width == 32 ? Swizzle::b32 : Swizzle::none;
+  const Swizzle swizzle = width == 128  ? Swizzle::b128
+                          : width == 64 ? Swizzle::b64
+                          : width == 32 ? Swizzle::b32
+                                        : Swizzle::none;
   const int row_block = width ? static_cast<int>(width) * 8 : 1024;
   float sum[N / 2];
   wgmma_fence();

@@ -8,8 +8,8 @@
     for seed in library.seeds(4):
         library.vote(index, n, ...)
 
-Arguments are tensors or arrays (their pointers), numbers and None; in C++ pointers, int64_t and double. A kernel that does
-something wrong raises EmulatorError.
+Arguments are tensors or arrays (their pointers), numbers and None; in C++ pointers, int64_t and double. A kernel that
+does something wrong raises EmulatorError.
 """
 
 import ctypes
