@@ -4,8 +4,8 @@
     python csrc/cuda/limits.py --write      makes the rows say what the kernels use now (matrix instructions are kept)
 
 A row of limits.toml: kernel = { sm_80 = [registers, bytes of static shared memory, bytes of stack], ... }, upper limits
-all; and `matrix`, the instructions that the PTX for a device must hold. A device that a row leaves out has the kernel, but
-never launches it.
+all; and `matrix`, the instructions that the PTX for a device must hold. A device that a row leaves out has the kernel,
+but never launches it.
 """
 
 import os
