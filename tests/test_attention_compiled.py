@@ -39,7 +39,7 @@ def compiled(kernel, dtype, width, config, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"W": width, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k}
+    constants = {"W": width, "OWN": config.own, "WALKED": config.walked}
     integers = {"extent_ptr": "*i64", "prefix_ptr": "*i64"}
     of_name = {"scale": "fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", **integers, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names

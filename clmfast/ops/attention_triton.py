@@ -32,10 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Config(NamedTuple):
-    """Rows of queries and of keys in a tile; on the short path both are the same."""
+    """Rows of a program's own tile, and of the tiles that it walks along (on the short path there is but one)."""
 
-    block_q: int
-    block_k: int
+    own: int
+    walked: int
     num_warps: int
     num_stages: int
 
@@ -43,20 +43,20 @@ class Config(NamedTuple):
 # Not tuned yet: chosen so that no kernel spills a register on sm_80 or sm_90.
 def short_config(dtype: torch.dtype, width: int) -> Config:
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
+        return Config(32, 32, 4, 1) if width < 128 else Config(16, 16, 4, 1)
     return Config(64, 64, 4 if width < 128 else 8, 1)
 
 
 def long_config(dtype: torch.dtype, width: int) -> Config:
     if dtype == torch.float32:
         return Config(32, 32, 8, 1)
-    return Config(64, 64, 8, 2) if width < 128 else Config(64, 32, 8, 2)
+    return Config(64, 32, 8, 2)
 
 
 def choose(dtype: torch.dtype, width: int, T: int) -> tuple[bool, Config]:
     """(is it the short path, config) for sequences of at most T rows."""
     short = short_config(dtype, width)
-    return (True, short) if short.block_q >= T else (False, long_config(dtype, width))
+    return (True, short) if short.own >= T else (False, long_config(dtype, width))
 
 
 # ---- steps that the kernels share
@@ -122,10 +122,10 @@ def tile_of_sequences(tile, B, T, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"])
 def short_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr, extent_ptr, prefix_ptr, scale, B, T, H, form, has_prefix,
-    W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    b, t, exists = tile_of_sequences(tl.program_id(0), B, T, BLOCK_Q)
+    b, t, exists = tile_of_sequences(tl.program_id(0), B, T, OWN)
     begin, n = extent_of(b, exists, extent_ptr, form, T)
     before, n_before = prefix_of(b, exists, prefix_ptr, has_prefix, extent_ptr, form, T)
     row = tl.where(t < n_before, before + t, begin + t - n_before)
@@ -153,19 +153,19 @@ def short_fwd_kernel(
 
 
 @triton.jit
-def weights_of(q, k, lse, is_seen, scale):
-    """P of a tile: of queries' q and lse, and keys' k."""
-    score = product(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None] * LOG2_E
+def weights_of(a, b, lse, is_seen, scale):
+    """P of a tile: a and b are q and k, or k and q for P on its side; lse lies along the queries."""
+    score = product(a, tl.trans(b)) * (scale * LOG2_E) - lse * LOG2_E
     return tl.where(is_seen, tl.exp2(tl.where(is_seen, score, 0.0)), 0.0)
 
 
 @triton.jit(do_not_specialize=["B", "T", "H", "form"], do_not_specialize_on_alignment=["extent_ptr"])
 def short_bwd_kernel(
     grad_out_ptr, qkv_ptr, lse_ptr, grad_ptr, extent_ptr, scale, B, T, H, form,
-    W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    b, t, exists = tile_of_sequences(tl.program_id(0), B, T, BLOCK_Q)
+    b, t, exists = tile_of_sequences(tl.program_id(0), B, T, OWN)
     begin, n = extent_of(b, exists, extent_ptr, form, T)
     row, is_real = begin + t, t < n
     is_written = exists & holds(is_real, form)
@@ -178,7 +178,7 @@ def short_bwd_kernel(
     lse = tl.load(lse_ptr + row * H + h, mask=is_real, other=0.0)
 
     is_seen = (b[:, None] == b[None, :]) & (t[None, :] <= t[:, None]) & is_real[:, None]
-    p = weights_of(q, k, lse, is_seen, scale)
+    p = weights_of(q, k, lse[:, None], is_seen, scale)
     grad_v = product(tl.trans(p).to(q.dtype), grad_out)
     store_tile(grad_ptr + 2 * H * W, grad_v, row, is_written, 3 * H * W, W)
     grad_p = product(grad_out, tl.trans(v))
@@ -193,22 +193,22 @@ def short_bwd_kernel(
 @triton.jit(do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"])
 def long_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr, extent_ptr, prefix_ptr, scale, B, T, H, form, has_prefix,
-    W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     begin, n = extent_of(b, b < B, extent_ptr, form, T)
     before, n_before = prefix_of(b, b < B, prefix_ptr, has_prefix, extent_ptr, form, T)
-    i_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q  # the longest walks start first
-    i = i_first + tl.arange(0, BLOCK_Q)
+    i_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * OWN  # the longest walks start first
+    i = i_first + tl.arange(0, OWN)
     row, is_real = begin + i, i < n
     qkv_ptr += h * W
     q = load_tile(qkv_ptr, row, is_real, 3 * H * W, W)
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    out = tl.zeros([BLOCK_Q, W], tl.float32)
-    n_seen = tl.where(i_first < n, n_before + tl.minimum(n, i_first + BLOCK_Q), 0)
-    for first in range(0, n_seen, BLOCK_K):
-        t = first + tl.arange(0, BLOCK_K)
+    peak = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    out = tl.zeros([OWN, W], tl.float32)
+    n_seen = tl.where(i_first < n, n_before + tl.minimum(n, i_first + OWN), 0)
+    for first in range(0, n_seen, WALKED):
+        t = first + tl.arange(0, WALKED)
         key_row = tl.where(t < n_before, before + t, begin + t - n_before)
         k = load_tile(qkv_ptr + H * W, key_row, t < n_seen, 3 * H * W, W)
         v = load_tile(qkv_ptr + 2 * H * W, key_row, t < n_seen, 3 * H * W, W)
@@ -230,13 +230,13 @@ def long_fwd_kernel(
 @triton.jit(do_not_specialize=["B", "T", "H", "form"], do_not_specialize_on_alignment=["extent_ptr"])
 def long_bwd_q_kernel(
     grad_out_ptr, qkv_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, extent_ptr, scale, B, T, H, form,
-    W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
     """grad of q, and delta for the kernel after this one."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     begin, n = extent_of(b, b < B, extent_ptr, form, T)
-    i_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
-    i = i_first + tl.arange(0, BLOCK_Q)
+    i_first = (tl.num_programs(1) - 1 - tl.program_id(1)) * OWN
+    i = i_first + tl.arange(0, OWN)
     row, is_real = begin + i, i < n
     qkv_ptr += h * W
     q = load_tile(qkv_ptr, row, is_real, 3 * H * W, W)
@@ -245,12 +245,12 @@ def long_bwd_q_kernel(
     lse = tl.load(lse_ptr + row * H + h, mask=is_real, other=0.0)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + row * H + h, delta, mask=is_real)
-    grad_q = tl.zeros([BLOCK_Q, W], tl.float32)
-    for first in range(0, tl.minimum(n, i_first + BLOCK_Q), BLOCK_K):
-        t = first + tl.arange(0, BLOCK_K)
+    grad_q = tl.zeros([OWN, W], tl.float32)
+    for first in range(0, tl.minimum(n, i_first + OWN), WALKED):
+        t = first + tl.arange(0, WALKED)
         k = load_tile(qkv_ptr + H * W, begin + t, t < n, 3 * H * W, W)
         v = load_tile(qkv_ptr + 2 * H * W, begin + t, t < n, 3 * H * W, W)
-        p = weights_of(q, k, lse, (t[None, :] <= i[:, None]) & is_real[:, None], scale)
+        p = weights_of(q, k, lse[:, None], (t[None, :] <= i[:, None]) & is_real[:, None], scale)
         grad_p = product(grad_out, tl.trans(v))
         grad_q += product((p * (grad_p - delta[:, None]) * scale).to(k.dtype), k)
     store_tile(grad_ptr + h * W, grad_q, row, (i < T) & holds(is_real, form), 3 * H * W, W)
@@ -259,29 +259,30 @@ def long_bwd_q_kernel(
 @triton.jit(do_not_specialize=["B", "T", "H", "form"], do_not_specialize_on_alignment=["extent_ptr"])
 def long_bwd_kv_kernel(
     grad_out_ptr, qkv_ptr, lse_ptr, grad_ptr, delta_ptr, extent_ptr, scale, B, T, H, form,
-    W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
 ):  # fmt: skip
+    """grads of k and v; P and dP lie on their sides here, [keys, queries], as both products want them."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     begin, n = extent_of(b, b < B, extent_ptr, form, T)
-    t_first = tl.program_id(1) * BLOCK_K
-    t = t_first + tl.arange(0, BLOCK_K)
+    t_first = tl.program_id(1) * OWN
+    t = t_first + tl.arange(0, OWN)
     row, is_real = begin + t, t < n
     qkv_ptr += h * W
     k = load_tile(qkv_ptr + H * W, row, is_real, 3 * H * W, W)
     v = load_tile(qkv_ptr + 2 * H * W, row, is_real, 3 * H * W, W)
-    grad_k = tl.zeros([BLOCK_K, W], tl.float32)
-    grad_v = tl.zeros([BLOCK_K, W], tl.float32)
-    for first in range(t_first // BLOCK_Q * BLOCK_Q, n, BLOCK_Q):
-        i = first + tl.arange(0, BLOCK_Q)
+    grad_k = tl.zeros([OWN, W], tl.float32)
+    grad_v = tl.zeros([OWN, W], tl.float32)
+    for first in range(t_first // WALKED * WALKED, n, WALKED):
+        i = first + tl.arange(0, WALKED)
         asks = i < n
         q = load_tile(qkv_ptr, begin + i, asks, 3 * H * W, W)
         grad_out = load_tile(grad_out_ptr + h * W, begin + i, asks, H * W, W)
         lse = tl.load(lse_ptr + (begin + i) * H + h, mask=asks, other=0.0)
         delta = tl.load(delta_ptr + (begin + i) * H + h, mask=asks, other=0.0)
-        p = weights_of(q, k, lse, (t[None, :] <= i[:, None]) & asks[:, None], scale)
-        grad_v += product(tl.trans(p).to(q.dtype), grad_out)
-        grad_p = product(grad_out, tl.trans(v))
-        grad_k += product(tl.trans(p * (grad_p - delta[:, None]) * scale).to(q.dtype), q)
+        p = weights_of(k, q, lse[None, :], (t[:, None] <= i[None, :]) & asks[None, :], scale)
+        grad_v += product(p.to(q.dtype), grad_out)
+        grad_p = product(v, tl.trans(grad_out))
+        grad_k += product((p * (grad_p - delta[None, :]) * scale).to(q.dtype), q)
     is_written = (t < T) & holds(is_real, form)
     grad_ptr += h * W
     store_tile(grad_ptr + H * W, grad_k, row, is_written, 3 * H * W, W)
@@ -311,7 +312,7 @@ def forward(qkv: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         kernel = short_fwd_kernel if is_short else long_fwd_kernel
         kernel[grid](
             wide, out, lse, extent, prefix, 1 / math.sqrt(W), form.B, form.T, H, form.form,
-            int(form.prefix is not None), wide.shape[-1], config.block_q, config.block_k,
+            int(form.prefix is not None), wide.shape[-1], config.own, config.walked,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out[..., :W].contiguous(), lse
@@ -325,14 +326,13 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, form: Form
     grad = torch.empty_like(qkv)
     if grad.numel() and form.B and form.T:
         is_short, config, grid, extent, _ = _plan(qkv, form)
-        rest = (1 / math.sqrt(W), form.B, form.T, H, form.form, qkv.shape[-1], config.block_q, config.block_k)
+        rest = (1 / math.sqrt(W), form.B, form.T, H, form.form, qkv.shape[-1], config.own, config.walked)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if is_short:
             short_bwd_kernel[grid](grad_out, qkv, lse, grad, extent, *rest, **options)
         else:
             delta = torch.empty_like(lse)
             long_bwd_q_kernel[grid](grad_out, qkv, out, lse, grad, delta, extent, *rest, **options)
-            grid = (grid[0], triton.cdiv(form.T, config.block_k))
             long_bwd_kv_kernel[grid](grad_out, qkv, lse, grad, delta, extent, *rest, **options)
     return grad[..., :W].contiguous()
 
@@ -349,9 +349,9 @@ def _plan(qkv: Tensor, form: Form) -> tuple[bool, Config, tuple[int, int], Tenso
     is_short, config = choose(qkv.dtype, qkv.shape[-1], form.T)
     H = qkv.shape[2]
     if is_short:
-        grid = (triton.cdiv(form.B, config.block_q // form.T), H)
+        grid = (triton.cdiv(form.B, config.own // form.T), H)
     else:
-        grid = (form.B * H, triton.cdiv(form.T, config.block_q))
+        grid = (form.B * H, triton.cdiv(form.T, config.own))
     # Where there is no extent or prefix, nothing is read, but the kernel wants a pointer of the right type.
     nothing = qkv.view(torch.int64) if form.extent is None else form.extent
     return is_short, config, grid, nothing, nothing if form.prefix is None else form.prefix
