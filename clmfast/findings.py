@@ -58,21 +58,36 @@ def best_layer(run: Run, readout: str = HEADLINE_READOUT) -> int:
     return int(np.nanargmax(np.nan_to_num(final_by_layer(run, "ari_task", "", readout), nan=-1.0)))
 
 
-def saturation_step(step: NDArray[np.int64], curve: NDArray[np.float64]) -> int | None:
-    """First step from which the smoothed curve stays at or above 95 % of its plateau; None without a curve.
-
-    Smoothing: centred mean over 25 steps. Plateau: mean of the last tenth of the smoothed curve.
-    """
+def smooth_curve(step: NDArray[np.int64], curve: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(steps, centred mean over 25 steps) where the curve was measured."""
     is_measured = np.isfinite(curve)
     step, curve = step[is_measured], curve[is_measured]
     if len(step) < 2:
-        return None
+        return step, curve
     spacing = max(1.0, float(np.median(np.diff(step))))
-    smooth = uniform_filter1d(curve, max(1, round(SMOOTHING_STEPS / spacing)), mode="nearest")
-    plateau = smooth[-max(1, len(smooth) // 10) :].mean()
-    below = np.flatnonzero(smooth < PLATEAU_SHARE * plateau)
+    return step, uniform_filter1d(curve, max(1, round(SMOOTHING_STEPS / spacing)), mode="nearest")
+
+
+def plateau(smooth: NDArray[np.float64]) -> float:
+    """Mean of the last tenth of a smoothed curve."""
+    return float(smooth[-max(1, len(smooth) // 10) :].mean())
+
+
+def lasting_step(step: NDArray[np.int64], smooth: NDArray[np.float64], level: float) -> int | None:
+    """First step from which a smoothed curve stays at or above the level; None if it ends below."""
+    below = np.flatnonzero(smooth < level)
     first = below[-1] + 1 if len(below) else 0
-    return int(step[min(first, len(step) - 1)])
+    return int(step[first]) if first < len(step) else None
+
+
+def saturation_step(step: NDArray[np.int64], curve: NDArray[np.float64]) -> int | None:
+    """First step from which the smoothed curve stays at or above 95 % of its plateau; the last one if it ends below
+    that, None without a curve."""
+    step, smooth = smooth_curve(step, curve)
+    if len(step) < 2:
+        return None
+    found = lasting_step(step, smooth, PLATEAU_SHARE * plateau(smooth))
+    return int(step[-1]) if found is None else found
 
 
 def early_stopping_step(run: Run) -> int | None:

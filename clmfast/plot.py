@@ -38,7 +38,7 @@ def layer_colours(n_layers: int) -> list[str]:
     return sample_colorscale("Plasma_r", np.linspace(0.15, 1, n_layers))
 
 
-def _layout(figure: go.Figure, height: int) -> go.Figure:
+def layout(figure: go.Figure, height: int) -> go.Figure:
     figure.update_layout(
         template="plotly_white", height=height, margin={"l": 70, "r": 20, "t": 60, "b": 55},
         font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"namelength": -1},
@@ -104,7 +104,7 @@ def curves_by_layer(run: Run, measures: list[tuple[str, str, str]]) -> go.Figure
         figure.update_yaxes(title_text=title, row=row, col=1)
     figure.update_yaxes(range=[-0.05, 1.05])
     figure.update_xaxes(title_text="training step", row=len(measures))
-    return _layout(figure, 120 + 330 * len(measures))
+    return layout(figure, 120 + 330 * len(measures))
 
 
 def learning(run: Run, layer: int | None) -> go.Figure:
@@ -139,7 +139,7 @@ def learning(run: Run, layer: int | None) -> go.Figure:
     figure.update_yaxes(title_text="accuracy, ARI", range=[-0.05, 1.05], secondary_y=False)
     figure.update_yaxes(title_text="loss (nats)", rangemode="tozero", showgrid=False, nticks=6, secondary_y=True)
     figure.update_layout(legend={"orientation": "h", "y": 1.12})
-    return _layout(figure, 430)
+    return layout(figure, 430)
 
 
 def kinds_by_layer(run: Run) -> go.Figure:
@@ -158,7 +158,7 @@ def kinds_by_layer(run: Run) -> go.Figure:
             )  # fmt: skip
         figure.update_xaxes(title_text="layer (0 = embedding)", dtick=1, row=1, col=col)
     figure.update_yaxes(title_text="ARI of k-means against the labels", col=1)
-    return _layout(figure, 400)
+    return layout(figure, 400)
 
 
 def projections(run: Run, readout: str) -> go.Figure | None:
@@ -197,7 +197,7 @@ def projections(run: Run, readout: str) -> go.Figure | None:
     figure.update_yaxes(showticklabels=False, zeroline=False)
     figure.update_xaxes(title_text="principal component 1", row=n_rows)
     figure.update_yaxes(title_text="principal component 2", col=1)
-    return _layout(figure, 140 + 260 * n_rows)
+    return layout(figure, 140 + 260 * n_rows)
 
 
 def task_timeline(run: Run, layer: int, readout: str) -> go.Figure | None:
@@ -219,7 +219,7 @@ def task_timeline(run: Run, layer: int, readout: str) -> go.Figure | None:
     )  # fmt: skip
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text="tasks, earliest first", showticklabels=len(order) <= 30)
-    return _layout(figure, 420)
+    return layout(figure, 420)
 
 
 def cost(run: Run) -> go.Figure:
@@ -241,4 +241,4 @@ def cost(run: Run) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text=f"ms per step (mean of {width})")
-    return _layout(figure, 360)
+    return layout(figure, 360)

@@ -29,7 +29,7 @@ border-bottom: 1px solid #ddd; }
 """
 
 
-def _table(rows: list[list[str]], head: list[str]) -> str:
+def table(rows: list[list[str]], head: list[str]) -> str:
     """Cells are HTML already."""
     return (
         "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"
@@ -143,7 +143,7 @@ def page(run: Run) -> str:
         f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(facts)}</p>",
         "<p>A causal Transformer learns to follow instructions. Each row is a claim of Wu &amp; Varshney "
         "(arXiv 2402.12151), read from this run: the states at the end of the instruction, after the last step.</p>",
-        _table(rows, ["claim (finding of the paper)", "this run", "bar", ""]),
+        table(rows, ["claim (finding of the paper)", "this run", "bar", ""]),
     ]
     if n_done < config.steps:
         parts.append(f"<p class='fails'>This run ended at step {n_done:,}; the rest was not trained.</p>")
@@ -161,7 +161,7 @@ def page(run: Run) -> str:
         "choices": meta["choices"],
         "grammars": meta["grammars"],
     }
-    parts.append("<h2>Every number in the record</h2>" + _table(meanings, ["measure", "meaning", "chance level"]))
+    parts.append("<h2>Every number in the record</h2>" + table(meanings, ["measure", "meaning", "chance level"]))
     parts.append(
         "<h2>Settings</h2><details><summary>config, estimators, automatic choices, grammars</summary>"
         f"<pre>{html.escape(json.dumps(settings, indent=1, ensure_ascii=False))}</pre></details>"

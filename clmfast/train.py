@@ -240,7 +240,7 @@ class Training:
         unseen = draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
         batch = self.tasks.pack(unseen)
         ring.aim(*spans(batch, ring.readouts), self._kept(batch))
-        with torch.no_grad():
+        with torch.inference_mode():
             self._states(batch, ring)
         ring.advance(torch.from_numpy(unseen))
 
@@ -284,7 +284,7 @@ class Training:
             n_right = total = 0.0
             for first in range(0, len(examples), CHUNK):
                 batch = self.tasks.pack(examples[first : first + CHUNK])
-                with torch.no_grad():
+                with torch.inference_mode():
                     loss, accuracy = self._loss_of_outputs(self._states(batch, None), batch)
                 n_right += accuracy * len(batch.target)
                 total += loss.item() * len(batch.target)

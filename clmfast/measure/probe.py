@@ -217,7 +217,7 @@ class Probe:
             sorter = np.argsort(order)
             self.place.append(torch.from_numpy(sorter[np.searchsorted(order, probe_set.examples, sorter=sorter)]))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def states(self, model: Transformer) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """For each set (training states [L, N, D], unseen states [L, Q, D] by split)."""
         for forward_pass in self.passes:

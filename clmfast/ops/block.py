@@ -31,7 +31,7 @@ class BlockWeights(NamedTuple):
 def mlp_block(x: Tensor, weights: BlockWeights) -> Tensor:
     """x [n, D] -> [n, D]. Differentiable once."""
     if _is_fused(x):
-        return torch.ops.clmfast.mlp_block(x, *weights, _wants_grad(x, weights))[0]
+        return torch.ops.clmfast.mlp_block.default(x, *weights, _wants_grad(x, weights))[0]
     w = weights
     hidden = F.gelu(F.linear(_norm(x, w), w.in_weight, w.in_bias), approximate="tanh")
     return x + F.linear(hidden, w.out_weight, w.out_bias)
@@ -63,7 +63,7 @@ def attention_block(
         raise ValueError("attention_block: prefix is for passes without gradient")
     if _is_fused(x):
         wants_grad = _wants_grad(x, weights)
-        return torch.ops.clmfast.attention_block(x, *weights, n_heads, offset, kept, prefix, source, wants_grad)[0]
+        return torch.ops.clmfast.attention_block.default(x, *weights, n_heads, offset, kept, prefix, source, wants_grad)[0]
     w = weights
     if source is not None:
         x = x[source]

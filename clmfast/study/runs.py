@@ -1,0 +1,185 @@
+"""The pool of runs behind the studies: what is missing is trained in processes of `clmfast.run`, what is there is read.
+
+A run directory belongs to one configuration (its name ends in a hash of it), whatever study asked for it. The number
+of threads is no part of that: it is chosen by a measurement and may be another one after a restart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clmfast.config import ConfigError, RunConfig, from_file, to_dict
+from clmfast.files import write_json
+from clmfast.record import NotARun, Run
+from clmfast.study.base import StudyError, changed
+
+DIVERGED = 3  # exit code of clmfast.run
+MEASURED_STEPS = 30
+HALF_MADE = {"steps.npy", "timing.npy", "per_task.npy", ".config.json.part"}  # what a run writes before its config.json
+
+
+def identity(config: RunConfig) -> RunConfig:
+    """The config without what makes no other study of it."""
+    return dataclasses.replace(config, out="", threads=0)
+
+
+def run_path(pool: Path, label: str, config: RunConfig) -> Path:
+    """Where in the pool the run of a configuration lies. The first study to ask for it gives its name."""
+    digest = hashlib.sha256(json.dumps(to_dict(identity(config)), sort_keys=True).encode()).hexdigest()[:10]
+    known = sorted(pool.glob(f"*-seed{config.seed}-{digest}"))
+    return known[0] if known else pool / f"{label.replace(' ', '_')}-seed{config.seed}-{digest}"
+
+
+def state_of(path: Path, config: RunConfig) -> str:
+    """finished, diverged, started (can be resumed) or missing; StudyError for a folder of something else."""
+    if not path.exists() or {entry.name for entry in path.iterdir()} <= HALF_MADE:
+        return "missing"
+    try:
+        found = from_file(path / "config.json", RunConfig())
+    except ConfigError as error:
+        raise StudyError(f"{path} must be the run of this study: {error}") from None
+    if identity(found) != identity(config):
+        raise StudyError(f"{path} must be the run of this study, its config.json is of another one")
+    try:
+        events = [event["event"] for event in Run(path).events]
+    except (NotARun, ValueError, KeyError) as error:
+        if not (path / "meta.json").exists():
+            return "missing"  # killed between the two parts of the header
+        raise StudyError(f"records must be those of a run: {error}") from None
+    if "anomaly" in events:
+        return "diverged"
+    if "end" in events and (path / "report.html").exists():
+        return "finished"
+    return "started" if any((path / "resume").glob("[0-9]*")) else "missing"
+
+
+def load_run(path: Path, config: RunConfig) -> Run | None:
+    """A finished run, None for one that diverged; StudyError if it is not there."""
+    state = state_of(path, config)
+    if state == "diverged":
+        return None
+    if state != "finished":
+        raise StudyError(f"{path} must be a finished run, it is {state}: run the study without --draw")
+    return Run(path)
+
+
+def hold(folder: Path) -> int:
+    """Lock the studies' folder for this process and all it starts; a second study there would train the same runs.
+
+    The lock ends with the last process that holds it, so that a run which outlived a killed study is not resumed twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    os.set_inheritable(lock, True)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise StudyError(
+            f"{folder} must be free: another study, or a run that it started, is still at work there"
+        ) from None
+    return lock
+
+
+class Job:
+    """One run of clmfast in a process of its own; its output goes to NAME.log beside its directory."""
+
+    def __init__(self, path: Path, config: RunConfig, lock: int) -> None:
+        self.path, self.config = path, config
+        command = [sys.executable, "-m", "clmfast.run"]
+        if state_of(path, config) == "started":
+            command += ["--resume", str(path)]
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path.with_suffix(".json"), to_dict(config))
+            command += ["--config", str(path.with_suffix(".json")), "--out", str(path)]
+        with open(path.with_suffix(".log"), "wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C reaches the study alone, which then ends its runs politely
+            )  # fmt: skip
+
+    def steps_done(self) -> int:
+        """Rows on disk: the first column of what is written counts them."""
+        try:
+            return min(self.config.steps, int(np.count_nonzero(np.load(self.path / "steps.npy", mmap_mode="r")[:, 0])))
+        except (OSError, ValueError):
+            return 0  # not made yet
+
+    def finished(self) -> bool:
+        """Has it ended? StudyError with its last line if it failed."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        if code not in (0, DIVERGED):
+            lines = self.path.with_suffix(".log").read_text(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+            raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
+        if state_of(self.path, self.config) == "finished":  # and not ended by a Ctrl-C from elsewhere
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        return True
+
+
+def train_missing(
+    jobs: list[tuple[Path, RunConfig]], n_processes: int, threads: int, lock: int, show: Callable[[int, int], None]
+) -> None:
+    """Train the runs, n_processes at a time; `show(finished runs, steps done)` is told now and then."""
+    waiting, at_work = list(jobs), list[Job]()
+    n_finished, n_steps = 0, 0
+    try:
+        while waiting or at_work:
+            while waiting and len(at_work) < n_processes:
+                path, config = waiting.pop(0)
+                at_work.append(Job(path, dataclasses.replace(config, threads=threads), lock))
+            time.sleep(0.2)
+            for job in [job for job in at_work if job.finished()]:
+                at_work.remove(job)
+                n_finished, n_steps = n_finished + 1, n_steps + job.config.steps
+            show(n_finished, n_steps + sum(job.steps_done() for job in at_work))
+    finally:  # Ctrl-C or a failed run: the others end after their step and keep what they have
+        for job in at_work:
+            job.process.send_signal(signal.SIGINT)
+        for job in at_work:
+            job.process.wait()
+
+
+def choose_processes(config: RunConfig, lock: int) -> dict[str, Any]:
+    """How many processes of how many threads do the most steps per second: measured with a few steps of the config.
+
+    {'processes', 'threads', 'reason'}. Candidates use all cores: one process per core, or fewer with more threads.
+    """
+    n_cores = len(os.sched_getaffinity(0))
+    candidates = [(n_cores // threads, threads) for threads in (1, 2, 4, 8) if n_cores % threads == 0]
+    if len(candidates) == 1:
+        return {"processes": 1, "threads": 1, "reason": "the only core"}
+    speed = {}
+    for n_processes, threads in candidates:
+        with tempfile.TemporaryDirectory() as folder:
+            short = dataclasses.replace(changed(config, "measure", probe_every=0), steps=MEASURED_STEPS, resume_every=0)
+            jobs = [(Path(folder) / str(i), short) for i in range(n_processes)]
+            train_missing(jobs, n_processes, threads, lock, lambda *_: None)
+            ms = [sum(float(np.median(t)) for t in Run(path).timing.values()) for path, _ in jobs]
+        speed[n_processes, threads] = 1000 * sum(1 / one for one in ms)
+    best = max(speed, key=lambda candidate: speed[candidate])
+    told = ", ".join(f"{p} x {t} threads {s:.1f} steps/s" for (p, t), s in speed.items())
+    return {"processes": best[0], "threads": best[1], "reason": f"measured over {MEASURED_STEPS} steps: {told}"}
+
+
+def missing_of(wanted: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+    """Those that are not finished, each once."""
+    return [(p, c) for p, c in dict(wanted).items() if state_of(p, c) not in ("finished", "diverged")]

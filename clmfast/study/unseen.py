@@ -1,0 +1,101 @@
+"""Do states of unseen examples fall among training states of their task, and is it more than similar letters?
+
+kNN accuracy: the nearest training states vote, those of the query's own instruction barred. Cross-grammar kNN: those of
+its own grammar barred too, so that letters cannot help. Effects are the best layer of the last probe, and so are the
+controls. An unseen grammar has no training states of its own: for it the two numbers are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+
+from clmfast.config import UNSEEN_SPLITS
+from clmfast.findings import HEADLINE_SPLIT, final_by_layer
+from clmfast.plot import layout
+from clmfast.record import Run
+from clmfast.study.base import BASE_LABEL, Runs, Section, Study
+from clmfast.study.claims import Claim, claim
+from clmfast.study.emergence import configs, rank_correlation
+from clmfast.study.figures import COLOURS, CONTROL_TEXT, CONTROLS, GREY, control_of, curves, final_layers
+
+KNN, CROSS = "knn_accuracy", "cross_grammar_knn_accuracy"
+SPLIT_TEXT = dict(zip(UNSEEN_SPLITS, ("unseen pairs", "unseen instructions", "unseen grammars"), strict=True))
+EARLY_SHARE = 0.25  # of the run, for "early kNN"
+
+
+def last_accuracy(run: Run, split: str = HEADLINE_SPLIT) -> float:
+    accuracy = run.column(f"validation/{split}/accuracy")
+    return float(accuracy[np.isfinite(accuracy)][-1])
+
+
+def foretold(runs: list[Run], measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values [seeds, steps]) of the probes: the best layer's."""
+    values = np.stack([run.by_layer("probe", run.readouts[0], measure, HEADLINE_SPLIT).max(1) for run in runs])
+    probed = np.isfinite(values).all(0)
+    return runs[0].step[probed], values[:, probed]
+
+
+def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
+    base = list(runs[BASE_LABEL].values())
+    claims = [
+        claim(
+            f"{text[0].upper()}{text[1:]} fall among their task: more than {name}",
+            f"{'cross-grammar ' if measure == CROSS else ''}kNN accuracy, {text}, best layer, last probe",
+            [np.nanmax(final_by_layer(run, measure, split)) for run in base],
+            name, [control_of(run, name, measure, split) for run in base], finding="4",
+        )
+        for split, text in SPLIT_TEXT.items()
+        for measure in (KNN, CROSS)
+        for name in CONTROLS
+    ]  # fmt: skip
+    final = np.array([last_accuracy(run) for run in base])
+    step, early = foretold(base, CROSS)
+    at = int(np.abs(step - EARLY_SHARE * base[0].config.steps).argmin())
+    claims.append(
+        claim(
+            f"Early cross-grammar kNN (step {step[at]}) foretells the final accuracy of a run",
+            "rank correlation over seeds", [early[:, at], final], "no order", 0.0, statistic=rank_correlation,
+        )
+    )  # fmt: skip
+    panels = [(m, s, f"{n}, {SPLIT_TEXT[s]}") for m, n in ((KNN, "kNN"), (CROSS, "cross-grammar")) for s in SPLIT_TEXT]
+    return claims, [
+        Section(
+            "By layer, at the end of training: kNN accuracy",
+            f"All training states but those of the query's own instruction may vote. {CONTROL_TEXT}",
+            final_layers(base, panels[:3]),
+        ),
+        Section(
+            "By layer, at the end of training: cross-grammar kNN accuracy",
+            f"Training states of the query's own grammar are barred. {CONTROL_TEXT}",
+            final_layers(base, panels[3:]),
+        ),
+        Section(
+            "While it trains",
+            f"Unseen instructions, at every step. {CONTROL_TEXT}",
+            curves(base, [(KNN, HEADLINE_SPLIT, "kNN accuracy"), (CROSS, HEADLINE_SPLIT, "cross-grammar kNN")]),
+        ),
+        Section(
+            "How early is the final accuracy foretold?",
+            "Rank correlation over seeds between a number at a step and the accuracy at the end. Grey: the rival, the "
+            "accuracy at that step itself. Shuffled seeds give 0.",
+            foretelling_figure(base, final),
+        ),
+    ]
+
+
+def foretelling_figure(runs: list[Run], final: np.ndarray) -> go.Figure:
+    figure = go.Figure()
+    rivals = {name: foretold(runs, measure) for name, measure in (("kNN", KNN), ("cross-grammar kNN", CROSS))}
+    accuracy = np.stack([run.column(f"validation/{HEADLINE_SPLIT}/accuracy") for run in runs])
+    at = np.isin(runs[0].step, rivals["kNN"][0])
+    rivals["accuracy so far"] = runs[0].step[at], accuracy[:, at]
+    for (name, (step, values)), colour in zip(rivals.items(), (*COLOURS[:2], GREY), strict=True):
+        correlation = [rank_correlation(one, final) for one in values.T]
+        figure.add_scatter(x=step, y=correlation, mode="lines+markers", name=name, line={"color": colour})
+    figure.update_xaxes(title_text="training step")
+    figure.update_yaxes(title_text="rank correlation with the final accuracy", range=[-1.05, 1.05])
+    return layout(figure, 400)
+
+
+STUDY = Study("Do unseen examples fall among training examples of their task?", 10, 5, configs, analyse)

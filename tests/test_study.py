@@ -1,0 +1,146 @@
+"""clmfast.study: the rule of a verdict by hand, milestones of known curves, one tiny study from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from clmfast.config import RunConfig
+from clmfast.files import write_json
+from clmfast.study import runs as runs_module
+from clmfast.study.__main__ import main, seeds_of, studies
+from clmfast.study.base import StudyError, quick_config
+from clmfast.study.claims import FAILS, HOLDS, TOO_FEW, claim, interval, to_rows
+from clmfast.study.emergence import milestones, rank_correlation
+from clmfast.study.runs import hold, run_path, state_of
+
+
+def test_interval_of_a_mean():
+    values = np.arange(10.0)
+    found = interval(values)
+    error = values.std() / math.sqrt(10)
+    assert found.value == 4.5
+    assert found.low == pytest.approx(4.5 - 1.96 * error, abs=0.3)
+    assert found.high == pytest.approx(4.5 + 1.96 * error, abs=0.3)
+    assert interval([0.5] * 6) == (0.5, 0.5, 0.5)
+    assert math.isnan(interval([1.0, 2.0, 3.0, 4.0]).low)
+
+
+@pytest.mark.parametrize(
+    ("effect", "control", "side", "verdict"),
+    [
+        ([0.9, 0.8, 0.9, 0.85, 0.95], 0.5, "above", HOLDS),
+        ([0.9, 0.8, 0.9, 0.85, 0.95], 0.5, "below", FAILS),
+        ([0.4, 0.6, 0.5, 0.45, 0.55], 0.5, "above", FAILS),
+        # Paired: seeds differ far more from each other than effect from control.
+        ([0.11, 0.31, 0.52, 0.71, 0.92], [0.1, 0.3, 0.5, 0.7, 0.9], "above", HOLDS),
+        ([0.9, 0.8, 0.9, 0.85, np.nan], 0.5, "above", TOO_FEW),
+        ([np.nan] * 5, 0.5, "above", TOO_FEW),
+    ],
+)
+def test_verdict(effect, control, side, verdict):
+    found = claim("s", "m", effect, "c", control, side)
+    assert found.verdict == verdict
+    json.dumps(to_rows("x", [found]), allow_nan=False)
+
+
+def test_claim_about_a_correlation():
+    x = np.arange(12.0)
+    noise = np.random.default_rng(0).normal(size=12)
+    related = claim("s", "m", [x, x + noise], "no order", 0.0, statistic=rank_correlation)
+    assert related.verdict == HOLDS
+    assert related.n_seeds == 12
+    assert claim("s", "m", [x, noise], "no order", 0.0, statistic=rank_correlation).verdict == FAILS
+
+
+def test_milestones_of_a_ramp():
+    step = np.arange(1000)
+    found = milestones(step, np.clip((step - 100) / 400, 0, 1))
+    assert found["onset"] == pytest.approx(140, abs=3)
+    assert found["half-rise"] == pytest.approx(300, abs=3)
+    assert found["saturation"] == pytest.approx(480, abs=3)
+    assert all(math.isnan(at) for at in milestones(step, np.full(1000, 0.05)).values())
+    assert all(math.isnan(at) for at in milestones(step, np.full(1000, np.nan)).values())
+
+
+def test_a_configuration_has_one_place_whatever_the_threads(tmp_path):
+    config = quick_config()
+    path = run_path(tmp_path, "base", config)
+    assert run_path(tmp_path, "base", dataclasses.replace(config, threads=2, out="x")) == path
+    assert run_path(tmp_path, "base", dataclasses.replace(config, steps=61)) != path
+    path.mkdir()
+    assert run_path(tmp_path, "other", config) == path
+    assert state_of(path, config) == "missing"
+
+
+def test_foreign_records_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StudyError, match="must be the run of this study"):
+        state_of(tmp_path, quick_config())
+    write_json(tmp_path / "config.json", {"steps": 3})
+    with pytest.raises(StudyError, match=r"its config.json is of another one"):
+        state_of(tmp_path, quick_config())
+
+
+def test_one_study_at_a_time(tmp_path):
+    hold(tmp_path)
+    with pytest.raises(StudyError, match="still at work"):
+        hold(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["emergnce"], "got emergnce (did you mean emergence?)"),
+        (["emergence", "--seeds", "0..2"], "at least 5 seeds for an interval, got 3"),
+        (["emergence", "--seeds", "4..0"], "--seeds must be A..B"),
+        (["emergence", "--draw"], "must be a finished run, it is missing"),
+        (["emergence", "--processes", "999"], "--processes must be at most"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_list_names_every_study(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(studies())
+
+
+@pytest.mark.parametrize("name", list(studies()))
+def test_configs_of_every_study_are_possible(name):
+    from clmfast.config import check
+
+    for base in (quick_config(), RunConfig()):
+        for config in studies()[name].configs(base).values():
+            check(config)
+    assert seeds_of("3..4", studies()[name], is_quick=True) == [3, 4]
+
+
+def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = ["emergence", "--quick", "--seeds", "0..0", "--out", str(out)]
+    assert main(command) == 0
+    (run,) = (path for path in (out / "runs").iterdir() if path.is_dir())
+    assert not (run / "resume").exists()
+    rows = json.loads((out / "claims.json").read_text())
+    assert {row["verdict"] for row in rows} == {TOO_FEW}
+    page = (out / "emergence.html").read_text()
+    for text in ("letters alone", "untrained model", "shuffled labels", run.name, "python -m clmfast.study emergence"):
+        assert text in page, text
+    assert page.count("cdn.plot") == 0 or 'src="http' not in page
+
+    # Again: nothing is trained.
+    monkeypatch.setattr(runs_module, "Job", None)
+    before = (run / "steps.npy").stat().st_mtime_ns
+    assert main(command) == 0
+    assert "1 runs are there, 0 to train" in capsys.readouterr().out
+    assert (run / "steps.npy").stat().st_mtime_ns == before
