@@ -250,9 +250,13 @@ def long_bwd_q_kernel(
         t = first + tl.arange(0, WALKED)
         k = load_tile(qkv_ptr + H * W, begin + t, t < n, 3 * H * W, W)
         v = load_tile(qkv_ptr + 2 * H * W, begin + t, t < n, 3 * H * W, W)
-        p = weights_of(q, k, lse[:, None], (t[None, :] <= i[:, None]) & is_real[:, None], scale)
-        grad_p = product(grad_out, tl.trans(v))
-        grad_q += product((p * (grad_p - delta[:, None]) * scale).to(k.dtype), k)
+        if q.dtype == tl.float32:  # P on its side: the other way round, operands that stay fill all registers
+            p = weights_of(k, q, lse[None, :], (t[:, None] <= i[None, :]) & is_real[None, :], scale)
+            grad_score = tl.trans(p * (product(v, tl.trans(grad_out)) - delta[None, :]))
+        else:
+            p = weights_of(q, k, lse[:, None], (t[None, :] <= i[:, None]) & is_real[:, None], scale)
+            grad_score = p * (product(grad_out, tl.trans(v)) - delta[:, None])
+        grad_q += product((grad_score * scale).to(k.dtype), k)
     store_tile(grad_ptr + h * W, grad_q, row, (i < T) & holds(is_real, form), 3 * H * W, W)
 
 
