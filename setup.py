@@ -2,6 +2,9 @@
 
     python setup.py build_ext --inplace      builds clmfast/ops/_C.so where it is imported from
 
+Where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), the CUDA ops are built in, whichever torch stands beside: the
+library asks for nothing of CUDA until a tensor on a GPU arrives. CLMFAST_CUDA=0 leaves them out, =1 insists on them.
+
 The library holds torch operators and no Python module, and is compiled against torch's stable ABI: it is tied neither
 to one Python nor to one torch version. It finds torch's libraries because torch is imported before it, so no path of
 the machine that built it is left inside.
@@ -9,7 +12,9 @@ the machine that built it is left inside.
 
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +36,15 @@ COMPILE_FLAGS = [
     "-fno-math-errno",  # a square root is an instruction
     f"-DTORCH_TARGET_VERSION={STABLE_ABI_OF}",
 ]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",  # as -ffp-contract=off above: kernels say fmaf where they want one
+    "-Xcompiler=-fPIC,-g0,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter",
+    "-gencode=arch=compute_80,code=sm_80",  # 8.x
+    "-gencode=arch=compute_90a,code=sm_90a",  # 9.0
+    "-gencode=arch=compute_90,code=compute_90",  # PTX, for what comes after
+]
 
 
 def torch_folder() -> Path:
@@ -38,6 +52,28 @@ def torch_folder() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("clmfast: building needs torch >= 2.11: install it first, or leave out --no-build-isolation")
     return Path(spec.origin).parent
+
+
+def find_nvcc() -> str | None:
+    """The compiler of the CUDA ops; None to build without them."""
+    wish = os.environ.get("CLMFAST_CUDA", "")
+    if wish == "0":
+        return None
+    folders = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    if wish == "1" and nvcc is None:
+        raise SystemExit("clmfast: CLMFAST_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+    return nvcc
+
+
+def cuda_library_folders(nvcc: str) -> list[str]:
+    """As nvcc itself would tell the linker: it may be started by a link or a script elsewhere."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    for line in told.splitlines():
+        if line.startswith("#$ LIBRARIES="):
+            words = shlex.split(line.removeprefix("#$ LIBRARIES="))
+            return [word.removeprefix("-L") for word in words if word.startswith("-L")]
+    raise SystemExit(f"clmfast: {nvcc} does not work: {told.strip()[:500]}\nCLMFAST_CUDA=0 builds without it")
 
 
 class BuildOps(build_ext):
@@ -51,19 +87,32 @@ class BuildOps(build_ext):
                 f"clmfast: no C++ compiler found (looked for {compiler[0]}): install one, such as g++, and try again"
             )
 
+        def compile_cuda(source: str) -> str:
+            built = Path(self.build_temp, source).with_suffix(".cu.o")
+            built.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([str(nvcc), *NVCC_FLAGS, "-c", source, "-o", str(built)], check=True, cwd=ROOT)
+            return str(built)
+
         def compile_one(source: str) -> str:
+            if source.endswith(".cu"):
+                return compile_cuda(source)
             (built,) = self.compiler.compile(
                 [source], output_dir=self.build_temp, extra_postargs=ext.extra_compile_args
             )
             return built
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
+            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda source: not source.endswith(".cu"))))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(".unfinished")
         self.compiler.link_shared_object(
-            objects, str(unfinished), library_dirs=ext.library_dirs, libraries=ext.libraries, target_lang="c++"
+            objects,
+            str(unfinished),
+            library_dirs=ext.library_dirs,
+            libraries=ext.libraries,
+            extra_postargs=ext.extra_link_args,
+            target_lang="c++",
         )
         os.replace(unfinished, target)
 
@@ -82,18 +131,32 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").rglob(pattern))
+
+
 torch = torch_folder()
+nvcc = find_nvcc()
+library_dirs = [str(torch / "lib")]
+libraries = ["torch_cpu"]
+link_args = []
+if nvcc:
+    library_dirs += cuda_library_folders(nvcc)
+    libraries += ["cudart_static", "dl", "rt", "pthread"]
+    link_args.append("-Wl,--exclude-libs,libcudart_static.a")  # torch's own CUDA runtime and ours stay apart
 setup(
     ext_modules=[
         Extension(
             "clmfast.ops._C",
-            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-            library_dirs=[str(torch / "lib")],
-            libraries=["torch_cpu"],
+            sources=files("*.cpp", "*.cu") if nvcc else files("*.cpp"),
+            depends=files("*.h", "*.cuh"),
+            library_dirs=library_dirs,
+            libraries=libraries,
+            extra_link_args=link_args,
             # the prefix map: torch's error messages name its header files, without the folder they were built in
             extra_compile_args=[
                 *COMPILE_FLAGS,
+                *(["-DCLMFAST_CUDA"] if nvcc else []),
                 "-isystem",
                 str(torch / "include"),
                 f"-fmacro-prefix-map={torch}=torch",

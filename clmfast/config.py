@@ -69,8 +69,8 @@ class ModelConfig:
     """Standard deviation of the initial weights, about 1 / sqrt(width); output projections of a block get it over
     sqrt(2 n_layers). GPT-2's 0.02 is meant for its greater width: here it learns a third as fast."""
     embedding_std: float = 0.9
-    """Standard deviation of the initial token and position embeddings. The larger, the more layers clustering takes, and
-    the more often a run ends before all grammars have merged."""
+    """Standard deviation of the initial token and position embeddings. The larger, the more layers clustering takes,
+    and the more often a run ends before all grammars have merged."""
     tie_head: bool = False
     """Use the token embedding as output matrix."""
 

@@ -12,16 +12,17 @@
 // A span of one token is copied bit for bit. A longer one is summed in float64, t ascending, and rounded to float32,
 // then to x's dtype.
 // Allocates nothing and waits for nothing. The CPU checks the spans: it returns false, having written nothing, if one
-// is out of range.
+// is out of range. A GPU, which could tell nobody without waiting, writes NaN into the row and its norm instead, or into
+// all of them if the slot is negative; and it sums the norm in another fixed order.
 #pragma once
 
 #include <cstdint>
 
+#include "element.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace clmfast {
-
-enum class Element { float32, bfloat16, float16 };
 
 struct CaptureRows {
   Element element;
@@ -34,5 +35,6 @@ struct CaptureRows {
 };
 
 bool capture_rows_cpu(const CaptureRows& op, ParallelFor parallel_for);
+void capture_rows_cuda(const CaptureRows& op, CudaStream stream);
 
 }  // namespace clmfast

@@ -1,10 +1,12 @@
 // kmeans: Lloyd's algorithm with restarts, for S point sets at once, as in scikit-learn's KMeans(algorithm="lloyd").
 //
-//   points   [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value)
+//   points   [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value; a GPU
+//                                  reads them as they are: then `points` points at what `element` says)
 //   init     [S, K, D] float32     the initial centroids, or null: drawn, see Start
 //   known    or null: what the last call found out, whose points these are but for some that changed, and whose centroids
 //            are `init` now. Saves work, and changes no result. A point that was not there or has changed must have
-//            within = infinity; points may be added behind the last, and none taken away.
+//            within = infinity; points may be added behind the last, and none taken away. A GPU makes no use of it, and
+//            sets within of all points to infinity, so that no later call trusts what is out of date.
 //   label    [S, N] int64          the nearest centroid by float64 dist2 (cpu/pair.h), of equals the smaller index:
 //                                  a pure function of points and centroid
 //   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-43 or less of
@@ -23,12 +25,16 @@
 // Restarts   the lowest inertia is returned, of equals the earliest.
 // Not finite points (any NaN or infinity) have label -1 and no influence. A set with fewer finite points than clusters
 //            repeats some of them as centroids. A centroid in init that is not finite starts at the mean of its set.
+// Devices    give the same bits from the same first centroids. k-means++ adds distances up in an order of the device's
+//            own, so its draws agree but for rounding; so does the variance that tol is measured by.
 // Limits     1 <= K <= N < 2^31; D < 2^20.
 #pragma once
 
 #include <cstdint>
 
+#include "element.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace clmfast {
 
@@ -78,5 +84,11 @@ struct Kmeans {
 };
 
 void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for);
+
+// any: resident where that can be. Both give the same bits.
+enum class KmeansPath { any, resident, streaming };
+
+size_t kmeans_cuda_scratch(const Kmeans& op);
+void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream stream, KmeansPath path = KmeansPath::any);
 
 }  // namespace clmfast

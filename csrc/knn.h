@@ -2,7 +2,8 @@
 //
 //     dist2(q, p) = float32( sum_d (double(q_d) - double(p_d))^2 )        summed as cpu/pair.h says
 //
-//   points  [S, N, D] float32      (bfloat16 and float16 are widened by the torch side, which changes no value)
+//   points  [S, N, D] float32      (bfloat16 and float16 are widened by the torch side, which changes no value; a GPU
+//                                  reads them as they are: then points and queries point at what `element` says)
 //   queries [S, Q, D] float32      or, with is_self, none: then Q = N, and every point asks among the others
 //   query_group [Q], point_group [N] int64, or both null: a query and a point of equal group are no neighbours
 //   within  [S, Q] float32         or null: only points with dist2 <= within are neighbours of that query
@@ -20,7 +21,9 @@
 
 #include <cstdint>
 
+#include "element.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace clmfast {
 
@@ -37,5 +40,7 @@ struct Knn {
 };
 
 void knn_cpu(const Knn& op, ParallelFor parallel_for);
+size_t knn_cuda_scratch(const Knn& op);
+void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream);
 
 }  // namespace clmfast

@@ -1,11 +1,15 @@
 // The torch side of every op: schema, checks, outputs. The arithmetic lives behind the contract headers and knows no
 // torch.
 // Written against torch's stable ABI, so that one build serves every torch from 2.11 on.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -24,6 +28,7 @@
 #include "partition.h"
 #include "ring.h"
 #include "separation.h"
+#include "stream.h"
 #include "votes.h"
 
 namespace clmfast {
@@ -85,6 +90,15 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+// Whether the launchers of csrc/cuda are built in. Without them no op is registered for a GPU.
+#ifdef CLMFAST_CUDA
+constexpr bool HAS_CUDA = true;
+#else
+constexpr bool HAS_CUDA = false;
+#endif
+
+bool is_on_gpu(const Tensor& x) { return HAS_CUDA && x.is_cuda(); }
+
 Tensor dense_float(const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float)); }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -120,6 +134,48 @@ Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tens
           mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
 }
 
+// ---- what the CUDA launchers are given
+
+Element element_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float      ? Element::float32
+         : x.scalar_type() == ScalarType::BFloat16 ? Element::bfloat16
+                                                   : Element::float16;
+}
+
+// Points as the device at hand reads them: a GPU takes every element type as it is.
+Tensor dense_points_of(const Tensor& x) { return is_on_gpu(x) ? torch::stable::contiguous(x) : dense_float(x); }
+
+// torch's current stream of a device. The function lies in torch's CUDA library, which a torch for the CPU lacks, and
+// which is already loaded, but not where this library's symbols are looked for.
+CudaStream current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get = [] {
+    const char* name = "aoti_torch_get_current_cuda_stream";
+    void* found = dlsym(RTLD_DEFAULT, name);
+    if (void* torch_cuda = found ? nullptr : dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+      found = dlsym(torch_cuda, name);
+    return reinterpret_cast<Get>(found);
+  }();
+  void* stream = nullptr;
+  if (!get || get(device, &stream) != 0) throw std::runtime_error("clmfast: torch tells no current CUDA stream");
+  return static_cast<CudaStream>(stream);
+}
+
+// Calls run(stream) with x's device as the current one.
+template <class Run>
+void on_gpu_of(const Tensor& x, const Run& run) {
+  if constexpr (HAS_CUDA) {
+    const int32_t device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    use_device(device);
+    run(current_stream(device));
+  }
+}
+
+Tensor scratch(const Tensor& like, size_t n_bytes) {
+  return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);
+}
+
 // ---- knn
 
 std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTensor& queries,
@@ -153,15 +209,15 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
     require(is_same_device(*within, points), "knn: all tensors must be on one device, but within is on another");
   }
   Tensor dist2 = empty(points, {S, Q, k}, ScalarType::Float), index = empty(points, {S, Q, k}, ScalarType::Long);
-  Tensor dense_points = dense_float(points);
+  Tensor dense_points = dense_points_of(points);
   MaybeTensor dense_queries, dense_query_group, dense_point_group, dense_within;
-  if (queries) dense_queries = dense_float(*queries);
+  if (queries) dense_queries = dense_points_of(*queries);
   if (query_group) dense_query_group = torch::stable::contiguous(*query_group);
   if (point_group) dense_point_group = torch::stable::contiguous(*point_group);
   if (within) dense_within = torch::stable::contiguous(*within);
   Knn op;
-  op.points = data<float>(dense_points);
-  op.queries = queries ? data<float>(*dense_queries) : nullptr;
+  op.points = static_cast<const float*>(dense_points.const_data_ptr());
+  op.queries = queries ? static_cast<const float*>(dense_queries->const_data_ptr()) : nullptr;
   op.is_self = !queries;  // not a null pointer, which an empty tensor has as well
   op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
   op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
@@ -169,7 +225,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
   op.S = S, op.N = N, op.Q = Q, op.D = D, op.k = k;
   op.dist2 = mutable_data<float>(dist2);
   op.index = mutable_data<int64_t>(index);
-  knn_cpu(op, parallel_for);
+  if (is_on_gpu(points))
+    on_gpu_of(points, [&](CudaStream stream) {
+      Tensor memory = scratch(points, knn_cuda_scratch(op));
+      knn_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
+    });
+  else
+    knn_cpu(op, parallel_for);
   return {dist2, index};
 }
 
@@ -196,11 +258,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   }
   Tensor label = empty(points, {S, N}, ScalarType::Long), centroid = empty(points, {S, K, D}, ScalarType::Float);
   Tensor inertia = empty(points, {S}, ScalarType::Double), n_iter = empty(points, {S}, ScalarType::Long);
-  Tensor dense_points = dense_float(points);
+  Tensor dense_points = dense_points_of(points);
   MaybeTensor dense_init;
   if (init) dense_init = dense_float(*init);
   Kmeans op;
-  op.points = data<float>(dense_points);
+  op.points = static_cast<const float*>(dense_points.const_data_ptr());
   op.init = init ? data<float>(*dense_init) : nullptr;
   op.S = S, op.N = N, op.D = D, op.K = K;
   op.start = is_random ? KmeansStart::random : KmeansStart::plus_plus;
@@ -219,8 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
                 has_shape(*beyond, {S, room, GROUPS}) && has_shape(*point, {S, room, D}) &&
                 has_shape(*reach, {S, n_reaches(room), D}) && has_shape(*sum, {S, K + 1, D}),
             "kmeans: known must be made for points ", shape(points), " and n_clusters=", K);
-    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum})
+    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum}) {
       require(x->is_contiguous(), "kmeans: known must be contiguous");
+      require(is_same_device(*x, points), "kmeans: all tensors must be on one device, but known is on another");
+    }
     require(known_label->scalar_type() == ScalarType::Int && sum->scalar_type() == ScalarType::Double,
             "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
     for (const Tensor* x : {&*within, &*beyond, &*point, &*reach})
@@ -230,7 +294,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
              mutable_data<float>(*point), mutable_data<float>(*reach), mutable_data<double>(*sum)};
   }
   op.known = known ? &*known : nullptr;
-  kmeans_cpu(op, parallel_for);
+  if (is_on_gpu(points)) {
+    on_gpu_of(points, [&](CudaStream stream) {
+      Tensor memory = scratch(points, kmeans_cuda_scratch(op));
+      kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
+    });
+  } else {
+    kmeans_cpu(op, parallel_for);
+  }
   return {label, centroid, inertia, n_iter};
 }
 
@@ -310,12 +381,19 @@ Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels) {
   const int64_t S = points.size(0), N = points.size(1);
   require(has_shape(label, {N}), name, ": label must be [N] with N=", N, ", got ", shape(label));
   Tensor out = empty(points, {3, S}, ScalarType::Double);
-  Tensor dense_points = dense_float(points), dense_label = torch::stable::contiguous(label);
+  Tensor dense_points = dense_points_of(points), dense_label = torch::stable::contiguous(label);
   Separation op;
-  op.points = data<float>(dense_points);
+  op.points = static_cast<const float*>(dense_points.const_data_ptr());
   op.label = data<int64_t>(dense_label);
   op.S = S, op.N = N, op.D = points.size(2), op.n_labels = n_labels;
   op.out = mutable_data<double>(out);
+  if (is_on_gpu(points)) {
+    on_gpu_of(points, [&](CudaStream stream) {
+      Tensor memory = scratch(points, separation_cuda_scratch(op));
+      separation_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
+    });
+    return out;
+  }
   require(separation_cpu(op, parallel_for), name, ": label must be in [0, n_labels), with n_labels=", n_labels);
   return out;
 }
@@ -335,6 +413,10 @@ Tensor majority_vote(const Tensor& index, const Tensor& label) {
   Tensor dense_index = torch::stable::contiguous(index), dense_label = torch::stable::contiguous(label);
   const Neighbours near = neighbours(name, dense_index, dense_label);
   Tensor voted = empty(index, {near.S, near.Q}, ScalarType::Long);
+  if (is_on_gpu(index)) {
+    on_gpu_of(index, [&](CudaStream stream) { majority_vote_cuda(near, mutable_data<int64_t>(voted), stream); });
+    return voted;
+  }
   require(majority_vote_cpu(near, mutable_data<int64_t>(voted), parallel_for), name, ": index must be in [-1, N), with N=",
           near.N);
   return voted;
@@ -348,12 +430,53 @@ Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& trut
   require_int64(name, "truth", truth, index);
   require(has_shape(truth, {near.Q}), name, ": truth must be [Q] with Q=", near.Q, ", got ", shape(truth));
   Tensor out = empty(index, {2, near.S, n_labels}, ScalarType::Double);
+  if (is_on_gpu(index)) {
+    on_gpu_of(index, [&](CudaStream stream) {
+      label_shares_cuda(near, data<int64_t>(dense_truth), n_labels, mutable_data<double>(out), stream);
+    });
+    return out;
+  }
   require(label_shares_cpu(near, data<int64_t>(dense_truth), n_labels, mutable_data<double>(out), parallel_for), name,
           ": index must be in [-1, N) and truth in [0, n_labels), with N=", near.N, " and n_labels=", n_labels);
   return out;
 }
 
 // ---- partition_scores
+
+// Of int64 [S, N], every row by itself: the values in order, and where they were.
+std::pair<Tensor, Tensor> sorted(const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(std::optional<bool>(true)), from(int64_t{-1}), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+Tensor gathered(const Tensor& x, const Tensor& index) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(int64_t{1}), from(index), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gather", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The way of a GPU where no table fits: truth and label [S, N]; of `op` the limits, the scores and is_ari_only are set.
+void score_sorted(SortedPartition op, const Tensor& truth, const Tensor& label, CudaStream stream) {
+  const auto [sorted_label, by_label] = sorted(label);
+  const auto [sorted_truth, by_truth] = sorted(gathered(truth, by_label));
+  const Tensor label_of = gathered(sorted_label, by_truth);
+  op.truth = data<int64_t>(sorted_truth);
+  op.label = data<int64_t>(label_of);
+  op.sorted_label = data<int64_t>(sorted_label);
+  op.S = truth.size(0), op.N = truth.size(1);
+  Tensor memory = scratch(truth, sorted_partition_cuda_scratch(op));
+  sorted_partition_cuda(op, memory.mutable_data_ptr(), stream);
+}
+
+// x [N] or [S, N] as [S, N].
+Tensor of_sets(const Tensor& x, int64_t S) {
+  Tensor sets = empty(x, {S, x.size(x.dim() - 1)}, ScalarType::Long);
+  torch::stable::copy_(sets, x);
+  return sets;
+}
 
 Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<int64_t> n_truth,
                         std::optional<int64_t> n_label) {
@@ -386,6 +509,16 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
   op.n_truth = n_truth.value_or(-1);
   op.n_label = n_label.value_or(-1);
   op.scores = mutable_data<double>(scores);
+  if (is_on_gpu(truth)) {
+    on_gpu_of(truth, [&](CudaStream stream) {
+      if (fits_shared(op.n_truth, op.n_label)) return partition_scores_cuda(op, stream);
+      SortedPartition by_sorting{};
+      if (n_truth) by_sorting.truth_end = op.n_truth, by_sorting.label_end = op.n_label;
+      by_sorting.scores = op.scores;
+      score_sorted(by_sorting, of_sets(truth, S), of_sets(label, S), stream);
+    });
+    return scores;
+  }
   require(partition_scores_cpu(op, parallel_for), name,
           ": truth must be in [0, n_truth) and label in [0, n_label), with n_truth=", op.n_truth,
           " and n_label=", op.n_label);
@@ -404,6 +537,20 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
   Tensor dense_truth = torch::stable::contiguous(truth), dense_label = torch::stable::contiguous(label);
   const AdjustedRand op{data<int64_t>(dense_truth), data<int64_t>(dense_label), truth.size(0), label.size(0),
                         truth.size(1),              n_truth,                    n_label,       mutable_data<double>(score)};
+  if (is_on_gpu(truth)) {
+    on_gpu_of(truth, [&](CudaStream stream) {
+      if (fits_shared(n_truth, n_label + 1)) return adjusted_rand_cuda(op, stream);
+      SortedPartition by_sorting{};
+      by_sorting.truth_end = n_truth, by_sorting.label_begin = -1, by_sorting.label_end = n_label;
+      by_sorting.is_ari_only = true;
+      // One truth at a time, each with all labelings: memory stays that of the labels.
+      for (int64_t v = 0; v < op.V; ++v) {
+        by_sorting.scores = op.score + v * op.S;
+        score_sorted(by_sorting, of_sets(torch::stable::select(truth, 0, v), op.S), of_sets(label, op.S), stream);
+      }
+    });
+    return score;
+  }
   require(adjusted_rand_cpu(op, parallel_for), name, ": truth must be in [0, n_truth) and label in [-1, n_label), with n_truth=",
           n_truth, " and n_label=", n_label);
   return score;
@@ -436,9 +583,7 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
   require(is_same_device(bank, x) && is_same_device(norm2, x), name, ": all tensors must be on one device");
   require(B <= N, name, ": the batch must fit the bank, got B=", B, " with N=", N);
   CaptureRows op;
-  op.element = x.scalar_type() == ScalarType::Float      ? Element::float32
-               : x.scalar_type() == ScalarType::BFloat16 ? Element::bfloat16
-                                                         : Element::float16;
+  op.element = element_of(x);
   op.x = x.const_data_ptr();
   op.start = data<int64_t>(start);
   op.stop = data<int64_t>(stop);
@@ -453,6 +598,7 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
   copy_strides(stop, op.stop_stride);
   copy_strides(bank, op.bank_stride);
   copy_strides(norm2, op.norm2_stride);
+  if (is_on_gpu(x)) return on_gpu_of(x, [&](CudaStream stream) { capture_rows_cuda(op, stream); });
   require(capture_rows_cpu(op, parallel_for), name,
           ": slot must be at least 0 and spans must satisfy 0 <= start < stop <= T, with T=", op.T);
 }
@@ -804,3 +950,16 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("attention_block", TORCH_BOX(&clmfast::attention_block));
   m.impl("attention_block_backward", TORCH_BOX(&clmfast::attention_block_backward));
 }
+
+#ifdef CLMFAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(clmfast, CUDA, m) {
+  m.impl("knn", TORCH_BOX(&clmfast::knn));
+  m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
+  m.impl("separation", TORCH_BOX(&clmfast::separation));
+  m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
+  m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
+  m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
+  m.impl("adjusted_rand", TORCH_BOX(&clmfast::adjusted_rand));
+  m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
+}
+#endif

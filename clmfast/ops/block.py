@@ -63,7 +63,8 @@ def attention_block(
         raise ValueError("attention_block: prefix is for passes without gradient")
     if _is_fused(x):
         wants_grad = _wants_grad(x, weights)
-        return torch.ops.clmfast.attention_block.default(x, *weights, n_heads, offset, kept, prefix, source, wants_grad)[0]
+        arguments = (n_heads, offset, kept, prefix, source, wants_grad)
+        return torch.ops.clmfast.attention_block.default(x, *weights, *arguments)[0]
     w = weights
     if source is not None:
         x = x[source]

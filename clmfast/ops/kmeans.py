@@ -58,7 +58,8 @@ def kmeans(
     different index), or the centroids to begin with, [S, K, D] (then n_init must be 1). Of n_init restarts the one of
     lowest inertia is returned. tol is relative to the mean variance of the set's coordinates. Draws depend on seed,
     set and restart only. known: what the last call wrote there, if init is its centroids; points that changed since
-    must have within = inf, and N must not have become smaller. It saves work and changes no bit.
+    must have within = inf, and N must not have become smaller. It saves work and changes no bit; a GPU makes no use of
+    it, and marks it as out of date.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
     if isinstance(init, str) and init not in ("k-means++", "random"):

@@ -1,0 +1,394 @@
+// The nearest centroid of every point: screened by bfloat16 products of the tensor cores, decided in float64.
+//
+// The screen of point p and centroid c, in the frame of kmeans_run.cuh (u = 2^-24, P = |p~|, C = |c~|):
+//   v = |c~|^2 - 2 p^.c^
+// and |p - c|^2 = P^2 + v but for
+//   p^ for p and c^ for c           2 (E C + P F),  E >= |p - p^|, F >= |c - c^|: both are known
+//   the sum of products             2 P C gamma: each mma cuts 16 products and the sum so far to the 24 bits of the
+//                                   largest: at most 18 x 2^-23 of P C a step
+//   |c~|^2 and v in float32         (D / 32 + 8) u (C^2 + 2 P C), and twice that with some to spare
+// Labels are those of float64 distances as cpu/pair.h computes them, and these are off by less than (D / 16 + 8) 2^-52
+// (P^2 + C^2): that is in the bound too. Centroids that it cannot tell from the nearest are measured.
+#pragma once
+
+#include "kmeans_run.cuh"
+
+namespace clmfast::kmeans_gpu {
+
+constexpr int CLOSE = 6;  // centroids of a point that are measured; with more, all are
+constexpr int SLAB = 64;  // coordinates that are screened at a time where points do not stay in shared memory
+constexpr int PAD = 8;    // bfloat16 behind each row, so that ldmatrix reads eight rows from eight different banks
+constexpr int MAX_TRIALS = 23;  // of a draw: 2 + ln K
+constexpr int TRIALS = 8;       // that are measured side by side
+
+// What a block keeps beside the points and the centroids.
+struct Work {
+  union {
+    float screened[N_WARPS][LANES][COLUMNS + 1];
+    struct {
+      double dist2[CLOSE][TILE];
+      uint16_t pair[CLOSE * TILE];  // row * CLOSE + which
+      uint16_t lost[TILE];          // rows with more than CLOSE close ones
+    };
+    struct {  // points that enter a sum, or leave it
+      int32_t cluster[2 * TILE], sorted_cluster[2 * TILE];
+      uint16_t row[2 * TILE], sorted_row[2 * TILE];  // 2 * row + (leaves?)
+    };
+    struct {
+      float least[MAX_TRIALS][TILE];
+      double warp_total[MAX_TRIALS][N_WARPS];
+      uint16_t trial_pair[TRIALS * TILE];  // row * TRIALS + which
+    };
+  };
+  int32_t close[CLOSE][TILE];
+  float low[CLOSE][TILE];
+  int32_t n_close[TILE];  // -1: more than CLOSE
+  int32_t label[TILE];
+  Column column[COLUMNS];
+  int32_t n_pairs, n_lost, n_entries, n_changed;
+};
+
+// How shared memory is used.
+struct Tiles {
+  Work* work;
+  bfloat16 *points, *columns;  // x^: [rows, stride], [COLUMNS, stride]
+  int stride;
+
+  __device__ Tiles(int64_t rows, int64_t depth) : stride(static_cast<int>(depth) + PAD) {
+    work = dynamic_shared<Work>();
+    points = reinterpret_cast<bfloat16*>(work + 1);
+    columns = points + rows * stride;
+  }
+
+  static constexpr int64_t bytes(int64_t rows, int64_t depth) {
+    return static_cast<int64_t>(sizeof(Work)) +
+           (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
+  }
+};
+static_assert(sizeof(Work) % 16 == 0, "what follows is copied by 16 bytes");
+
+struct Bound {
+  float of_product, of_norm2, of_float64, eta;
+
+  __device__ explicit Bound(const Sizes& z) {
+    const float gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
+    of_product = 3 * gamma;  // 2, and half as much again: below the largest D gamma stays below 1/6
+    of_norm2 = (static_cast<float>(z.D) + 512) * 0x1p-28f;
+    of_float64 = (static_cast<float>(z.D) + 128) * 0x1p-56f;
+    eta = static_cast<float>(z.depth) * 0x1p-120f;
+  }
+
+  // 1.02 covers the float32 arithmetic done here, and E F.
+  __device__ float of(Norm p, Norm c) const {
+    return 1.02f * (2 * (p.error * c.norm + p.norm * c.error) + of_product * p.norm * c.norm +
+                    of_norm2 * c.norm * (c.norm + 2 * p.norm) + of_float64 * (p.norm * p.norm + c.norm * c.norm)) +
+           eta;
+  }
+};
+
+// ---- screen
+
+// sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . n_blocks x 8 columns
+__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* columns, int stride,
+                                int n_steps, int n_blocks) {
+  const int lane = lane_id();
+  points += (lane % 16) * stride + lane / 16 * 8;
+  columns += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+#pragma unroll 2
+  for (int step = 0; step < n_steps; ++step) {
+    uint32_t a[2][4], b[4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], points + m * 16 * stride + step * 16);
+#pragma unroll
+    for (int block = 0; block < 4; block += 2) {
+      if (block >= n_blocks) break;
+      const bfloat16* from = columns + block * 8 * stride + step * 16;
+      const bool is_pair = block + 1 < n_blocks;
+      if (is_pair)
+        ldmatrix_x4(b, from);
+      else
+        ldmatrix_x2(b, from);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block], a[m], b, sum[m][block]);
+      if (!is_pair) break;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block + 1], a[m], b + 2, sum[m][block + 1]);
+    }
+  }
+}
+
+// The products of the warp's rows to where a lane finds those of its row.
+__device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUMNS + 1]) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int block = 0; block < 4; ++block)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) screened[m * 16 + e / 2 * 8 + g][block * 8 + 2 * t + e % 2] = sum[m][block][e];
+  __syncwarp();
+}
+
+// Coordinates first_d ... of COLUMNS centroids from first_column on.
+__device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column,
+                                    int64_t first_d, int width) {
+  const int chunks = width / 8;
+  for (int e = thread(); e < COLUMNS * chunks; e += THREADS) {
+    const int column = e / chunks, at = e % chunks * 8;
+    const int64_t from = (first_column + column) * z.depth + first_d + at;
+    cp_async_16(tiles.columns + column * tiles.stride + at, run.placed + from);
+  }
+  cp_async_commit();
+  if (thread() < COLUMNS) tiles.work->column[thread()] = run.column[first_column + thread()];
+}
+
+// Coordinates first_d ... of n points, placed in the frame; zeros for rows that are none.
+template <class T>
+__device__ void load_slab(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n,
+                          int64_t first_d, int width) {
+  constexpr int ROWS = THREADS / SLAB;
+  const int column = thread() % SLAB;
+  if (column >= width) return;
+  const int64_t d = first_d + column;
+  const float scale = scale_of(run), centre = run.centre[d];
+#pragma unroll 8
+  for (int r = thread() / SLAB; r < TILE; r += ROWS) {
+    const float x = r < n && d < z.D ? place(widen(points[(first + r) * z.D + d]), scale, centre) : 0;
+    tiles.points[r * tiles.stride + column] =
+        narrow<bfloat16>(x);  // a point that is not finite spoils its own row alone
+  }
+}
+
+// Multiplies a tile by COLUMNS columns, and leaves the products in work.screened, each warp those of its rows.
+// load(first_d, width) brings the columns. Points that are resident stand `row` rows behind tiles.points.
+template <class T, bool IS_RESIDENT, class Load>
+__device__ void screen(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n,
+                       int64_t row, int n_columns, const Load& load) {
+  float sum[2][4][4] = {};
+  const int slab = IS_RESIDENT ? static_cast<int>(z.depth) : SLAB;
+  for (int64_t d = 0; d < z.depth; d += slab) {
+    const int width = static_cast<int>(z.depth - d < slab ? z.depth - d : slab);
+    __syncthreads();
+    load(d, width);
+    if (!IS_RESIDENT) load_slab(z, run, points, tiles, first, n, d, width);
+    cp_async_wait<0>();
+    __syncthreads();
+    multiply(sum, tiles.points + (row + warp_id() * LANES) * tiles.stride, tiles.columns, tiles.stride, width / 16,
+             (n_columns + 7) / 8);
+  }
+  turn(sum, tiles.work->screened[warp_id()]);
+}
+
+// The centroids that may be the nearest, by rising index, of a row each thread.
+class Candidates {
+ public:
+  __device__ explicit Candidates(Work* work) : work_(work) {}
+
+  __device__ void consider(int32_t k, float v, float slack) {
+    if (!(v - slack <= limit_)) return;
+    limit_ = fminf(limit_, v + slack);
+    if (n_ == CLOSE) shrink();
+    if (n_ == CLOSE) is_lost_ = true;
+    if (is_lost_) return;
+    work_->close[n_][thread()] = k;
+    work_->low[n_][thread()] = v - slack;
+    ++n_;
+  }
+
+  __device__ void finish() {
+    shrink();
+    work_->n_close[thread()] = is_lost_ ? -1 : n_;
+  }
+
+ private:
+  // Forgets those that a later one has beaten.
+  __device__ void shrink() {
+    int n = 0;
+    for (int e = 0; e < n_; ++e) {
+      if (work_->low[e][thread()] > limit_) continue;
+      work_->close[n][thread()] = work_->close[e][thread()];
+      work_->low[n][thread()] = work_->low[e][thread()];
+      ++n;
+    }
+    n_ = n;
+  }
+
+  Work* work_;
+  float limit_ = INFINITY;  // at least the least v
+  int n_ = 0;
+  bool is_lost_ = false;
+};
+
+// ---- decide
+
+// Measures the close centroids of all rows that have more than one.
+template <class T>
+__device__ void measure_close(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
+  if (thread() == 0) work->n_pairs = work->n_lost = 0;
+  __syncthreads();
+  const int row = thread(), n = work->n_close[row];
+  if (n > 1) {
+    int at = atomicAdd(&work->n_pairs, n);
+    for (int e = 0; e < n; ++e) work->pair[at++] = static_cast<uint16_t>(row * CLOSE + e);
+  }
+  if (n < 0) work->lost[atomicAdd(&work->n_lost, 1)] = static_cast<uint16_t>(row);
+  __syncthreads();
+  for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
+    const int at = base + lane_id() / QUAD;
+    const bool is_one = at < work->n_pairs;
+    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
+    const double dist2 = pair_dist2(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D, z.D);
+    if (is_one && lane_id() % QUAD == 0) work->dist2[e][of_row] = dist2;
+  }
+  constexpr int SIDE_BY_SIDE = LANES / QUAD;
+  for (int at = warp_id(); at < work->n_lost; at += N_WARPS) {
+    const int of_row = work->lost[at], which = lane_id() / QUAD;
+    double best = INFINITY;
+    int64_t label = z.K;
+    auto consider = [&](double dist2, int64_t k) {
+      if (dist2 < best || (dist2 == best && k < label)) best = dist2, label = k;
+    };
+    for (int64_t k = 0; k < z.K; k += SIDE_BY_SIDE) {
+      const int64_t own = k + which < z.K ? k + which : k;
+      consider(pair_dist2(points + (first + of_row) * z.D, run.centroid + own * z.D, z.D), own);
+    }
+#pragma unroll
+    for (int mask = LANES / 2; mask >= QUAD; mask /= 2) {
+      const double dist2 = warp_shuffle_xor(best, mask);
+      const int64_t k = warp_shuffle_xor(label, mask);
+      consider(dist2, k);
+    }
+    if (lane_id() == 0) work->label[of_row] = static_cast<int32_t>(label);
+  }
+  __syncthreads();
+}
+
+// The label of this thread's row.
+__device__ inline int32_t decide(const Work* work) {
+  const int row = thread(), n = work->n_close[row];
+  if (n < 0) return work->label[row];
+  int best = 0;
+  for (int e = 1; e < n; ++e)
+    if (work->dist2[e][row] < work->dist2[best][row]) best = e;
+  return n > 0 ? work->close[best][row] : -1;
+}
+
+// ---- sums
+
+// Adds the points of `entries` that changed their cluster to the sums, and takes them from those they leave.
+template <class T>
+__device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
+  constexpr int AHEAD = 8;  // reads on their way
+  const int n = work->n_entries;
+  // By cluster, so that a thread adds many points before it must write.
+  for (int e = thread(); e < n; e += THREADS) {
+    const int32_t cluster = work->cluster[e];
+    int rank = 0;
+    for (int f = 0; f < n; ++f) rank += work->cluster[f] < cluster || (work->cluster[f] == cluster && f < e);
+    work->sorted_cluster[rank] = cluster;
+    work->sorted_row[rank] = work->row[e];
+    atomicAdd(&run.count[cluster], work->row[e] % 2 ? -1 : 1);
+  }
+  __syncthreads();
+  int width = THREADS;  // threads side by side, a column each; narrow points are summed in several parts
+  while (width / 2 >= z.D && width > LANES) width /= 2;
+  const int n_parts = THREADS / width, part = thread() / width;
+  const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
+  for (int64_t d = thread() % width; d < z.D; d += width) {
+    const double magic = run.magic[d];
+    double sum = 0;
+    for (int base = begin; base < end; base += AHEAD) {
+      float x[AHEAD];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e)
+        x[e] = widen(points[(first + work->sorted_row[min(base + e, end - 1)] / 2) * z.D + d]);
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        if (base + e >= end) break;
+        const double own = rounded(x[e], magic);
+        sum += work->sorted_row[base + e] % 2 ? -own : own;
+        const int32_t cluster = work->sorted_cluster[base + e];
+        if (base + e + 1 < end && work->sorted_cluster[base + e + 1] == cluster) continue;
+        atomicAdd(&run.sum[cluster * z.D + d], sum);
+        sum = 0;
+      }
+    }
+  }
+}
+
+// ---- the steps
+
+// Labels the points, and brings the sums up to date with the labels.
+template <class T, bool IS_RESIDENT>
+__device__ void label_points(const Team& team, const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
+                             int parity) {
+  Work* work = tiles.work;
+  const Bound bound(z);
+  int64_t row = 0;
+  team.for_tiles(z, [&](int64_t, int64_t first, int n) {
+    const int64_t i = first + thread();
+    const Norm norm = thread() < n ? run.norm[i] : Norm{NAN, 0};
+    Candidates candidates(work);
+    for (int64_t column = 0; column < z.K; column += COLUMNS) {
+      const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
+      screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
+                             [&](int64_t d, int width) { load_columns(z, run, tiles, column, d, width); });
+      if (isnan(norm.norm)) continue;
+      for (int k = 0; k < n_columns; ++k) {
+        const Column of_column = work->column[k];
+        candidates.consider(static_cast<int32_t>(column) + k,
+                            of_column.norm2 - 2 * work->screened[warp_id()][lane_id()][k],
+                            bound.of(norm, of_column.bound));
+      }
+    }
+    candidates.finish();
+    __syncthreads();
+    measure_close(z, run, points, work, first);
+    const int32_t label = decide(work);
+    if (thread() == 0) work->n_entries = work->n_changed = 0;
+    __syncthreads();
+    if (thread() < n && label != run.label[i]) {
+      const int32_t before = run.label[i];
+      const bool enters = label >= 0, leaves = before >= 0;
+      int at = atomicAdd(&work->n_entries, enters + leaves);
+      atomicAdd(&work->n_changed, 1);
+      if (enters) work->cluster[at] = label, work->row[at++] = static_cast<uint16_t>(2 * thread());
+      if (leaves) work->cluster[at] = before, work->row[at] = static_cast<uint16_t>(2 * thread() + 1);
+      run.label[i] = label;
+    }
+    __syncthreads();
+    if (thread() == 0 && work->n_changed > 0) atomicAdd(&run.control->n_changed[parity], work->n_changed);
+    sum_changed(z, run, points, work, first);
+    __syncthreads();
+    row += TILE;
+  });
+}
+
+// dist2 of every point to its centroid, 0 for those that have none; and its sum over each tile, in the CPU's order.
+template <class T>
+__device__ void measure_own(const Team& team, const Sizes& z, const Run& run, const T* points, bool is_summed) {
+  struct Own {
+    double dist2[TILE];
+  };
+  Own& own = static_shared<Own>();
+  team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+    for (int base = warp_id() * LANES / QUAD; base < n; base += THREADS / QUAD) {
+      const int r = base + lane_id() / QUAD;
+      const int64_t i = first + (r < n ? r : base);
+      const int32_t label = run.label[i];
+      const double dist2 = pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
+      if (r < n && lane_id() % QUAD == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
+    }
+    if (!is_summed) return;
+    __syncthreads();
+    if (thread() == 0) {
+      double sum = 0;
+#pragma unroll 8
+      for (int r = 0; r < n; ++r) sum += own.dist2[r];
+      run.tile_inertia[tile] = sum;
+    }
+    __syncthreads();
+  });
+}
+
+}  // namespace clmfast::kmeans_gpu

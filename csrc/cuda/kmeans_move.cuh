@@ -1,0 +1,232 @@
+// From labels to new centroids, and whether to go on: the rules of kmeans.h.
+#pragma once
+
+#include "kmeans_label.cuh"
+
+namespace clmfast::kmeans_gpu {
+
+// What the block knows after a move.
+struct Verdict {
+  bool is_active, is_consistent;  // go on? are the labels those of the centroids?
+};
+
+__device__ inline bool has_empty(const Sizes& z, const Run& run) {
+  bool is_any = false;
+  for (int64_t k = thread(); k < z.K; k += THREADS) is_any |= run.count[k] == 0;
+  return __syncthreads_or(is_any);
+}
+
+// The points farthest from their centroids, one for each empty cluster in turn; of equals the smaller index. One block;
+// run.dist2 is used up.
+__device__ inline void take_over(const Sizes& z, const Run& run) {
+  struct Farthest {
+    double dist2[N_WARPS];
+    int64_t i[N_WARPS];
+    int64_t first;
+  };
+  Farthest& farthest = static_shared<Farthest>();
+  int32_t n_taken = 0;
+  for (int64_t k = 0; k < z.K; ++k) {
+    if (run.count[k] > 0) continue;
+    double dist2 = 0;
+    int64_t first = z.N;
+    auto consider = [&](double x, int64_t i) {
+      if (x > dist2 || (x == dist2 && i < first)) dist2 = x, first = i;
+    };
+    for (int64_t i = thread(); i < z.N; i += THREADS) consider(run.dist2[i], i);
+#pragma unroll
+    for (int h = LANES / 2; h > 0; h /= 2) {
+      const double x = warp_shuffle_xor(dist2, h);
+      const int64_t i = warp_shuffle_xor(first, h);
+      consider(x, i);
+    }
+    if (lane_id() == 0) farthest.dist2[warp_id()] = dist2, farthest.i[warp_id()] = first;
+    __syncthreads();
+    if (thread() == 0) {
+      for (int w = 1; w < N_WARPS; ++w) consider(farthest.dist2[w], farthest.i[w]);
+      farthest.first = dist2 > 0 ? first : -1;
+      if (dist2 > 0) {
+        run.dist2[first] = 0;
+        run.taken[n_taken] = {static_cast<int32_t>(first), run.label[first], static_cast<int32_t>(k)};
+      }
+    }
+    __syncthreads();
+    if (farthest.first < 0) break;
+    ++n_taken;
+  }
+  if (thread() == 0) run.control->n_taken = n_taken;
+  __syncthreads();
+}
+
+// A row of centroids goes through a warp in pieces of LANES x AHEAD, all reads of a piece on their way together.
+constexpr int AHEAD = 4;  // with 8 the resident kernel needs more registers than there are
+
+template <class Visit>
+__device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
+  for (int64_t k = warp_id() * team.n_blocks + team.rank; k < z.K; k += N_WARPS * team.n_blocks) visit(k);
+}
+
+// The placed form of a centroid, as its coordinates become known; by a warp.
+struct Placing {
+  float scale, squares = 0, errors = 0;
+
+  // x: coordinate d; beyond the last one, nothing.
+  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x) {
+    if (d >= z.depth) return;
+    const float placed = d < z.D ? place(x, scale, run.centre[d]) : 0;
+    const bfloat16 rounded_x = narrow<bfloat16>(placed);
+    const float error = placed - widen(rounded_x);
+    squares = fmaf(placed, placed, squares);
+    errors = fmaf(error, error, errors);
+    run.placed[k * z.depth + d] = rounded_x;
+  }
+
+  __device__ void finish(const Sizes& z, const Run& run, int64_t k) {
+    squares = warp_sum(squares);
+    errors = warp_sum(errors);
+    if (lane_id() == 0) run.column[k] = {squares, norm_of(z, squares, errors)};
+  }
+};
+
+__device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
+  for_clusters(team, z, [&](int64_t k) {
+    Placing placing{scale_of(run)};
+    for (int64_t d = lane_id(); d < z.depth; d += LANES)
+      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0);
+    placing.finish(z, run, k);
+  });
+}
+
+// Moves every centroid to the mean of its points and those that it takes over.
+template <class T>
+__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken) {
+  for_clusters(team, z, [&](int64_t k) {
+    int32_t n = run.count[k];
+    for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
+    Placing placing{scale_of(run)};
+    double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
+    for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
+      double sum[AHEAD];
+      float before[AHEAD];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int64_t d = base + e * LANES + lane_id(), at = k * z.D + (d < z.D ? d : 0);
+        sum[e] = d < z.D ? run.sum[at] : 0;
+        before[e] = d < z.D ? run.centroid[at] : 0;
+      }
+      for (int t = 0; t < n_taken; ++t) {
+        const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
+        if (sign == 0) continue;
+#pragma unroll
+        for (int e = 0; e < AHEAD; ++e) {
+          const int64_t d = base + e * LANES + lane_id();
+          if (d < z.D) sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int64_t d = base + e * LANES + lane_id();
+        const float next = n > 0 && d < z.D ? static_cast<float>(sum[e] / n) : before[e];
+        const double difference = static_cast<double>(before[e]) - static_cast<double>(next);
+        const double square = __dmul_rn(difference, difference);
+        move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
+        if (d < z.D) run.centroid[k * z.D + d] = next;
+        placing.add(z, run, k, d, next);
+      }
+    }
+#pragma unroll
+    for (int h = LANES / 4; h > 0; h /= 2) move2 += warp_shuffle_xor(move2, h);
+    if (lane_id() == 0) run.move2[k] = move2;
+    placing.finish(z, run, k);
+  });
+}
+
+// The mean over the coordinates of the variance of the points; all of it by this block.
+template <class T>
+__device__ double variance(const Sizes& z, const Run& run, const T* points) {
+  struct Shared {
+    double dist2[TILE];
+    double result;
+  };
+  Shared& shared = static_shared<Shared>();
+  double squares = 0;
+  for (int64_t first = 0; first < z.N; first += TILE) {
+    for (int r = warp_id(); r < TILE; r += N_WARPS) {
+      double x = 0;
+      if (first + r < z.N && run.label[first + r] >= 0)
+        for (int64_t d = lane_id(); d < z.D; d += LANES) {
+          const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
+          x += difference * difference;
+        }
+      x = warp_sum(x);
+      if (lane_id() == 0) shared.dist2[r] = x;
+    }
+    __syncthreads();
+    if (thread() == 0)
+      for (double x : shared.dist2) squares += x;
+    __syncthreads();
+  }
+  if (thread() == 0) shared.result = squares / max(run.control->n_finite, 1) / static_cast<double>(z.D < 1 ? 1 : z.D);
+  __syncthreads();
+  return shared.result;
+}
+
+// Did the centroids move by more than tol? The norms of the points in their frame are mostly enough to tell.
+template <class T>
+__device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                          double moved2) {
+  struct Bounds {
+    double exact, low, high;
+  };
+  Bounds& bounds = static_shared<Bounds>();
+  if (thread() == 0) bounds.exact = bounds.low = bounds.high = run.control->bound;
+  __syncthreads();
+  if (bounds.exact < 0) {
+    if (warp_id() == 0) {
+      double squares = 0;
+      for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
+      squares = warp_sum(squares);
+      if (lane_id() == 0) {
+        const double scale = scale_of(run), n = max(run.control->n_finite, 1);
+        const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale,
+                     doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
+        const double of_centre =
+            static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
+        bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
+        bounds.high = op.tol * ((squares / n * (1 + doubt) + of_centre) / unit);
+      }
+    }
+    __syncthreads();
+  }
+  if (moved2 > bounds.high) return true;
+  if (moved2 <= bounds.low) return false;
+  const double bound = op.tol * variance(z, run, points);
+  // Another block that reads it before it has left this function comes to the same verdict by it.
+  if (team.rank == 0 && thread() == 0) run.control->bound = bound;
+  return moved2 > bound;
+}
+
+// All threads of all blocks come to the same verdict on iteration n_iter, counted from 1.
+template <class T>
+__device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                         int64_t n_iter, int n_taken, int parity) {
+  struct Moved {
+    double move2[TILE], sum;
+  };
+  Moved& moved = static_shared<Moved>();
+  if (thread() == 0) moved.sum = 0;
+  for (int64_t first = 0; first < z.K; first += TILE) {
+    __syncthreads();
+    if (first + thread() < z.K) moved.move2[thread()] = run.move2[first + thread()];
+    __syncthreads();
+    if (thread() == 0)
+      for (int64_t k = 0; k < TILE && first + k < z.K; ++k) moved.sum += moved.move2[k];
+  }
+  __syncthreads();
+  const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
+  // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
+  return {has_changed && n_iter < op.max_iter && has_moved(op, team, z, run, points, moved.sum),
+          !has_changed && n_taken == 0};
+}
+
+}  // namespace clmfast::kmeans_gpu

@@ -1,0 +1,396 @@
+// What one run of kmeans.cu (one restart of one set) keeps in global memory, and the steps that prepare its points.
+//
+// A team of blocks works on a run: the blocks of a cluster, or all blocks of a launch that have the same run. Its points
+// are cut into tiles, and the tiles dealt out to the blocks. A step ends where blocks must wait for each other; within a
+// step none reads what another writes. So the steps are the same for a cluster, which waits at its barrier, and for
+// launches, each of which is a step.
+//
+// The frame. Points are screened as bfloat16 in a frame of their own: x~ = float32(scale x - centre), x^ = bfloat16(x~).
+// `scale` is a power of two that brings all coordinates below 1, `centre` about the mean. No result depends on it.
+#pragma once
+
+#include <cstdint>
+
+#include "../kmeans.h"
+#include "element.cuh"
+#include "ptx.cuh"
+
+namespace clmfast::kmeans_gpu {
+
+using bfloat16 = __nv_bfloat16;
+
+constexpr int LANES = 32;
+constexpr int N_WARPS = 8;
+constexpr int THREADS = N_WARPS * LANES;
+constexpr int TILE = THREADS;  // points; a thread each. The CPU sums inertia by as many, so that the bits are the same
+constexpr int COLUMNS = 32;    // centroids, or points drawn, that are screened side by side
+constexpr int QUAD = 4;        // threads that share one exact distance
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+struct Control {
+  double bound;  // on the squared moves of the centroids together; negative: not known yet
+  int64_t n_iter;
+  int32_t reach;  // bits of the largest |coordinate|
+  int32_t n_finite, n_taken;
+  int32_t n_changed[2];  // labels, in this iteration and the one before
+  int32_t is_active, is_consistent;
+};
+
+// A point that an empty cluster takes over from another, until the centroids have moved.
+struct Taken {
+  int32_t i, from, to;
+};
+
+struct Norm {
+  float norm;   // at least |x~|; NaN: the point is not finite
+  float error;  // at least |scale x - centre - x^|
+};
+
+struct Column {
+  float norm2;  // |x~|^2 of a centroid; infinity: there is none
+  Norm bound;
+};
+
+struct Sizes {
+  int64_t N, D, K, n_tiles, depth, n_columns, n_trials;
+
+  __host__ __device__ Sizes(const Kmeans& op)
+      : N(op.N),
+        D(op.D),
+        K(op.K),
+        n_tiles(ceil_div(N, TILE)),
+        depth(D < 16 ? 16 : ceil_div(D, 16) * 16),
+        n_columns(ceil_div(K, COLUMNS) * COLUMNS),
+        n_trials(2) {
+    // 2 + floor(ln K): no power of e is an integer
+    for (double power = 2.718281828459045; power < static_cast<double>(K); power *= 2.718281828459045) ++n_trials;
+  }
+};
+
+// Hands out parts of the scratch memory.
+struct Parts {
+  char* at;
+
+  template <class X>
+  __host__ __device__ X* take(int64_t n) {
+    X* part = reinterpret_cast<X*>(at);
+    at += ceil_div(n * static_cast<int64_t>(sizeof(X)), 256) * 256;
+    return part;
+  }
+};
+
+struct Run {
+  Control* control;
+  double *magic, *mean;               // [D]: what rounds coordinates (cpu/sums.h); their mean
+  float* centre;                      // [D]
+  Norm* norm;                         // [N]
+  int32_t* tile_finite;               // [n_tiles]: finite points
+  int32_t* tile_reach;                // [n_tiles, D]: bits of their largest |coordinate|
+  double* tile_sum;                   // [n_tiles, D]: of their coordinates
+  double *tile_norm2, *tile_inertia;  // [n_tiles]: sum of |x~|^2; of dist2
+  int32_t* chosen;                    // [K]: the points that are the first centroids
+  int32_t* trial;                     // [2, n_trials]: points drawn in this round and in the one before
+  float* least;            // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
+  double* total;           // [2, n_trials, n_tiles]: its sum
+  float* centroid;         // [K, D]
+  bfloat16* placed;        // [n_columns, depth]: x^ of the centroids
+  Column* column;          // [n_columns]
+  int32_t *label, *count;  // [N]: -1 before the first; [K]
+  double* sum;             // [K, D]: of the rounded points of each cluster
+  double *move2, *dist2;   // [K]: how far centroids moved; [N]: dist2 of the points to their centroids
+  Taken* taken;            // [K]
+  int32_t* deck;           // [N]
+
+  static __host__ __device__ size_t bytes(const Kmeans& op) {
+    Parts parts{nullptr};
+    Run().place(Sizes(op), parts);
+    return reinterpret_cast<size_t>(parts.at);
+  }
+
+  static __device__ Run at(const Kmeans& op, char* scratch, int64_t run) {
+    Parts parts{scratch + run * bytes(op)};
+    Run result;
+    result.place(Sizes(op), parts);
+    return result;
+  }
+
+  __host__ __device__ void place(const Sizes& z, Parts& parts) {
+    control = parts.take<Control>(1);
+    magic = parts.take<double>(z.D);
+    mean = parts.take<double>(z.D);
+    centre = parts.take<float>(z.depth);
+    norm = parts.take<Norm>(z.N);
+    tile_finite = parts.take<int32_t>(z.n_tiles);
+    tile_reach = parts.take<int32_t>(z.n_tiles * z.D);
+    tile_sum = parts.take<double>(z.n_tiles * z.D);
+    tile_norm2 = parts.take<double>(z.n_tiles);
+    tile_inertia = parts.take<double>(z.n_tiles);
+    chosen = parts.take<int32_t>(z.K);
+    trial = parts.take<int32_t>(2 * z.n_trials);
+    least = parts.take<float>(2 * z.n_trials * z.N);
+    total = parts.take<double>(2 * z.n_trials * z.n_tiles);
+    centroid = parts.take<float>(z.K * z.D);
+    placed = parts.take<bfloat16>(z.n_columns * z.depth);
+    column = parts.take<Column>(z.n_columns);
+    label = parts.take<int32_t>(z.N);
+    count = parts.take<int32_t>(z.K);
+    sum = parts.take<double>(z.K * z.D);
+    move2 = parts.take<double>(z.K);
+    dist2 = parts.take<double>(z.N);
+    taken = parts.take<Taken>(z.K);
+    deck = parts.take<int32_t>(z.N);
+  }
+};
+
+__device__ inline int thread() { return static_cast<int>(threadIdx.x); }
+
+// The blocks that work on one run.
+struct Team {
+  int64_t run;
+  int rank, n_blocks;
+
+  template <class Visit>
+  __device__ void for_tiles(const Sizes& z, const Visit& visit) const {
+    for (int64_t tile = rank; tile < z.n_tiles; tile += n_blocks) {
+      const int64_t first = tile * TILE;
+      visit(tile, first, static_cast<int>(z.N - first < TILE ? z.N - first : TILE));
+    }
+  }
+
+  // Calls visit(i) for i in [0, n), the threads of all blocks side by side.
+  template <class Visit>
+  __device__ void for_each(int64_t n, const Visit& visit) const {
+    for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n;
+         i += static_cast<int64_t>(n_blocks) * THREADS)
+      visit(i);
+  }
+};
+
+template <class T>
+__device__ const T* points_of(const Kmeans& op, int64_t run) {
+  return reinterpret_cast<const T*>(op.points) + run / op.n_init * op.N * op.D;
+}
+
+__device__ inline const float* init_of(const Kmeans& op, int64_t run) {
+  return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
+}
+
+// Four coordinates of a row from d on, zeros behind its end.
+template <class T>
+__device__ float4 load_four(const T* row, int64_t d, int64_t D, bool is_aligned) {
+  struct alignas(4 * sizeof(T)) Four {
+    T x[4];
+  };
+  if (is_aligned) {
+    const Four four = *reinterpret_cast<const Four*>(row + d);
+    return {widen(four.x[0]), widen(four.x[1]), widen(four.x[2]), widen(four.x[3])};
+  }
+  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0,
+          d + 3 < D ? widen(row[d + 3]) : 0};
+}
+
+// Can rows of D be read by fours?
+template <class T>
+__device__ bool is_aligned(const T* row, int64_t D) {
+  return D % 4 == 0 && reinterpret_cast<uintptr_t>(row) % (4 * sizeof(T)) == 0;
+}
+
+// Sums the 16 lanes of cpu/pair.h, of which four threads have four each, in its order.
+template <class X>
+__device__ X sum_of_lanes(X (&lane)[4]) {
+#pragma unroll
+  for (int mask = 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (X& x : lane) x += warp_shuffle_xor(x, mask);
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+// pair_dist2 of cpu/pair.h, by four threads, which all get it. No fused multiply-add.
+template <class A, class B>
+__device__ double pair_dist2(const A* a, const B* b, int64_t D) {
+  const bool by_four = is_aligned(a, D) && is_aligned(b, D);
+  double lane[4] = {};
+#pragma unroll 4
+  for (int64_t d = thread() % QUAD * 4; d < D; d += 16) {
+    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
+    const double difference[4] = {
+        static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
+        static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
+  }
+  return sum_of_lanes(lane);
+}
+
+// What rounds the coordinates of a column: cpu/sums.h, of which this is find_magic.
+__device__ inline double magic_of(int32_t reach, int32_t n) {
+  constexpr int STEP = 8;
+  const int log2_reach = (reach < 0x00800000 ? 0x00800000 : reach) / 0x00800000 - 127;
+  const int log2_n = 32 - __clz(n < 1 ? 1 : n);
+  const int exponent = (log2_reach + 1 + log2_n + 1024 + STEP - 1) / STEP * STEP - 1024;
+  return __longlong_as_double(static_cast<int64_t>(exponent + 1023) << 52 | int64_t{1} << 51);  // 1.5 * 2^exponent
+}
+
+__device__ inline double rounded(double x, double magic) { return x + magic - magic; }
+
+__device__ inline float place(float x, float scale, float centre) { return fmaf(x, scale, -centre); }
+
+// ---- the steps that prepare a run
+
+// within [S, room]: of `known`, which later calls must not trust; or null.
+__device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within,
+                             int64_t room) {
+  if (team.rank == 0 && thread() == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
+  team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
+  if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
+  team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
+  team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
+  team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}}; });
+  team.for_each((z.n_columns - z.K) * z.depth, [&](int64_t e) { run.placed[z.K * z.depth + e] = 0.0f; });
+}
+
+// Which points are finite, how far their coordinates reach, and their sums.
+template <class T>
+__device__ void find_reach(const Team& team, const Sizes& z, const Run& run, const T* points) {
+  struct Found {
+    int32_t is_finite[TILE], n_finite;
+  };
+  Found& found = static_shared<Found>();
+  team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+    found.is_finite[thread()] = thread() < n;
+    if (thread() == 0) found.n_finite = n;
+    __syncthreads();
+    bool is_spoilt = false;
+    auto sum_columns = [&] {
+      is_spoilt = false;
+      for (int64_t d = thread(); d < z.D; d += THREADS) {
+        int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
+        double sum = 0;
+#pragma unroll 16
+        for (int r = 0; r < n; ++r) {
+          const float x = widen(points[(first + r) * z.D + d]);
+          if (!found.is_finite[r]) continue;
+          reach = max(reach, __float_as_int(fabsf(x)));
+          sum += x;
+        }
+        is_spoilt |= reach >= 0x7f800000;
+        run.tile_reach[tile * z.D + d] = reach;
+        run.tile_sum[tile * z.D + d] = sum;
+      }
+    };
+    sum_columns();
+    if (__syncthreads_or(is_spoilt)) {  // once more without the points that are not finite
+      for (int r = warp_id(); r < n; r += N_WARPS) {
+        bool is_row_spoilt = false;
+        for (int64_t d = lane_id(); d < z.D; d += LANES)
+          is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
+        if (!warp_any(is_row_spoilt) || lane_id() > 0) continue;
+        found.is_finite[r] = false;
+        atomicAdd(&found.n_finite, -1);
+      }
+      __syncthreads();
+      sum_columns();
+    }
+    if (thread() < n) run.norm[first + thread()] = {found.is_finite[thread()] ? 0 : NAN, 0};
+    if (thread() == 0) {
+      run.tile_finite[tile] = found.n_finite;
+      atomicAdd(&run.control->n_finite, found.n_finite);
+    }
+    __syncthreads();
+  });
+}
+
+// Of every column: how far it reaches, so that sums have their quantum, and the mean.
+__device__ inline void find_columns(const Team& team, const Sizes& z, const Run& run, const float* init) {
+  const int32_t n = run.control->n_finite;
+  int32_t largest = 0;
+  team.for_each(z.D, [&](int64_t d) {
+    int32_t reach = 0;
+    double sum = 0;
+#pragma unroll 8
+    for (int64_t tile = 0; tile < z.n_tiles; ++tile) {
+      reach = max(reach, run.tile_reach[tile * z.D + d]);
+      sum += run.tile_sum[tile * z.D + d];
+    }
+    run.magic[d] = magic_of(reach, n);
+    run.mean[d] = sum / max(n, 1);
+    largest = max(largest, reach);
+  });
+  if (init)
+    team.for_each(z.K * z.D, [&](int64_t e) {
+      if (isfinite(init[e])) largest = max(largest, __float_as_int(fabsf(init[e])));
+    });
+  if (largest > 0) atomicMax(&run.control->reach, largest);
+}
+
+__device__ inline float scale_of(const Run& run) {
+  const int exponent = min(max(126 - run.control->reach / 0x00800000, -126), 126);
+  return __int_as_float((exponent + 127) << 23);  // brings the largest |coordinate| to 1/2 ... 1
+}
+
+__device__ inline float centre_of(const Run& run, int64_t d, float scale) {
+  return static_cast<float>(run.mean[d] * scale);
+}
+
+// From sums of |x~|^2 and |x~ - x^|^2 in float32.
+__device__ inline Norm norm_of(const Sizes& z, float squares, float errors) {
+  const float doubt = 1 + (static_cast<float>(z.D) + 8) * 0x1p-24f, norm = sqrtf(squares) * doubt + 0x1p-60f;
+  return {norm, sqrtf(errors) * doubt + norm * 0x1p-23f + 0x1p-60f};
+}
+
+// Norms in the frame; and, where the points stay in shared memory, their x^ [rows of this block, stride].
+template <class T, bool IS_RESIDENT>
+__device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident,
+                             int stride) {
+  constexpr int ROWS = 4;  // of a warp at a time, so that enough reads are on their way
+  struct Norm2 {
+    float row[TILE];
+  };
+  auto& norm2 = static_shared<Norm2>().row;
+  const float scale = scale_of(run);
+  team.for_each(z.depth, [&](int64_t d) { run.centre[d] = d < z.D ? centre_of(run, d, scale) : 0; });
+  int64_t row = 0;
+  team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+    for (int base = warp_id() * ROWS; base < TILE; base += N_WARPS * ROWS) {
+      bool is_point[ROWS];
+      float squares[ROWS] = {}, errors[ROWS] = {};
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) is_point[r] = base + r < n && !isnan(run.norm[first + base + r].norm);
+#pragma unroll 2
+      for (int64_t d = lane_id(); d < z.depth; d += LANES) {
+        const float centre = d < z.D ? centre_of(run, d, scale) : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const float x =
+              is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
+          const bfloat16 rounded_x = narrow<bfloat16>(x);
+          const float error = x - widen(rounded_x);
+          squares[r] = fmaf(x, x, squares[r]);
+          errors[r] = fmaf(error, error, errors[r]);
+          if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        squares[r] = warp_sum(squares[r]);
+        errors[r] = warp_sum(errors[r]);
+        if (lane_id() > 0) continue;
+        norm2[base + r] = squares[r];
+        if (!is_point[r]) continue;
+        run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
+      }
+    }
+    __syncthreads();
+    if (warp_id() == 0) {
+      double sum = 0;
+      for (int r = lane_id(); r < TILE; r += LANES) sum += norm2[r];
+      sum = warp_sum(sum);
+      if (lane_id() == 0) run.tile_norm2[tile] = sum;
+    }
+    __syncthreads();
+    row += TILE;
+  });
+}
+
+}  // namespace clmfast::kmeans_gpu

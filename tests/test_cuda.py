@@ -1,0 +1,275 @@
+"""The CUDA ops in the emulator: kernels and launchers as they are, on tensors of the CPU, against the CPU ops."""
+
+import emulator
+import pytest
+import torch
+from op_checks import assert_same_bits
+from torch import Tensor
+
+from clmfast import ops
+
+pytestmark = pytest.mark.skipif(not emulator.is_available(), reason="the emulator needs an x86-64 processor")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(n: int, *shape: int, seed: int = 0, low: int = 0) -> Tensor:
+    return torch.randint(low, n, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- capture_rows
+
+
+@pytest.fixture(scope="module")
+def capture() -> emulator.Library:
+    return emulator.build("""
+#include "capture.cu"
+extern "C" void run(int64_t element, const void* x, const int64_t* start, const int64_t* stop, const int64_t* slot,
+                    void* bank, float* norm2, const int64_t* sizes, const int64_t* strides) {
+  clmfast::CaptureRows op{};
+  op.element = static_cast<clmfast::Element>(element);
+  op.x = x, op.start = start, op.stop = stop, op.slot = slot, op.bank = bank, op.norm2 = norm2;
+  op.B = sizes[0], op.T = sizes[1], op.D = sizes[2], op.R = sizes[3], op.N = sizes[4];
+  std::copy_n(strides, 3, op.x_stride), std::copy_n(strides + 3, 2, op.start_stride);
+  std::copy_n(strides + 5, 2, op.stop_stride), std::copy_n(strides + 7, 3, op.bank_stride);
+  std::copy_n(strides + 10, 2, op.norm2_stride);
+  clmfast::capture_rows_cuda(op, nullptr);
+}
+""")
+
+
+def capture_rows(
+    library: emulator.Library, x: Tensor, start: Tensor, stop: Tensor, slot: Tensor, bank: Tensor, norm2: Tensor
+) -> None:
+    sizes = torch.tensor([start.shape[1], *x.shape[-2:], *bank.shape[:2]])
+    of_x = x.stride() if x.dim() == 3 else (0, *x.stride())
+    strides = torch.tensor([*of_x, *start.stride(), *stop.stride(), *bank.stride(), *norm2.stride()])
+    library.run(DTYPES.index(x.dtype), x, start, stop, slot, bank, norm2, sizes, strides)
+
+
+def spans(R: int, B: int, T: int) -> tuple[Tensor, Tensor]:
+    ends = draw(T, 2, R, B).sort(dim=0).values
+    return ends[0], ends[1] + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize(
+    ("B", "T", "D", "R", "N", "slot"),
+    [(1, 1, 1, 1, 1, 0), (7, 5, 63, 2, 7, 3), (3, 9, 264, 3, 64, 62), (5, 4, 600, 2, 9, 2**62), (0, 2, 3, 1, 1, 0)],
+)
+def test_capture_rows(
+    capture: emulator.Library, dtype: torch.dtype, is_strided: bool, B: int, T: int, D: int, R: int, N: int, slot: int
+) -> None:
+    x, (start, stop) = normal(B, T, D).to(dtype), spans(R, B, T)
+    stop = torch.where(draw(2, R, B, seed=1) == 0, start + 1, stop)  # of one token, or of several
+    if is_strided:
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    expected = torch.full((R, N, D), -7.0, dtype=dtype), torch.full((R, N), -7.0)
+    ops.capture_rows(x, start, stop, torch.tensor(slot), *expected)
+    for _ in capture.seeds(2):
+        bank, norm2 = torch.full((R, N, D), -7.0, dtype=dtype), torch.full((R, N), -7.0)
+        capture_rows(capture, x, start, stop, torch.tensor(slot), bank, norm2)
+        assert_same_bits([bank], [expected[0]])
+        torch.testing.assert_close(norm2, expected[1], rtol=1e-7, atol=0)
+
+
+def test_capture_of_a_packed_batch_marks_what_is_out_of_range(capture: emulator.Library) -> None:
+    x, start = normal(12, 8), torch.tensor([[0, -1, 7, 11, 3]])
+    stop = torch.tensor([[2, 1, 7, 13, 4]])
+    bank, norm2 = torch.zeros(1, 6, 8), torch.zeros(1, 6)
+    capture_rows(capture, x, start, stop, torch.tensor([4]), bank, norm2)
+    assert torch.equal(bank[0, 4], x[:2].double().mean(0).float()) and torch.equal(bank[0, 2], x[3])
+    for row in (5, 0, 1):
+        assert bank[0, row].isnan().all() and norm2[0, row].isnan()
+    assert (bank[0, 3] == 0).all()
+    capture_rows(capture, x, start, stop, torch.tensor([-1]), bank, norm2)
+    assert bank[0, :5].isnan().all()
+
+
+# ---- majority_vote, label_shares
+
+
+@pytest.fixture(scope="module")
+def votes() -> emulator.Library:
+    return emulator.build("""
+#include "votes.cu"
+extern "C" void vote(const int64_t* index, const int64_t* label, const int64_t* sizes, int64_t* voted) {
+  clmfast::majority_vote_cuda({index, label, sizes[0], sizes[1], sizes[2], sizes[3]}, voted, nullptr);
+}
+extern "C" void share(const int64_t* index, const int64_t* label, const int64_t* sizes, const int64_t* truth,
+                      int64_t n_labels, double* out) {
+  clmfast::label_shares_cuda({index, label, sizes[0], sizes[1], sizes[2], sizes[3]}, truth, n_labels, out, nullptr);
+}
+""")
+
+
+@pytest.mark.parametrize(
+    ("S", "Q", "k", "N", "n_labels"), [(1, 2, 1, 3, 2), (3, 45, 10, 40, 4), (2, 7, 77, 100, 5), (1, 0, 3, 4, 2)]
+)
+def test_votes(votes: emulator.Library, S: int, Q: int, k: int, N: int, n_labels: int) -> None:
+    index, label, truth = draw(N, S, Q, k, low=-1), draw(n_labels, N, seed=1), draw(n_labels, Q, seed=2)
+    index[:, : Q // 5] = -1
+    sizes = torch.tensor([S, Q, k, N])
+    for _ in votes.seeds(2):
+        voted, shares = torch.full((S, Q), -9), torch.full((2, S, n_labels + 1), torch.nan, dtype=torch.float64)
+        votes.vote(index, label, sizes, voted)
+        votes.share(index, label, sizes, truth, n_labels + 1, shares)
+        assert torch.equal(voted, ops.majority_vote(index, label))
+        assert_same_bits([shares], [ops.label_shares(index, label, truth, n_labels + 1)])
+
+
+def test_votes_of_what_is_out_of_range(votes: emulator.Library) -> None:
+    index, label, truth = torch.tensor([[[9, 1, -7, 1], [5, 5, 0, 9]]]), torch.tensor([3, 1, 1]), torch.tensor([1, 8])
+    voted, shares = torch.zeros(1, 2, dtype=torch.int64), torch.full((2, 1, 4), torch.nan, dtype=torch.float64)
+    sizes = torch.tensor([1, 2, 4, 3])
+    votes.vote(index, label, sizes, voted)
+    votes.share(index, label, sizes, truth, 4, shares)
+    assert voted.tolist() == [[1, 3]]
+    assert shares.tolist() == [[[0, 1, 0, 0]], [[0, 1, 0, 0]]]
+
+
+# ---- partition_scores, adjusted_rand
+
+
+@pytest.fixture(scope="module")
+def partition() -> emulator.Library:
+    return emulator.build("""
+#include "partition.cu"
+extern "C" void score(const int64_t* truth, const int64_t* label, int64_t truth_stride, int64_t label_stride, int64_t S,
+                      int64_t N, int64_t n_truth, int64_t n_label, double* scores) {
+  clmfast::partition_scores_cuda({truth, label, truth_stride, label_stride, S, N, n_truth, n_label, scores}, nullptr);
+}
+extern "C" void rand_score(const int64_t* truth, const int64_t* label, int64_t V, int64_t S, int64_t N, int64_t n_truth,
+                           int64_t n_label, double* score) {
+  clmfast::adjusted_rand_cuda({truth, label, V, S, N, n_truth, n_label, score}, nullptr);
+}
+extern "C" void score_sorted(const int64_t* truth, const int64_t* label, const int64_t* sorted, int64_t S, int64_t N,
+                             const int64_t* limits, int64_t is_ari_only, double* scores) {
+  const clmfast::SortedPartition op{truth,     label,     sorted,    S,         N,      limits[0],
+                                    limits[1], limits[2], limits[3], scores, is_ari_only != 0};
+  std::vector<char> scratch(clmfast::sorted_partition_cuda_scratch(op), 99);
+  clmfast::sorted_partition_cuda(op, scratch.data(), nullptr);
+}
+""")
+
+
+def by_sorting(
+    library: emulator.Library, truth: Tensor, label: Tensor, limits: tuple[int, ...] = (0, 0, 0, 0)
+) -> Tensor:
+    """As csrc/ops.cpp does it."""
+    S, N = label.shape
+    sorted_label, by_label = label.sort(stable=True)
+    sorted_truth, by_truth = truth.gather(1, by_label).sort(stable=True)
+    scores = torch.full((6, S), torch.nan, dtype=torch.float64)
+    label_of = sorted_label.gather(1, by_truth)
+    library.score_sorted(sorted_truth, label_of, sorted_label, S, N, torch.tensor(limits), False, scores)
+    only = torch.full((S,), torch.nan, dtype=torch.float64)
+    library.score_sorted(sorted_truth, label_of, sorted_label, S, N, torch.tensor(limits), True, only)
+    assert_same_bits([only], [scores[0]])
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("S", "N", "n_truth", "n_label"),
+    [(1, 0, 2, 2), (1, 1, 3, 3), (2, 63, 7, 3), (1, 130, 1, 64), (2, 130, 40, 1), (3, 700, 20, 30), (1, 9000, 90, 200)],
+)
+def test_partition_scores(partition: emulator.Library, S: int, N: int, n_truth: int, n_label: int) -> None:
+    truth, label = draw(n_truth, S, N), draw(n_label, S, N, seed=1)
+    label = torch.where(draw(3, S, N, seed=2) > 0, truth % n_label, label)
+    expected = torch.stack(ops.partition_scores(truth, label))
+    found = []
+    for seed in partition.seeds(2):
+        dense = torch.full((6, S), torch.nan, dtype=torch.float64)
+        partition.score(truth, label, N, N, S, N, n_truth, n_label, dense)
+        found += [dense] + ([by_sorting(partition, truth, label)] if seed == 0 else [])
+    for scores in found:
+        assert_same_bits([scores], [found[0]])
+        assert_same_bits([scores[0], scores[5]], [expected[0], expected[5]])
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("truth", "label"),
+    [
+        ([0, 0, 0], [0, 0, 0]),
+        ([0, 0, 0], [0, 1, 2]),
+        ([0, 1, 2], [0, 0, 0]),
+        ([0, 1, 2], [2, 0, 1]),
+        ([0, 1, 0, 1], [0, 0, 1, 1]),
+    ],
+)
+def test_special_partitions(partition: emulator.Library, truth: list[int], label: list[int]) -> None:
+    t, l = torch.tensor([truth]), torch.tensor([label])
+    dense = torch.empty(6, 1, dtype=torch.float64)
+    partition.score(t, l, 0, 0, 1, len(truth), 3, 3, dense)
+    expected = torch.stack(ops.partition_scores(t, l))
+    assert_same_bits([dense], [by_sorting(partition, t, l)])
+    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-15)
+    assert torch.equal(dense == 0, expected == 0) and torch.equal(dense == 1, expected == 1)
+
+
+def test_partitions_of_any_values(partition: emulator.Library) -> None:
+    values = torch.tensor([-(2**63), -1, 0, 7, 2**63 - 1])
+    truth, label = draw(5, 2, 90), draw(4, 2, 90, seed=1)
+    assert_same_bits([by_sorting(partition, values[truth], values[label])], [by_sorting(partition, truth, label)])
+
+
+def test_partitions_out_of_range_are_not_numbers(partition: emulator.Library) -> None:
+    truth, label = draw(4, 3, 50), draw(4, 3, 50, seed=1)
+    label[0, 7], truth[1, 49] = 4, -1
+    dense = torch.empty(6, 3, dtype=torch.float64)
+    partition.score(truth, label, 50, 50, 3, 50, 4, 4, dense)
+    assert_same_bits([dense.isnan()], [by_sorting(partition, truth, label, (0, 4, 0, 4)).isnan()])
+    assert dense.isnan().all(dim=0).tolist() == [True, True, False] and not dense[:, 2].isnan().any()
+
+
+@pytest.mark.parametrize(("V", "S", "N"), [(1, 1, 0), (2, 3, 1), (3, 2, 200)])
+def test_adjusted_rand(partition: emulator.Library, V: int, S: int, N: int) -> None:
+    truth, label = draw(70, V, N), draw(6, S, N, seed=1) - 1
+    score = torch.full((V, S), torch.nan, dtype=torch.float64)
+    partition.rand_score(truth, label, V, S, N, 90, 5, score)
+    assert_same_bits([score], [ops.adjusted_rand(truth, label, 90, 5)])
+
+
+# ---- separation
+
+
+@pytest.fixture(scope="module")
+def separation() -> emulator.Library:
+    return emulator.build("""
+#include "separation.cu"
+extern "C" void run(const void* points, int64_t element, const int64_t* label, int64_t S, int64_t N, int64_t D,
+                    int64_t n_labels, double* out) {
+  const clmfast::Separation op{static_cast<const float*>(points), label, S, N, D, n_labels, out};
+  std::vector<char> scratch(clmfast::separation_cuda_scratch(op), 99);
+  clmfast::separation_cuda(op, static_cast<clmfast::Element>(element), scratch.data(), nullptr);
+}
+""")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("S", "N", "D", "n_labels"), [(1, 2, 1, 2), (2, 63, 7, 3), (3, 131, 140, 5), (1, 300, 17, 1), (1, 4, 0, 2)]
+)
+def test_separation(separation: emulator.Library, dtype: torch.dtype, S: int, N: int, D: int, n_labels: int) -> None:
+    label = draw(n_labels, N, seed=1)
+    points = (normal(S, N, D) + 3 * normal(n_labels, D, seed=2)[label] + 50).to(dtype)
+    if N > 50:
+        points[0, 7, 0], points[-1, 40, D - 1] = torch.nan, torch.inf
+    expected = ops.separation(points, label, n_labels + 2)
+    for _ in separation.seeds(2):
+        out = torch.full((3, S), torch.nan, dtype=torch.float64)
+        separation.run(points, DTYPES.index(dtype), label, S, N, D, n_labels + 2, out)
+        assert_same_bits([out[0]], [expected[0]])
+        torch.testing.assert_close(out, expected, rtol=1e-13, atol=0, equal_nan=True)
+
+
+def test_separation_of_a_label_out_of_range_is_not_a_number(separation: emulator.Library) -> None:
+    out = torch.zeros(3, 1, dtype=torch.float64)
+    separation.run(normal(1, 4, 3), 0, torch.tensor([0, 1, 2, 0]), 1, 4, 3, 2, out)
+    assert out.isnan().all()

@@ -1,0 +1,254 @@
+"""The CUDA kernels of knn on the emulator, and on a GPU where there is one: the bits of the CPU op."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from op_checks import assert_same_bits
+from torch import Tensor
+
+from clmfast import ops
+
+INF, NAN = float("inf"), float("nan")
+SOURCE = """
+#include "knn.cu"
+using namespace clmfast;
+static Knn op_of(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
+                 const float* within, const int64_t* size, float* dist2, int64_t* index) {
+  return {points,  queries, size[5] != 0, query_group, point_group, within, size[0],
+          size[1], size[2], size[3],      size[4],     dist2,       index};
+}
+extern "C" void scratch(const int64_t* size, int64_t* n) {
+  *n = knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr));
+}
+extern "C" void knn(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
+                    const float* within, const int64_t* size, int64_t element, float* dist2, int64_t* index,
+                    void* scratch) {
+  knn_cuda(op_of(points, queries, query_group, point_group, within, size, dist2, index), static_cast<Element>(element),
+           scratch, nullptr);
+}
+// How many queries the exact kernel had to answer.
+extern "C" void listed(const int64_t* size, void* scratch, int64_t* n) {
+  const Knn op = op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr);
+  Scratch memory{static_cast<unsigned char*>(scratch)};
+  *n = *prepared_in(memory, op, plan_of(op)).n_listed;
+}
+"""
+ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Emulated:
+    """ops.knn, by the kernels on the emulator; and what became of the call."""
+
+    def __init__(self, library: emulator.Library, capability: int) -> None:
+        self.library, self.capability, self.seed, self.n_listed = library, capability, 0, -1
+
+    def __call__(
+        self, points: Tensor, k: int, queries: Tensor | None = None, barred: Any = None, *, within: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self.seed += 1
+        self.library.reset(self.seed, capability=self.capability)
+        S, N, D = points.shape
+        Q = N if queries is None else queries.shape[1]
+        points = points.contiguous()
+        queries = None if queries is None else queries.contiguous()
+        size = torch.tensor([S, N, Q, D, k, queries is None])
+        groups = (None, None) if barred is None else tuple(x.contiguous() for x in barred)
+        within = None if within is None else within.contiguous()
+        dist2, index = torch.full((S, Q, k), NAN), torch.full((S, Q, k), -7)
+        n = torch.zeros(1, dtype=torch.int64)
+        self.library.scratch(size, n)
+        scratch = torch.full((int(n) + 256,), 0xCD, dtype=torch.uint8)
+        scratch = scratch[-scratch.data_ptr() % 256 :]
+        self.library.knn(points, queries, *groups, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch)
+        if S * Q and int(n):
+            self.library.listed(size, scratch, n)
+            self.n_listed = int(n)
+        return dist2, index
+
+
+@pytest.fixture(scope="module")
+def library() -> emulator.Library:
+    return emulator.build(SOURCE)
+
+
+@pytest.fixture(params=["mma", "wgmma", pytest.param("gpu", marks=pytest.mark.gpu)])
+def knn(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+
+        def on_gpu(points: Tensor, k: int, queries: Any = None, barred: Any = None, *, within: Any = None) -> Any:
+            def move(x: Any) -> Any:
+                return None if x is None else x.cuda()
+
+            barred = None if barred is None else tuple(map(move, barred))
+            return [x.cpu() for x in ops.knn(move(points), k, move(queries), barred, within=move(within))]
+
+        yield on_gpu
+    else:
+        if not emulator.is_available():
+            pytest.skip("the emulator needs an x86-64 processor")
+        yield Emulated(request.getfixturevalue("library"), 80 if request.param == "mma" else 90)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_exact(knn: Any, *arguments: Any, **options: Any) -> None:
+    found, expected = knn(*arguments, **options), ops.knn(*arguments, **options)
+    assert torch.equal(found[1], expected.index)
+    assert_same_bits([found[0]], [expected.dist2])
+
+
+def assert_screened(knn: Any, n_listed: int = 0) -> None:
+    """The exact kernel answered no more queries than that: the screen did its work."""
+    if isinstance(knn, Emulated):
+        assert 0 <= knn.n_listed <= n_listed
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+@pytest.mark.parametrize(("S", "N", "D", "k"), [(1, 2, 1, 1), (2, 63, 7, 5), (1, 300, 130, 10), (3, 129, 64, 16)])
+def test_self_form(knn: Any, S: int, N: int, D: int, k: int, dtype: torch.dtype) -> None:
+    assert_exact(knn, normal(S, N, D).to(dtype), k)
+    assert_screened(knn)
+
+
+@pytest.mark.parametrize(
+    ("Q", "N", "k"), [(1, 1, 1), (3, 200, 24), (150, 63, 10), (50, 20, 33), (4, 700, 1), (2, 0, 3)]
+)
+def test_queries(knn: Any, Q: int, N: int, k: int) -> None:
+    assert_exact(knn, normal(2, N, 19), k, normal(2, Q, 19, seed=1))
+    assert_screened(knn)
+
+
+@pytest.mark.parametrize("k", [20, 21, 48, 49, 64, 104])
+def test_lists_of_every_length(knn: Any, k: int) -> None:
+    assert_exact(knn, normal(1, 400, 70), k)
+    assert_screened(knn)
+
+
+@pytest.mark.parametrize("k", [105, 256, 257, 600])
+def test_larger_k(knn: Any, k: int) -> None:
+    assert_exact(knn, normal(1, 700, 5), k, normal(1, 3, 5, seed=1))
+
+
+DATA = {
+    "offset": lambda x: 1e4 + 1e-2 * x,
+    "far cluster": lambda x: torch.cat([x[:, :40] * 1e-3 + 50, x[:, 40:]], dim=1),
+    "tiny": lambda x: x * 1e-20,
+    "denormal": lambda x: x * 1e-41,
+    "dist2 denormal": lambda x: x * 1e-22,
+    "huge": lambda x: x * 1e18,
+    "dist2 overflows for some": lambda x: x * 4e18,
+    "dist2 overflows for all": lambda x: x * 1e38,
+    "ranges": lambda x: x * torch.logspace(-30, 30, x.shape[2]),
+    "rows of all sizes": lambda x: x * torch.logspace(-36, 36, x.shape[1])[:, None],
+    "duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7],
+    "near duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7] + 1e-7 * x,
+    "identical": lambda x: torch.full_like(x, 0.1),
+    "zeros": torch.zeros_like,
+    "grid": lambda x: x.round(),
+    "an outlier": lambda x: torch.where(torch.arange(x.shape[1])[:, None] == 71, x * 1e30, x),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("k", [1, 10])
+def test_awkward_data(knn: Any, name: str, k: int) -> None:
+    points = DATA[name](normal(1, 150, 12))
+    assert_exact(knn, points, k)
+    assert_exact(knn, points, k, points[:, :8] * 1.5)
+
+
+@pytest.mark.parametrize(("name", "n_listed"), [("offset", 0), ("tiny", 0), ("huge", 0), ("an outlier", 1)])
+def test_size_and_offset_do_not_defeat_the_screen(knn: Any, name: str, n_listed: int) -> None:
+    assert_exact(knn, DATA[name](normal(1, 400, 12)), 10)
+    assert_screened(knn, n_listed)
+
+
+@pytest.mark.parametrize("k", [1, 6, 60])
+def test_rows_that_are_not_finite(knn: Any, k: int) -> None:
+    points, queries = normal(2, 70, 5), normal(2, 9, 5, seed=1)
+    points[0, 3, 1], points[0, 40, 4], points[1, 0, 0] = NAN, INF, -INF
+    queries[1, 4, 2] = NAN
+    assert_exact(knn, points, k)
+    assert_exact(knn, points, k, queries)
+    assert_exact(knn, torch.full_like(points, NAN), k)
+
+
+@pytest.mark.parametrize("k", [1, 8, 80])
+def test_barred(knn: Any, k: int) -> None:
+    points, queries = normal(2, 90, 6), normal(2, 40, 6, seed=1)
+    group = torch.arange(90) % 11
+    assert_exact(knn, points, k, barred=(group, group))
+    assert_exact(knn, points, k, queries, (torch.arange(40) % 5, group))
+    alone = torch.zeros(90, dtype=torch.int64)
+    assert_exact(knn, points, k, barred=(alone, alone))
+
+
+@pytest.mark.parametrize("k", [1, 8, 80])
+@pytest.mark.parametrize("scale", [1, 1e-22, 1e-41, 1e18])
+def test_within(knn: Any, k: int, scale: float) -> None:
+    points, queries = normal(2, 90, 6) * scale, normal(2, 40, 6, seed=1) * scale
+    fifth = ops.knn(points, 5, queries).dist2[..., 4]
+    just_less = torch.nextafter(fifth, torch.tensor(0.0))
+    within = torch.where(torch.arange(40) % 2 == 0, fifth, just_less)
+    within[0, 0], within[0, 1], within[1, 1] = INF, 0.0, 3e38
+    assert_exact(knn, points, k, queries, within=within)
+    closed = torch.tensor([-1.0, NAN])[:, None].repeat(1, 40)
+    assert_exact(knn, points, k, queries, within=closed)
+    if scale == 1:
+        assert_screened(knn)
+
+
+def test_thresholds_of_the_step_before(knn: Any) -> None:
+    points = normal(2, 200, 40)
+    within = ops.knn(points, 7).dist2[..., 6]
+    assert_exact(knn, points, 7, within=within)
+    assert_screened(knn)
+
+
+@pytest.mark.parametrize("N", [1100, 1792])
+def test_parts_of_the_points(knn: Any, N: int) -> None:
+    assert_exact(knn, normal(1, N, 9), 10, normal(1, 5, 9, seed=1))
+    assert_screened(knn)
+
+
+def test_queries_too_deep_to_stay(knn: Any) -> None:
+    assert_exact(knn, normal(1, 140, 1300), 3, normal(1, 70, 1300, seed=1))
+    assert_screened(knn)
+
+
+def test_no_coordinates_and_no_queries(knn: Any) -> None:
+    points = torch.zeros(2, 5, 0)
+    assert_exact(knn, points, 3)
+    assert_exact(knn, torch.zeros(2, 5, 3), 3, torch.zeros(2, 0, 3))
+    assert_exact(knn, torch.zeros(0, 5, 3), 3)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_rows_that_lie_anywhere(knn: Any, dtype: torch.dtype) -> None:
+    """Behind an odd number of elements no row can be read four coordinates at a time."""
+    memory = normal(1 + 80 * 8).to(dtype)
+    assert_exact(knn, memory[1:].view(1, 80, 8), 4)
+
+
+def test_pairs_that_float16_does_not_tell_apart(knn: Any) -> None:
+    """Sixty tight clusters far from each other: within one, float16 sees nothing but rounding."""
+    centre, member = normal(60, 1, 20) * 50, normal(60, 20, 20, seed=1) * 1e-4
+    assert_exact(knn, (centre + member).view(1, 1200, 20)[:, ::7], 2)
+    if isinstance(knn, Emulated):
+        assert knn.n_listed < 200
+
+
+@pytest.mark.parametrize("offset", [0, 3, 30])
+def test_order_that_float16_does_not_see(knn: Any, offset: float) -> None:
+    """On a shell round a query, distances differ by less than its rounding: what the lists leave out may be nearer."""
+    direction = torch.nn.functional.normalize(normal(1, 500, 8), dim=2)
+    shell = direction * (1 + 1e-5 * normal(1, 500, 1, seed=1)) + offset
+    points = torch.cat([shell, -shell], dim=1)[:, ::2]
+    assert_exact(knn, points, 3, torch.full((1, 2, 8), float(offset)))
