@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
 
-    def forward(self, x: Tensor, offset: Tensor, **options: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, offset: Tensor, **options: Any) -> Tensor:
         """x [n, D] -> [R, D]; arguments as of ops.attention_block."""
         of_attention = _weights(self.norm_attention, self.qkv, self.attention_out)
         x = ops.attention_block(x, of_attention, self.n_heads, offset, **options)
@@ -84,6 +84,11 @@ class Transformer(nn.Module):
             if name.endswith(("attention_out.weight", "mlp_out.weight")):
                 std /= math.sqrt(2 * config.n_layers)
             p.normal_(0.0, std, generator=generator)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that has positions."""
+        return self.position_embedding.num_embeddings
 
     @property
     def n_taps(self) -> int:
@@ -136,7 +141,8 @@ class Transformer(nn.Module):
             tap(0, _rows(x.detach(), source))
         last = len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, offset, kept=wanted if layer == last else asking, prefix=prefix, source=source)
+            asked = wanted if layer == last else asking
+            x = block(x, offset, kept=asked, prefix=prefix, source=source, max_length=self.max_length)
             if tap is not None:
                 tap(layer, _rows(x.detach(), result if layer == last else source))
         return _rows(x, result)

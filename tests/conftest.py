@@ -51,3 +51,14 @@ def two_threads():
 def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
     """The config with some values of one section replaced."""
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compile-kernels", action="store_true", help="compile every Triton kernel: takes minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--compile-kernels"):
+        for item in items:
+            if "compile_kernels" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: --compile-kernels"))

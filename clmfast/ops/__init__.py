@@ -17,7 +17,7 @@ if not _LIBRARY.is_file():
     )
 torch.ops.load_library(_LIBRARY)
 
-from clmfast.ops.attention import attention  # noqa: E402  the library comes first: these modules add to what it registers
+from clmfast.ops.attention import attention, packed_attention  # noqa: E402  the library comes first: these modules add to what it registers
 from clmfast.ops.block import BlockWeights, attention_block, mlp_block  # noqa: E402
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
@@ -41,6 +41,7 @@ __all__ = [
     "label_shares",
     "majority_vote",
     "mlp_block",
+    "packed_attention",
     "partition_scores",
     "ring_knn",
     "ring_to_grid",

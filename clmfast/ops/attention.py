@@ -6,12 +6,23 @@ qkv [B, T, 3, H, W]: q, k, v along the third axis; lengths [B] int64 in [0, T], 
 Beyond its length a sequence gives and receives nothing: what qkv holds there, NaN included, is not read, and its
 gradient is 0. Saved for the backward pass: qkv, out, and lse [B, T, H], the logarithm of the softmax's denominator
 (0 beyond the length). The contract of the kernels is csrc/attention.h.
+
+packed_attention is the same for sequences that lie back to back, qkv [n, 3, H, W] and offset [B + 1]: nothing is padded.
+
+On a GPU the kernels are those of attention_triton.py; nothing there waits for the device, so that lengths and offsets
+are taken as they are: what is out of range is cut off.
 """
 
-from typing import Any
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from clmfast.ops.attention_triton import Form
 
 
 def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -22,6 +33,27 @@ def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
     """
     out, _ = torch.ops.clmfast.attention(qkv, lengths)
     return out
+
+
+def packed_attention(qkv: Tensor, offset: Tensor, max_length: int, prefix: Tensor | None = None) -> Tensor:
+    """Causal attention within each sequence: qkv [n, 3, H, W] -> [n, H, W].
+
+    offset [B + 1] int64: sequence b is the rows offset[b] <= r < offset[b + 1], from 0 to n without a gap; none, with
+    its prefix, is longer than max_length. prefix [B] int64: the sequence that stands before b, -1: none; it has none
+    itself; only without gradient. Dtypes as for attention.
+    """
+    out, _ = torch.ops.clmfast.packed_attention(qkv, offset, prefix, max_length)
+    return out
+
+
+# ---- registration
+
+_library = torch.library.Library("clmfast", "FRAGMENT")
+_library.define("packed_attention(Tensor qkv, Tensor offset, Tensor? prefix, int max_length) -> (Tensor out, Tensor lse)")
+_library.define(
+    "packed_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor offset, int max_length) "
+    "-> Tensor"
+)
 
 
 @torch.library.register_fake("clmfast::attention")
@@ -52,3 +84,180 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("clmfast::attention", _differentiate, setup_context=_save)
 torch.library.register_autograd("clmfast::attention_backward", _refuse)
+
+
+@torch.library.register_fake("clmfast::packed_attention")
+def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+    n, _, H, W = qkv.shape
+    lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty((n, H, W)), qkv.new_empty((n, H), dtype=lse_dtype)
+
+
+@torch.library.register_fake("clmfast::packed_attention_backward")
+def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save_packed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    qkv, offset, prefix, ctx.max_length = inputs
+    if prefix is not None and qkv.requires_grad:
+        raise ValueError("packed_attention: prefix is for passes without gradient")
+    ctx.save_for_backward(qkv, *output, offset)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_packed(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grad = torch.ops.clmfast.packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.max_length)
+    return grad, None, None, None
+
+
+torch.library.register_autograd("clmfast::packed_attention", _differentiate_packed, setup_context=_save_packed)
+torch.library.register_autograd("clmfast::packed_attention_backward", _refuse)
+
+
+# ---- packed sequences on the CPU: padded ones, there and back
+
+
+def padded_rows(offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [B, T] of qkv, each sequence with its prefix before it, padded with row 0; lengths [B]; is it a sequence's
+    own row [B, T])."""
+    own = offset.diff()
+    before = torch.zeros_like(own) if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(min=0)], 0)
+    lengths = before + own
+    t = torch.arange(max_length, device=offset.device)
+    rows = offset[:-1, None] + t - before[:, None]
+    if prefix is not None:
+        rows = torch.where(t < before[:, None], offset[prefix.clamp(min=0), None] + t, rows)
+    is_real = t < lengths[:, None]
+    return torch.where(is_real, rows, 0), lengths, is_real & (t >= before[:, None])
+
+
+@torch.library.impl("clmfast::packed_attention", "CPU")
+def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+    rows, lengths, is_own = padded_rows(offset, prefix, max_length)
+    out, lse = torch.ops.clmfast.attention(qkv[rows], lengths)
+    at = rows[is_own]
+    return _into_rows(len(qkv), at, out[is_own]), _into_rows(len(qkv), at, lse[is_own])
+
+
+@torch.library.impl("clmfast::packed_attention_backward", "CPU")
+def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int) -> Tensor:
+    rows, lengths, is_own = padded_rows(offset, None, max_length)
+    padded = (x[rows] for x in (grad_out, qkv, out, lse))
+    return _into_rows(len(qkv), rows[is_own], torch.ops.clmfast.attention_backward(*padded, lengths)[is_own])
+
+
+def _into_rows(n: int, rows: Tensor, values: Tensor) -> Tensor:
+    return values.new_zeros((n, *values.shape[1:])).index_copy(0, rows, values)
+
+
+# ---- on a GPU
+
+
+@torch.library.impl("clmfast::attention", "CUDA")
+def _attention(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention: qkv must be [B, T, 3, H, W], got {list(qkv.shape)}")
+    B, T, _, H, W = qkv.shape
+    _check("attention", qkv)
+    if lengths is not None:
+        if lengths.dtype != torch.int64:
+            raise ValueError("attention: lengths must be int64")
+        if lengths.shape != (B,):
+            raise ValueError(f"attention: lengths must be [B] with B={B}, got {list(lengths.shape)}")
+        if lengths.device != qkv.device:
+            raise ValueError(f"attention: lengths must be on {qkv.device}, got {lengths.device}")
+    if qkv.dtype == torch.float64:
+        return _dense(qkv, lengths)
+    from clmfast.ops import attention_triton
+
+    out, lse = attention_triton.forward(qkv.reshape(B * T, 3, H, W), _padded(B, T, lengths))
+    return out.view(B, T, H, W), lse.view(B, T, H)
+
+
+@torch.library.impl("clmfast::attention_backward", "CUDA")
+def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Tensor | None) -> Tensor:
+    B, T, _, H, W = qkv.shape
+    if qkv.dtype == torch.float64:
+        return _dense_backward(grad_out, qkv, lengths)
+    from clmfast.ops import attention_triton
+
+    flat = (x.reshape(B * T, *x.shape[2:]) for x in (grad_out, qkv, out, lse))
+    return attention_triton.backward(*flat, _padded(B, T, lengths)).view(qkv.shape)
+
+
+@torch.library.impl("clmfast::packed_attention", "CUDA")
+def _packed_attention(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"packed_attention: qkv must be [n, 3, H, W], got {list(qkv.shape)}")
+    _check("packed_attention", qkv)
+    if qkv.dtype == torch.float64:
+        rows, lengths, is_own = padded_rows(offset, prefix, max_length)
+        out, lse = _dense(qkv[rows], lengths)
+        at = rows[is_own]
+        return _into_rows(len(qkv), at, out[is_own]), _into_rows(len(qkv), at, lse[is_own])
+    from clmfast.ops import attention_triton
+
+    return attention_triton.forward(qkv, _packed(offset, prefix, max_length))
+
+
+@torch.library.impl("clmfast::packed_attention_backward", "CUDA")
+def _packed_attention_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int
+) -> Tensor:
+    if qkv.dtype == torch.float64:
+        rows, lengths, is_own = padded_rows(offset, None, max_length)
+        return _into_rows(len(qkv), rows[is_own], _dense_backward(grad_out[rows], qkv[rows], lengths)[is_own])
+    from clmfast.ops import attention_triton
+
+    return attention_triton.backward(grad_out, qkv, out, lse, _packed(offset, None, max_length))
+
+
+def _padded(B: int, T: int, lengths: Tensor | None) -> Form:
+    from clmfast.ops.attention_triton import ALL_FULL, LENGTHS, Form
+
+    return Form(ALL_FULL, B, T) if lengths is None else Form(LENGTHS, B, T, lengths.contiguous())
+
+
+def _packed(offset: Tensor, prefix: Tensor | None, max_length: int) -> Form:
+    from clmfast.ops.attention_triton import OFFSETS, Form
+
+    prefix = None if prefix is None else prefix.contiguous()
+    return Form(OFFSETS, len(offset) - 1, max_length, offset.contiguous(), prefix)
+
+
+def _check(op: str, qkv: Tensor) -> None:
+    if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16")
+    if qkv.shape[-1] > 128 and qkv.dtype != torch.float64:
+        raise ValueError(f"{op}: the head width must be at most 128 on a GPU, got {qkv.shape[-1]}")
+
+
+def _dense_weights(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(qkv without padding's values, scores and weights [B, H, T, T]), for float64, which no kernel of ours serves."""
+    B, T, _, _, W = qkv.shape
+    t = torch.arange(T, device=qkv.device)
+    is_real = torch.ones(B, T, dtype=torch.bool, device=qkv.device) if lengths is None else t < lengths[:, None]
+    qkv = qkv.where(is_real[:, :, None, None, None], 0)
+    score = torch.einsum("bthw,bshw->bhts", qkv[:, :, 0], qkv[:, :, 1]) / math.sqrt(W)
+    score = score.masked_fill(t[None, :] > t[:, None], -math.inf)
+    return qkv, score, score.softmax(3) * is_real[:, None, :, None]
+
+
+def _dense(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    qkv, score, weights = _dense_weights(qkv, lengths)
+    is_real = weights[:, 0].sum(2) > 0
+    lse = score.logsumexp(3).transpose(1, 2).where(is_real[..., None], 0)
+    return torch.einsum("bhts,bshw->bthw", weights, qkv[:, :, 2]), lse.contiguous()
+
+
+def _dense_backward(grad_out: Tensor, qkv: Tensor, lengths: Tensor | None) -> Tensor:
+    qkv, _, weights = _dense_weights(qkv, lengths)
+    q, k, v = qkv.unbind(2)
+    is_real = weights[:, 0].sum(2) > 0
+    grad_out = grad_out.where(is_real[:, :, None, None], 0)
+    grad_weights = torch.einsum("bthw,bshw->bhts", grad_out, v)
+    delta = (weights * grad_weights).sum(3, keepdim=True)
+    grad_score = weights * (grad_weights - delta) / math.sqrt(qkv.shape[-1])
+    grad_q, grad_k = torch.einsum("bhts,bshw->bthw", grad_score, k), torch.einsum("bhts,bthw->bshw", grad_score, q)
+    return torch.stack([grad_q, grad_k, torch.einsum("bhts,bthw->bshw", weights, grad_out)], 2)

@@ -5,7 +5,7 @@
 
 x [n, D] holds the tokens of all sequences back to back: no padding is computed. On the CPU in float32 each half is one
 fused op (its contract is csrc/block.h); on other devices and in other dtypes it is composed of torch's operations and
-`ops.attention`, which is also what the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
+`ops.packed_attention`, which is also what the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clmfast.ops.attention import attention
+from clmfast.ops.attention import packed_attention
 
 
 class BlockWeights(NamedTuple):
@@ -46,6 +46,7 @@ def attention_block(
     kept: Tensor | None = None,
     prefix: Tensor | None = None,
     source: Tensor | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """x [n, D] -> [R, D], causal within each sequence. Differentiable once.
 
@@ -56,6 +57,7 @@ def attention_block(
     no prefix itself. Only without gradient.
     source [n_tokens] int64: the row of x that each token is (None: token i is row i): sequences that begin alike can
     share rows. offset and kept then count tokens. Needs kept, with source[kept] ascending; not together with prefix.
+    max_length: no sequence is longer, its prefix included. With it nothing waits for the device; it changes no value.
     """
     if prefix is not None and _wants_grad(x, weights):
         raise ValueError("attention_block: prefix is for passes without gradient")
@@ -68,12 +70,9 @@ def attention_block(
         x = x[source]
     n, D = x.shape
     qkv = F.linear(_norm(x, w), w.in_weight, w.in_bias).view(n, 3, n_heads, D // n_heads)
-    rows, lengths = _padded_rows(offset, prefix)
-    mixed = torch.zeros_like(x)
-    is_own = torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
-    if prefix is not None:
-        is_own &= torch.arange(rows.shape[1], device=x.device) >= _prefix_length(offset, prefix)[:, None]
-    mixed = mixed.index_put((rows[is_own],), attention(qkv[rows], lengths).flatten(2)[is_own])
+    if max_length is None:
+        max_length = _longest(offset, prefix)
+    mixed = packed_attention(qkv, offset, max_length, prefix).flatten(1)
     if kept is not None:
         x, mixed = x[kept], mixed[kept]
     return x + F.linear(mixed, w.out_weight, w.out_bias)
@@ -91,20 +90,11 @@ def _norm(x: Tensor, w: BlockWeights) -> Tensor:
     return F.layer_norm(x, (x.shape[1],), w.norm_weight, w.norm_bias)
 
 
-def _prefix_length(offset: Tensor, prefix: Tensor) -> Tensor:
-    return torch.where(prefix >= 0, offset.diff()[prefix.clamp(min=0)], 0)
-
-
-def _padded_rows(offset: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(rows [B, T] of x, lengths [B]): each sequence with its prefix before it, padded with row 0."""
+def _longest(offset: Tensor, prefix: Tensor | None) -> int:
+    """Waits for the device; a caller that knows a bound need not."""
     own = offset.diff()
-    before = torch.zeros_like(own) if prefix is None else _prefix_length(offset, prefix)
-    lengths = before + own
-    t = torch.arange(int(lengths.max()) if len(lengths) else 0, device=offset.device)
-    rows = offset[:-1, None] + t - before[:, None]
-    if prefix is not None:
-        rows = torch.where(t < before[:, None], offset[prefix.clamp(min=0), None] + t, rows)
-    return torch.where(t < lengths[:, None], rows, 0), lengths
+    before = 0 if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(min=0)], 0)
+    return int((own + before).max()) if len(own) else 0
 
 
 # ---- registration
