@@ -41,12 +41,16 @@ def compiled(kernel, dtype, width, config, capability):
 
     constants = {"W": width, "OWN": config.own, "WALKED": config.walked}
     integers = {"extent_ptr": "*i64", "prefix_ptr": "*i64"}
-    of_name = {"scale": "fp32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", **integers, **dict.fromkeys(constants, "constexpr")}
+    of_name = {
+        "scale": "fp32",
+        "lse_ptr": "*fp32",
+        "delta_ptr": "*fp32",
+        **integers,
+        **dict.fromkeys(constants, "constexpr"),
+    }
     names = kernel.arg_names
     signature = {n: of_name.get(n, POINTERS[dtype] if n.endswith("_ptr") else "i32") for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") and n not in integers
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") and n not in integers}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -67,7 +71,7 @@ def resources(ptx, capability, folder):
 
 @pytest.mark.compile_kernels
 @pytest.mark.parametrize("capability", LIMITS)
-@pytest.mark.parametrize("width", (32, 64, 128))
+@pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("dtype", POINTERS, ids=lambda dtype: str(dtype)[6:])
 def test_resources(dtype, width, capability, tmp_path, capsys):
     from clmfast.ops import attention_triton
@@ -81,7 +85,9 @@ def test_resources(dtype, width, capability, tmp_path, capsys):
         ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
         registers, spilled = resources(ptx, capability, tmp_path)
         with capsys.disabled():
-            print(f"\n{name} {str(dtype)[6:]} {width} sm_{capability}: {registers} registers, {shared} B shared", end="")
+            print(
+                f"\n{name} {str(dtype)[6:]} {width} sm_{capability}: {registers} registers, {shared} B shared", end=""
+            )
         assert spilled == 0, name
         assert shared <= LIMITS[capability].shared_kib * 1024, name
         # float32 stays float32: no matrix instruction would keep its bits
@@ -93,5 +99,8 @@ def test_every_length_has_one_of_the_checked_configurations():
     from clmfast.ops import attention_triton
 
     for dtype, width in itertools.product(attention_triton.DTYPES, attention_triton.WIDTHS):
-        both = {(True, attention_triton.short_config(dtype, width)), (False, attention_triton.long_config(dtype, width))}
+        both = {
+            (True, attention_triton.short_config(dtype, width)),
+            (False, attention_triton.long_config(dtype, width)),
+        }
         assert {attention_triton.choose(dtype, width, T) for T in range(1, 300)} == both

@@ -12,11 +12,11 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
-from test_attention import assert_as_good_as_eager, eager, gradient, lengths_for, normal
+from test_attention import assert_as_good_as_eager, eager, gradient, lengths_for, normal  # noqa: E402
 
-from clmfast import ops
-from clmfast.ops import attention_triton, reference
-from clmfast.ops.attention_triton import ALL_FULL, LENGTHS, OFFSETS, Form
+from clmfast import ops  # noqa: E402
+from clmfast.ops import attention_triton, reference  # noqa: E402
+from clmfast.ops.attention_triton import ALL_FULL, LENGTHS, OFFSETS, Form  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,7 +122,10 @@ def test_packed(own, new_memory_is_nan):
 @pytest.mark.parametrize("n_prefix", [7, 41])
 def test_a_prefix_stands_before_its_sequences(n_prefix):
     """Sequences 1 and 3 continue 0, sequence 2 stands alone."""
-    offset, prefix = torch.tensor([0, n_prefix, n_prefix + 3, n_prefix + 7, n_prefix + 11]), torch.tensor([-1, 0, -1, 0])
+    offset, prefix = (
+        torch.tensor([0, n_prefix, n_prefix + 3, n_prefix + 7, n_prefix + 11]),
+        torch.tensor([-1, 0, -1, 0]),
+    )
     qkv = normal(int(offset[-1]), 3, 2, 32).float()
     form = Form(OFFSETS, 4, n_prefix + 4, offset.to(DEVICE), prefix.to(DEVICE))
     out, _ = attention_triton.forward(qkv.to(DEVICE), form)

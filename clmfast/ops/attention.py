@@ -7,7 +7,7 @@ Beyond its length a sequence gives and receives nothing: what qkv holds there, N
 gradient is 0. Saved for the backward pass: qkv, out, and lse [B, T, H], the logarithm of the softmax's denominator
 (0 beyond the length). The contract of the kernels is csrc/attention.h.
 
-packed_attention is the same for sequences that lie back to back, qkv [n, 3, H, W] and offset [B + 1]: nothing is padded.
+packed_attention is the same for sequences back to back, qkv [n, 3, H, W] and offset [B + 1]: nothing is padded.
 
 On a GPU the kernels are those of attention_triton.py; nothing there waits for the device, so that lengths and offsets
 are taken as they are: what is out of range is cut off.
@@ -49,7 +49,9 @@ def packed_attention(qkv: Tensor, offset: Tensor, max_length: int, prefix: Tenso
 # ---- registration
 
 _library = torch.library.Library("clmfast", "FRAGMENT")
-_library.define("packed_attention(Tensor qkv, Tensor offset, Tensor? prefix, int max_length) -> (Tensor out, Tensor lse)")
+_library.define(
+    "packed_attention(Tensor qkv, Tensor offset, Tensor? prefix, int max_length) -> (Tensor out, Tensor lse)"
+)
 _library.define(
     "packed_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor offset, int max_length) "
     "-> Tensor"
@@ -177,13 +179,14 @@ def _attention(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("clmfast::attention_backward", "CUDA")
 def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Tensor | None) -> Tensor:
-    B, T, _, H, W = qkv.shape
+    B, T = qkv.shape[:2]
     if qkv.dtype == torch.float64:
         return _dense_backward(grad_out, qkv, lengths)
     from clmfast.ops import attention_triton
 
-    flat = (x.reshape(B * T, *x.shape[2:]) for x in (grad_out, qkv, out, lse))
-    return attention_triton.backward(*flat, _padded(B, T, lengths)).view(qkv.shape)
+    flat_grad, flat_qkv, flat_out, flat_lse = (x.reshape(B * T, *x.shape[2:]) for x in (grad_out, qkv, out, lse))
+    form = _padded(B, T, lengths)
+    return attention_triton.backward(flat_grad, flat_qkv, flat_out, flat_lse, form).view(qkv.shape)
 
 
 @torch.library.impl("clmfast::packed_attention", "CUDA")

@@ -64,7 +64,7 @@ def choose(dtype: torch.dtype, width: int, T: int) -> tuple[bool, Config]:
 
 @triton.jit
 def extent_of(b, exists, extent_ptr, form, T):
-    """(first row, number of rows) of sequence b; T is the distance of sequences or, with offsets, a bound of lengths."""
+    """(first row, number of rows) of sequence b; T: the distance of sequences or, with offsets, a bound of lengths."""
     b = b.to(tl.int64)
     # "!= 0", here and below: where a scalar meets a block, Triton's interpreter makes integers of truth values
     first = tl.load(extent_ptr + b, mask=(exists & (form > 0)) != 0, other=0)
@@ -119,7 +119,9 @@ def tile_of_sequences(tile, B, T, BLOCK: tl.constexpr):
 # ---- short path
 
 
-@triton.jit(do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"])
+@triton.jit(
+    do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"]
+)
 def short_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr, extent_ptr, prefix_ptr, scale, B, T, H, form, has_prefix,
     W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,
@@ -190,7 +192,9 @@ def short_bwd_kernel(
 # ---- long path: a program has one tile of one sequence and head, and walks along the other side of P
 
 
-@triton.jit(do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"])
+@triton.jit(
+    do_not_specialize=["B", "T", "H", "form", "has_prefix"], do_not_specialize_on_alignment=["extent_ptr", "prefix_ptr"]
+)
 def long_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr, extent_ptr, prefix_ptr, scale, B, T, H, form, has_prefix,
     W: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr,

@@ -5,7 +5,7 @@
 
 x [n, D] holds the tokens of all sequences back to back: no padding is computed. On the CPU in float32 each half is one
 fused op (its contract is csrc/block.h); on other devices and in other dtypes it is composed of torch's operations and
-`ops.packed_attention`, which is also what the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
+`ops.packed_attention`, which the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
 """
 
 from typing import Any, NamedTuple
