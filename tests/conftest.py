@@ -58,7 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
+    if not torch.cuda.is_available():
+        skipped["gpu"] = "no GPU"
     if not config.getoption("--compile-kernels"):
-        for item in items:
-            if "compile_kernels" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes: --compile-kernels"))
+        skipped["compile_kernels"] = "takes minutes: --compile-kernels"
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
