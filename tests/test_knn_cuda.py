@@ -21,7 +21,7 @@ static Knn op_of(const float* points, const float* queries, const int64_t* query
           size[1], size[2], size[3],      size[4],     dist2,       index};
 }
 extern "C" void scratch(const int64_t* size, int64_t* n) {
-  *n = static_cast<int64_t>(knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr)));
+  *n = knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr));
 }
 extern "C" void knn(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
                     const float* within, const int64_t* size, int64_t element, float* dist2, int64_t* index,
@@ -62,9 +62,7 @@ class Emulated:
         self.library.scratch(size, n)
         scratch = torch.full((int(n) + 256,), 0xCD, dtype=torch.uint8)
         scratch = scratch[-scratch.data_ptr() % 256 :]
-        self.library.knn(
-            points, queries, *groups, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch
-        )
+        self.library.knn(points, queries, *groups, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch)
         if S * Q and int(n):
             self.library.listed(size, scratch, n)
             self.n_listed = int(n)
@@ -119,7 +117,9 @@ def test_self_form(knn: Any, S: int, N: int, D: int, k: int, dtype: torch.dtype)
     assert_screened(knn)
 
 
-@pytest.mark.parametrize(("Q", "N", "k"), [(1, 1, 1), (3, 200, 24), (150, 63, 10), (50, 20, 33), (4, 700, 1), (2, 0, 3)])
+@pytest.mark.parametrize(
+    ("Q", "N", "k"), [(1, 1, 1), (3, 200, 24), (150, 63, 10), (50, 20, 33), (4, 700, 1), (2, 0, 3)]
+)
 def test_queries(knn: Any, Q: int, N: int, k: int) -> None:
     assert_exact(knn, normal(2, N, 19), k, normal(2, Q, 19, seed=1))
     assert_screened(knn)
@@ -243,3 +243,12 @@ def test_pairs_that_float16_does_not_tell_apart(knn: Any) -> None:
     assert_exact(knn, (centre + member).view(1, 1200, 20)[:, ::7], 2)
     if isinstance(knn, Emulated):
         assert knn.n_listed < 200
+
+
+@pytest.mark.parametrize("offset", [0, 3, 30])
+def test_order_that_float16_does_not_see(knn: Any, offset: float) -> None:
+    """On a shell round a query, distances differ by less than its rounding: what the lists leave out may be nearer."""
+    direction = torch.nn.functional.normalize(normal(1, 500, 8), dim=2)
+    shell = direction * (1 + 1e-5 * normal(1, 500, 1, seed=1)) + offset
+    points = torch.cat([shell, -shell], dim=1)[:, ::2]
+    assert_exact(knn, points, 3, torch.full((1, 2, 8), float(offset)))

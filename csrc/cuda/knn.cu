@@ -221,7 +221,7 @@ struct Fresh {
   int32_t column;
 };
 
-// The lists of a warp's 16 rows. Lane 4 g + t looks at rows g and g + 8. What it finds below its row's limit goes to its
+// The lists of a warp's 16 rows. Lane 4 g + t looks at rows g and g + 8. What it finds below a row's limit goes to its
 // own slots: one compare and one guarded store for each number. When a lane's slots fill up, the warp sorts the row's
 // slots into the row's list, which brings the limit down.
 template <int R>
