@@ -1,5 +1,5 @@
-// kmeans on the GPU; the contract is ../kmeans.h. Labels, counts and centroids are the CPU's bit for bit where the first
-// centroids are, and inertia too: exact sums have no order, and distances and inertia are added up in the CPU's.
+// kmeans on the GPU; the contract is ../kmeans.h. Labels, centroids and inertia are the CPU's bit for bit where the
+// first centroids are: exact sums have no order, and distances and inertia are added up in the CPU's.
 //
 // resident   One launch does all: a cluster of blocks per run keeps its points as bfloat16 in shared memory, and meets at
 //            the cluster's barrier. What changes lies in global memory, that is, in the L2 cache: a read of it takes
@@ -8,10 +8,9 @@
 //            launches after the last iteration of a run return at once.
 //
 // `known` is not used here. What it holds is marked as of no use, so that a later call does not rely on it.
-#include "../kmeans.h"
-
 #include <algorithm>
 
+#include "../kmeans.h"
 #include "kmeans_move.cuh"
 #include "kmeans_start.cuh"
 #include "launch.cuh"
@@ -33,9 +32,12 @@ enum class Prepare { clear, reach, columns, place, start, write_start, place_cen
 template <class T, bool IS_RESIDENT>
 __device__ void start_step(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
                            const Tiles& tiles, int64_t step) {
-  if (op.start == KmeansStart::random) start_random(op, team, z, run);
-  else if (step < z.K) start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
-  else finish_plus_plus(team, z, run);
+  if (op.start == KmeansStart::random)
+    start_random(op, team, z, run);
+  else if (step < z.K)
+    start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
+  else
+    finish_plus_plus(team, z, run);
 }
 
 // How many steps the start takes.
@@ -87,7 +89,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
       n_taken = run.control->n_taken;
     }
     move_centroids(team, z, run, points, n_taken);
-    if (team.rank == 0 && thread() == 0) run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
+    if (team.rank == 0 && thread() == 0)
+      run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
     cluster_sync();
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
@@ -100,24 +103,32 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
 // ---- streaming
 
 __device__ Team team_of_launch(int64_t n_blocks) {
-  return {static_cast<int64_t>(blockIdx.x) / n_blocks, static_cast<int>(blockIdx.x % n_blocks), static_cast<int>(n_blocks)};
+  return {static_cast<int64_t>(blockIdx.x) / n_blocks, static_cast<int>(blockIdx.x % n_blocks),
+          static_cast<int>(n_blocks)};
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* scratch, int64_t n_blocks, Prepare what, int64_t step,
-                                                          float* within, int64_t room) {
+__global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* scratch, int64_t n_blocks, Prepare what,
+                                                             int64_t step, float* within, int64_t room) {
   const Sizes z(op);
   const Team team = team_of_launch(n_blocks);
   const Run run = Run::at(op, scratch, team.run);
   const T* points = points_of<T>(op, team.run);
   switch (what) {
-    case Prepare::clear: return clear(team, z, run, op, within, room);
-    case Prepare::reach: return find_reach(team, z, run, points);
-    case Prepare::columns: return find_columns(team, z, run, init_of(op, team.run));
-    case Prepare::place: return place_points<T, false>(team, z, run, points, nullptr, 0);
-    case Prepare::start: return start_step<T, false>(op, team, z, run, points, Tiles(TILE, SLAB), step);
-    case Prepare::write_start: return write_start(op, team, z, run, points);
-    case Prepare::place_centroids: return place_centroids(team, z, run);
+    case Prepare::clear:
+      return clear(team, z, run, op, within, room);
+    case Prepare::reach:
+      return find_reach(team, z, run, points);
+    case Prepare::columns:
+      return find_columns(team, z, run, init_of(op, team.run));
+    case Prepare::place:
+      return place_points<T, false>(team, z, run, points, nullptr, 0);
+    case Prepare::start:
+      return start_step<T, false>(op, team, z, run, points, Tiles(TILE, SLAB), step);
+    case Prepare::write_start:
+      return write_start(op, team, z, run, points);
+    case Prepare::place_centroids:
+      return place_centroids(team, z, run);
   }
 }
 
@@ -219,8 +230,8 @@ struct Launcher {
   template <class T>
   void resident(int cluster, float* within, int64_t room) {
     launch_cluster(resident_kernel<T>, cluster, dim3(static_cast<unsigned>(n_runs * cluster)), THREADS,
-                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, scratch, within,
-                   room);
+                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, scratch,
+                   within, room);
   }
 
   template <class T>
@@ -228,8 +239,8 @@ struct Launcher {
     const int64_t n_blocks = std::min(z.n_tiles, MAX_BLOCKS);
     const dim3 grid(static_cast<unsigned>(n_runs * n_blocks)), one_each(static_cast<unsigned>(n_runs));
     auto prepare = [&](Prepare what, int64_t step = 0) {
-      launch(prepare_kernel<T>, grid, THREADS, what == Prepare::start ? STREAMING_BYTES : 0, stream, op, scratch, n_blocks, what, step,
-             within, room);
+      launch(prepare_kernel<T>, grid, THREADS, what == Prepare::start ? STREAMING_BYTES : 0, stream, op, scratch,
+             n_blocks, what, step, within, room);
     };
     auto label = [&](bool is_last) {
       launch(label_kernel<T>, grid, THREADS, STREAMING_BYTES, stream, op, scratch, n_blocks, is_last);
@@ -262,11 +273,14 @@ void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream st
     const int cluster = path == KmeansPath::streaming ? 0 : cluster_for<T>(launcher.z);
     if (cluster == 0 && path == KmeansPath::resident)
       throw std::invalid_argument("kmeans: these points fit no cluster of this device");
-    if (cluster > 0) launcher.resident<T>(cluster, within, room);
-    else launcher.streaming<T>(within, room);
+    if (cluster > 0)
+      launcher.resident<T>(cluster, within, room);
+    else
+      launcher.streaming<T>(within, room);
   });
   const int64_t n_blocks = std::min<int64_t>(ceil_div(op.N, THREADS), 16);  // not tuned yet
-  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.scratch, n_blocks);
+  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.scratch,
+         n_blocks);
 }
 
 }  // namespace clmfast

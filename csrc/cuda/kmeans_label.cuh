@@ -4,8 +4,8 @@
 //   v = |c~|^2 - 2 p^.c^
 // and |p - c|^2 = P^2 + v but for
 //   p^ for p and c^ for c           2 (E C + P F),  E >= |p - p^|, F >= |c - c^|: both are known
-//   the sum of products             2 P C gamma: each mma cuts 16 products and the sum so far to the 24 bits of the largest:
-//                                   at most 18 x 2^-23 of P C a step
+//   the sum of products             2 P C gamma: each mma cuts 16 products and the sum so far to the 24 bits of the
+//                                   largest: at most 18 x 2^-23 of P C a step
 //   |c~|^2 and v in float32         (D / 32 + 8) u (C^2 + 2 P C), and twice that with some to spare
 // Labels are those of float64 distances as cpu/pair.h computes them, and these are off by less than (D / 16 + 8) 2^-52
 // (P^2 + C^2): that is in the bound too. Centroids that it cannot tell from the nearest are measured.
@@ -15,9 +15,9 @@
 
 namespace clmfast::kmeans_gpu {
 
-constexpr int CLOSE = 6;        // centroids of a point that are measured; with more, all are
-constexpr int SLAB = 64;        // coordinates that are screened at a time where points do not stay in shared memory
-constexpr int PAD = 8;          // bfloat16 behind each row, so that ldmatrix reads eight rows from eight different banks
+constexpr int CLOSE = 6;  // centroids of a point that are measured; with more, all are
+constexpr int SLAB = 64;  // coordinates that are screened at a time where points do not stay in shared memory
+constexpr int PAD = 8;    // bfloat16 behind each row, so that ldmatrix reads eight rows from eight different banks
 constexpr int MAX_TRIALS = 23;  // of a draw: 2 + ln K
 constexpr int TRIALS = 8;       // that are measured side by side
 
@@ -61,7 +61,8 @@ struct Tiles {
   }
 
   static constexpr int64_t bytes(int64_t rows, int64_t depth) {
-    return static_cast<int64_t>(sizeof(Work)) + (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
+    return static_cast<int64_t>(sizeof(Work)) +
+           (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
   }
 };
 static_assert(sizeof(Work) % 16 == 0, "what follows is copied by 16 bytes");
@@ -80,15 +81,16 @@ struct Bound {
   // 1.02 covers the float32 arithmetic done here, and E F.
   __device__ float of(Norm p, Norm c) const {
     return 1.02f * (2 * (p.error * c.norm + p.norm * c.error) + of_product * p.norm * c.norm +
-                    of_norm2 * c.norm * (c.norm + 2 * p.norm) + of_float64 * (p.norm * p.norm + c.norm * c.norm)) + eta;
+                    of_norm2 * c.norm * (c.norm + 2 * p.norm) + of_float64 * (p.norm * p.norm + c.norm * c.norm)) +
+           eta;
   }
 };
 
 // ---- screen
 
 // sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . n_blocks x 8 columns
-__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* columns, int stride, int n_steps,
-                                int n_blocks) {
+__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* columns, int stride,
+                                int n_steps, int n_blocks) {
   const int lane = lane_id();
   points += (lane % 16) * stride + lane / 16 * 8;
   columns += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
@@ -102,8 +104,10 @@ __device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, c
       if (block >= n_blocks) break;
       const bfloat16* from = columns + block * 8 * stride + step * 16;
       const bool is_pair = block + 1 < n_blocks;
-      if (is_pair) ldmatrix_x4(b, from);
-      else ldmatrix_x2(b, from);
+      if (is_pair)
+        ldmatrix_x4(b, from);
+      else
+        ldmatrix_x2(b, from);
 #pragma unroll
       for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block], a[m], b, sum[m][block]);
       if (!is_pair) break;
@@ -126,8 +130,8 @@ __device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUM
 }
 
 // Coordinates first_d ... of COLUMNS centroids from first_column on.
-__device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column, int64_t first_d,
-                                    int width) {
+__device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column,
+                                    int64_t first_d, int width) {
   const int chunks = width / 8;
   for (int e = thread(); e < COLUMNS * chunks; e += THREADS) {
     const int column = e / chunks, at = e % chunks * 8;
@@ -150,15 +154,16 @@ __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const
 #pragma unroll 8
   for (int r = thread() / SLAB; r < TILE; r += ROWS) {
     const float x = r < n && d < z.D ? place(widen(points[(first + r) * z.D + d]), scale, centre) : 0;
-    tiles.points[r * tiles.stride + column] = narrow<bfloat16>(x);  // a point that is not finite spoils its own row alone
+    tiles.points[r * tiles.stride + column] =
+        narrow<bfloat16>(x);  // a point that is not finite spoils its own row alone
   }
 }
 
 // Multiplies a tile by COLUMNS columns, and leaves the products in work.screened, each warp those of its rows.
 // load(first_d, width) brings the columns. Points that are resident stand `row` rows behind tiles.points.
 template <class T, bool IS_RESIDENT, class Load>
-__device__ void screen(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n, int64_t row,
-                       int n_columns, const Load& load) {
+__device__ void screen(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int64_t first, int n,
+                       int64_t row, int n_columns, const Load& load) {
   float sum[2][4][4] = {};
   const int slab = IS_RESIDENT ? static_cast<int>(z.depth) : SLAB;
   for (int64_t d = 0; d < z.depth; d += slab) {
@@ -295,7 +300,8 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Wor
     for (int base = begin; base < end; base += AHEAD) {
       float x[AHEAD];
 #pragma unroll
-      for (int e = 0; e < AHEAD; ++e) x[e] = widen(points[(first + work->sorted_row[min(base + e, end - 1)] / 2) * z.D + d]);
+      for (int e = 0; e < AHEAD; ++e)
+        x[e] = widen(points[(first + work->sorted_row[min(base + e, end - 1)] / 2) * z.D + d]);
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         if (base + e >= end) break;
@@ -314,7 +320,8 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Wor
 
 // Labels the points, and brings the sums up to date with the labels.
 template <class T, bool IS_RESIDENT>
-__device__ void label_points(const Team& team, const Sizes& z, const Run& run, const T* points, const Tiles& tiles, int parity) {
+__device__ void label_points(const Team& team, const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
+                             int parity) {
   Work* work = tiles.work;
   const Bound bound(z);
   int64_t row = 0;
@@ -329,7 +336,8 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
       if (isnan(norm.norm)) continue;
       for (int k = 0; k < n_columns; ++k) {
         const Column of_column = work->column[k];
-        candidates.consider(static_cast<int32_t>(column) + k, of_column.norm2 - 2 * work->screened[warp_id()][lane_id()][k],
+        candidates.consider(static_cast<int32_t>(column) + k,
+                            of_column.norm2 - 2 * work->screened[warp_id()][lane_id()][k],
                             bound.of(norm, of_column.bound));
       }
     }

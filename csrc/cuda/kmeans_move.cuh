@@ -91,7 +91,8 @@ struct Placing {
 __device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
   for_clusters(team, z, [&](int64_t k) {
     Placing placing{scale_of(run)};
-    for (int64_t d = lane_id(); d < z.depth; d += LANES) placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0);
+    for (int64_t d = lane_id(); d < z.depth; d += LANES)
+      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0);
     placing.finish(z, run, k);
   });
 }
@@ -172,7 +173,8 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
 
 // Did the centroids move by more than tol? The norms of the points in their frame are mostly enough to tell.
 template <class T>
-__device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, double moved2) {
+__device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                          double moved2) {
   struct Bounds {
     double exact, low, high;
   };
@@ -186,8 +188,10 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
       squares = warp_sum(squares);
       if (lane_id() == 0) {
         const double scale = scale_of(run), n = max(run.control->n_finite, 1);
-        const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale, doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
-        const double of_centre = static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
+        const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale,
+                     doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
+        const double of_centre =
+            static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
         bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
         bounds.high = op.tol * ((squares / n * (1 + doubt) + of_centre) / unit);
       }
@@ -204,8 +208,8 @@ __device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, co
 
 // All threads of all blocks come to the same verdict on iteration n_iter, counted from 1.
 template <class T>
-__device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points, int64_t n_iter,
-                         int n_taken, int parity) {
+__device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
+                         int64_t n_iter, int n_taken, int parity) {
   struct Moved {
     double move2[TILE], sum;
   };
@@ -221,7 +225,8 @@ __device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, con
   __syncthreads();
   const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
   // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
-  return {has_changed && n_iter < op.max_iter && has_moved(op, team, z, run, points, moved.sum), !has_changed && n_taken == 0};
+  return {has_changed && n_iter < op.max_iter && has_moved(op, team, z, run, points, moved.sum),
+          !has_changed && n_taken == 0};
 }
 
 }  // namespace clmfast::kmeans_gpu

@@ -29,9 +29,9 @@ constexpr int QUAD = 4;        // threads that share one exact distance
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Control {
-  double bound;       // on the squared moves of the centroids together; negative: not known yet
+  double bound;  // on the squared moves of the centroids together; negative: not known yet
   int64_t n_iter;
-  int32_t reach;      // bits of the largest |coordinate|
+  int32_t reach;  // bits of the largest |coordinate|
   int32_t n_finite, n_taken;
   int32_t n_changed[2];  // labels, in this iteration and the one before
   int32_t is_active, is_consistent;
@@ -56,8 +56,13 @@ struct Sizes {
   int64_t N, D, K, n_tiles, depth, n_columns, n_trials;
 
   __host__ __device__ Sizes(const Kmeans& op)
-      : N(op.N), D(op.D), K(op.K), n_tiles(ceil_div(N, TILE)), depth(D < 16 ? 16 : ceil_div(D, 16) * 16),
-        n_columns(ceil_div(K, COLUMNS) * COLUMNS), n_trials(2) {
+      : N(op.N),
+        D(op.D),
+        K(op.K),
+        n_tiles(ceil_div(N, TILE)),
+        depth(D < 16 ? 16 : ceil_div(D, 16) * 16),
+        n_columns(ceil_div(K, COLUMNS) * COLUMNS),
+        n_trials(2) {
     // 2 + floor(ln K): no power of e is an integer
     for (double power = 2.718281828459045; power < static_cast<double>(K); power *= 2.718281828459045) ++n_trials;
   }
@@ -77,25 +82,25 @@ struct Parts {
 
 struct Run {
   Control* control;
-  double *magic, *mean;      // [D]: what rounds coordinates (cpu/sums.h); their mean
-  float* centre;             // [D]
-  Norm* norm;                // [N]
-  int32_t* tile_finite;      // [n_tiles]: finite points
-  int32_t* tile_reach;       // [n_tiles, D]: bits of their largest |coordinate|
-  double* tile_sum;          // [n_tiles, D]: of their coordinates
+  double *magic, *mean;               // [D]: what rounds coordinates (cpu/sums.h); their mean
+  float* centre;                      // [D]
+  Norm* norm;                         // [N]
+  int32_t* tile_finite;               // [n_tiles]: finite points
+  int32_t* tile_reach;                // [n_tiles, D]: bits of their largest |coordinate|
+  double* tile_sum;                   // [n_tiles, D]: of their coordinates
   double *tile_norm2, *tile_inertia;  // [n_tiles]: sum of |x~|^2; of dist2
-  int32_t* chosen;           // [K]: the points that are the first centroids
-  int32_t* trial;            // [2, n_trials]: points drawn in this round and in the one before
-  float* least;              // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
-  double* total;             // [2, n_trials, n_tiles]: its sum
-  float* centroid;           // [K, D]
-  bfloat16* placed;          // [n_columns, depth]: x^ of the centroids
-  Column* column;            // [n_columns]
-  int32_t *label, *count;    // [N]: -1 before the first; [K]
-  double* sum;               // [K, D]: of the rounded points of each cluster
-  double *move2, *dist2;     // [K]: how far centroids moved; [N]: dist2 of the points to their centroids
-  Taken* taken;              // [K]
-  int32_t* deck;             // [N]
+  int32_t* chosen;                    // [K]: the points that are the first centroids
+  int32_t* trial;                     // [2, n_trials]: points drawn in this round and in the one before
+  float* least;            // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
+  double* total;           // [2, n_trials, n_tiles]: its sum
+  float* centroid;         // [K, D]
+  bfloat16* placed;        // [n_columns, depth]: x^ of the centroids
+  Column* column;          // [n_columns]
+  int32_t *label, *count;  // [N]: -1 before the first; [K]
+  double* sum;             // [K, D]: of the rounded points of each cluster
+  double *move2, *dist2;   // [K]: how far centroids moved; [N]: dist2 of the points to their centroids
+  Taken* taken;            // [K]
+  int32_t* deck;           // [N]
 
   static __host__ __device__ size_t bytes(const Kmeans& op) {
     Parts parts{nullptr};
@@ -156,7 +161,8 @@ struct Team {
   // Calls visit(i) for i in [0, n), the threads of all blocks side by side.
   template <class Visit>
   __device__ void for_each(int64_t n, const Visit& visit) const {
-    for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n; i += static_cast<int64_t>(n_blocks) * THREADS)
+    for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n;
+         i += static_cast<int64_t>(n_blocks) * THREADS)
       visit(i);
   }
 };
@@ -180,7 +186,8 @@ __device__ float4 load_four(const T* row, int64_t d, int64_t D, bool is_aligned)
     const Four four = *reinterpret_cast<const Four*>(row + d);
     return {widen(four.x[0]), widen(four.x[1]), widen(four.x[2]), widen(four.x[3])};
   }
-  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0, d + 3 < D ? widen(row[d + 3]) : 0};
+  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0,
+          d + 3 < D ? widen(row[d + 3]) : 0};
 }
 
 // Can rows of D be read by fours?
@@ -207,8 +214,9 @@ __device__ double pair_dist2(const A* a, const B* b, int64_t D) {
 #pragma unroll 4
   for (int64_t d = thread() % QUAD * 4; d < D; d += 16) {
     const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
-    const double difference[4] = {static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
-                                  static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
+    const double difference[4] = {
+        static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
+        static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
 #pragma unroll
     for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
   }
@@ -231,7 +239,8 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 // ---- the steps that prepare a run
 
 // within [S, room]: of `known`, which later calls must not trust; or null.
-__device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within, int64_t room) {
+__device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within,
+                             int64_t room) {
   if (team.rank == 0 && thread() == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
   if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
@@ -274,7 +283,8 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
     if (__syncthreads_or(is_spoilt)) {  // once more without the points that are not finite
       for (int r = warp_id(); r < n; r += N_WARPS) {
         bool is_row_spoilt = false;
-        for (int64_t d = lane_id(); d < z.D; d += LANES) is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
+        for (int64_t d = lane_id(); d < z.D; d += LANES)
+          is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
         if (!warp_any(is_row_spoilt) || lane_id() > 0) continue;
         found.is_finite[r] = false;
         atomicAdd(&found.n_finite, -1);
@@ -319,7 +329,9 @@ __device__ inline float scale_of(const Run& run) {
   return __int_as_float((exponent + 127) << 23);  // brings the largest |coordinate| to 1/2 ... 1
 }
 
-__device__ inline float centre_of(const Run& run, int64_t d, float scale) { return static_cast<float>(run.mean[d] * scale); }
+__device__ inline float centre_of(const Run& run, int64_t d, float scale) {
+  return static_cast<float>(run.mean[d] * scale);
+}
 
 // From sums of |x~|^2 and |x~ - x^|^2 in float32.
 __device__ inline Norm norm_of(const Sizes& z, float squares, float errors) {
@@ -329,7 +341,8 @@ __device__ inline Norm norm_of(const Sizes& z, float squares, float errors) {
 
 // Norms in the frame; and, where the points stay in shared memory, their x^ [rows of this block, stride].
 template <class T, bool IS_RESIDENT>
-__device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident, int stride) {
+__device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident,
+                             int stride) {
   constexpr int ROWS = 4;  // of a warp at a time, so that enough reads are on their way
   struct Norm2 {
     float row[TILE];
@@ -349,7 +362,8 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
         const float centre = d < z.D ? centre_of(run, d, scale) : 0;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float x = is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
+          const float x =
+              is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
           const bfloat16 rounded_x = narrow<bfloat16>(x);
           const float error = x - widen(rounded_x);
           squares[r] = fmaf(x, x, squares[r]);

@@ -68,7 +68,8 @@ __device__ inline int64_t finite_point(const Sizes& z, const Run& run, int32_t j
   int32_t before;
   const int64_t tile = find_part<int32_t>(z.n_tiles, j, before, [&](int64_t i) { return run.tile_finite[i]; });
   const int64_t first = tile * TILE, n = z.N - first < TILE ? z.N - first : TILE;
-  return first + find_part<int32_t>(n, j - before, before, [&](int64_t r) { return isnan(run.norm[first + r].norm) ? 0 : 1; });
+  return first +
+         find_part<int32_t>(n, j - before, before, [&](int64_t r) { return isnan(run.norm[first + r].norm) ? 0 : 1; });
 }
 
 // The point that is drawn by a target, in proportion to `least`.
@@ -128,8 +129,8 @@ __device__ inline Best best_trial(const Sizes& z, const Run& run, int64_t step) 
 }
 
 // The points that this step tries, to `trial`.
-__device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, int64_t step, const Best& best,
-                            int32_t* trial) {
+__device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, int64_t step,
+                            const Best& best, int32_t* trial) {
   if (step == 0) {
     if (warp_id() > 0) return;
     const int64_t i = finite_point(z, run, static_cast<int32_t>(uniform(op, team.run, 0) * run.control->n_finite));
@@ -155,7 +156,8 @@ __device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
 #pragma unroll 4
   for (int64_t d = thread() % QUAD * 4; d < n_whole; d += 16) {
     const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
-    const float difference[4] = {x.x * unit - y.x * unit, x.y * unit - y.y * unit, x.z * unit - y.z * unit, x.w * unit - y.w * unit};
+    const float difference[4] = {x.x * unit - y.x * unit, x.y * unit - y.y * unit, x.z * unit - y.z * unit,
+                                 x.w * unit - y.w * unit};
 #pragma unroll
     for (int e = 0; e < 4; ++e) lane[e] = fmaf(difference[e], difference[e], lane[e]);
   }
@@ -168,8 +170,10 @@ __device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
 }
 
 // Which of n points tried (bits) may be nearer to this thread's point than `closest`, by the screen.
-__device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm norm, const Norm* of_trial, int n, float closest) {
-  const float doubt = (static_cast<float>(z.D) + 64) * 0x1p-21f, gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
+__device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm norm, const Norm* of_trial, int n,
+                                         float closest) {
+  const float doubt = (static_cast<float>(z.D) + 64) * 0x1p-21f,
+              gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
   uint32_t nearer = 0;
   for (int t = 0; t < n; ++t) {
     const Norm other = of_trial[t];
@@ -183,8 +187,9 @@ __device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm 
 
 // Measures a tile against TRIALS of the points drawn: work.least of `first_trial` and on, from this thread's `closest`.
 template <class T, bool IS_RESIDENT>
-__device__ void measure_trials(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, const int32_t* trial,
-                               int first_trial, int n, int64_t first, int n_rows, int64_t row, float closest) {
+__device__ void measure_trials(const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
+                               const int32_t* trial, int first_trial, int n, int64_t first, int n_rows, int64_t row,
+                               float closest) {
   struct OfTrials {
     Norm norm[TRIALS];
   };
@@ -198,7 +203,8 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
       for (int e = thread(); e < TRIALS * width; e += THREADS) {
         const int t = e / width;
         const int64_t d = first_d + e % width;
-        const float x = t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
+        const float x =
+            t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
         tiles.columns[t * tiles.stride + e % width] = narrow<bfloat16>(x);
       }
     });
@@ -209,7 +215,8 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
   __syncthreads();
   for (int t = 0; t < n; ++t) work->least[first_trial + t][thread()] = closest;
   int at = nearer ? atomicAdd(&work->n_pairs, __popc(nearer)) : 0;
-  for (; nearer; nearer &= nearer - 1) work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(nearer) - 1);
+  for (; nearer; nearer &= nearer - 1)
+    work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(nearer) - 1);
   __syncthreads();
   for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
     const int e = base + lane_id() / QUAD;
@@ -304,8 +311,10 @@ __device__ void write_start(const Kmeans& op, const Team& team, const Sizes& z, 
     for (int64_t d = lane_id(); given && d < z.D; d += LANES) is_spoilt |= !isfinite(given[d]);
     is_spoilt = warp_any(is_spoilt);
     for (int64_t d = lane_id(); d < z.D; d += LANES) {
-      if (given) centroid[d] = is_spoilt ? static_cast<float>(run.mean[d]) : given[d];
-      else centroid[d] = run.control->n_finite == 0 ? 0 : widen(points[run.chosen[k] * z.D + d]);
+      if (given)
+        centroid[d] = is_spoilt ? static_cast<float>(run.mean[d]) : given[d];
+      else
+        centroid[d] = run.control->n_finite == 0 ? 0 : widen(points[run.chosen[k] * z.D + d]);
     }
   }
 }
