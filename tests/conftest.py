@@ -29,6 +29,14 @@ SMALL = RunConfig(
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture
 def small() -> RunConfig:
     return SMALL
