@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clmfast import ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 Inputs = tuple[Tensor, ...]
 

@@ -68,7 +68,6 @@ __device__ int find_members(const int* group, int64_t first, int64_t N, int k, M
   const int64_t i = first + threadIdx.x;
   const bool is_member = i < N && group[i] == k;
   const uint32_t of_warp = warp_ballot(is_member);
-  __syncthreads();  // the last ones have been used
   if (lane_id() == 0) members.n_of_warp[warp_id()] = __popc(of_warp);
   __syncthreads();
   int n_before = __popc(of_warp & ((uint32_t{1} << lane_id()) - 1)), n = 0;
