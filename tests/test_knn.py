@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import assert_same_bits, assert_threads_do_not_matter, outputs_full_of_nan
+from op_checks import AWKWARD, assert_same_bits, assert_threads_do_not_matter, outputs_full_of_nan
 
 from clmfast import ops
 from clmfast.ops import reference
@@ -56,29 +56,10 @@ def test_queries(Q, N, k):
     assert_exact(normal(2, N, 19), k, normal(2, Q, 19, seed=1))
 
 
-DATA = {
-    "offset": lambda x: 1e4 + 1e-2 * x,
-    "far cluster": lambda x: torch.cat([x[:, :40] * 1e-3 + 50, x[:, 40:]], dim=1),
-    "tiny": lambda x: x * 1e-20,
-    "denormal": lambda x: x * 1e-41,
-    "dist2 denormal": lambda x: x * 1e-22,
-    "huge": lambda x: x * 1e18,
-    "dist2 overflows for some": lambda x: x * 4e18,
-    "dist2 overflows for all": lambda x: x * 1e38,
-    "ranges": lambda x: x * torch.logspace(-30, 30, x.shape[2]),
-    "rows of all sizes": lambda x: x * torch.logspace(-36, 36, x.shape[1])[:, None],
-    "duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7],
-    "near duplicates": lambda x: x[:, torch.arange(x.shape[1]) % 7] + 1e-7 * x,
-    "identical": lambda x: torch.full_like(x, 0.1),
-    "zeros": torch.zeros_like,
-    "grid": lambda x: x.round(),
-}
-
-
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_awkward_data(name, k):
-    points = DATA[name](normal(2, 150, 12))
+    points = AWKWARD[name](normal(2, 150, 12))
     assert_exact(points, k)
     assert_exact(points, k, points[:, :20] * 1.5)
 
@@ -202,7 +183,7 @@ def test_threads_do_not_matter():
 
 def answers():
     """Of knn and kmeans on awkward data and odd shapes."""
-    found = [x for make in DATA.values() for x in ops.knn(make(normal(2, 150, 12)), 10)]
+    found = [x for make in AWKWARD.values() for x in ops.knn(make(normal(2, 150, 12)), 10)]
     for D in (1, 2, 3, 31, 64, 129):
         points = normal(2, 301, D) + 3
         found += [
