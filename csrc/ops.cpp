@@ -884,6 +884,19 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
   return grads;
 }
 
+// What CPU and GPU both have.
+template <class Library>
+void implement_measures(Library& m) {
+  m.impl("knn", TORCH_BOX(&knn));
+  m.impl("kmeans", TORCH_BOX(&kmeans));
+  m.impl("separation", TORCH_BOX(&separation));
+  m.impl("majority_vote", TORCH_BOX(&majority_vote));
+  m.impl("label_shares", TORCH_BOX(&label_shares));
+  m.impl("partition_scores", TORCH_BOX(&partition_scores));
+  m.impl("adjusted_rand", TORCH_BOX(&adjusted_rand));
+  m.impl("capture_rows", TORCH_BOX(&capture_rows));
+}
+
 }  // namespace
 }  // namespace clmfast
 
@@ -933,16 +946,9 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
-  m.impl("knn", TORCH_BOX(&clmfast::knn));
-  m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
+  clmfast::implement_measures(m);
   m.impl("ring_to_grid", TORCH_BOX(&clmfast::ring_to_grid));
   m.impl("ring_knn", TORCH_BOX(&clmfast::ring_knn));
-  m.impl("separation", TORCH_BOX(&clmfast::separation));
-  m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
-  m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
-  m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
-  m.impl("adjusted_rand", TORCH_BOX(&clmfast::adjusted_rand));
-  m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
   m.impl("attention", TORCH_BOX(&clmfast::attention));
   m.impl("attention_backward", TORCH_BOX(&clmfast::attention_backward));
   m.impl("mlp_block", TORCH_BOX(&clmfast::mlp_block));
@@ -952,14 +958,5 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
 }
 
 #ifdef CLMFAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(clmfast, CUDA, m) {
-  m.impl("knn", TORCH_BOX(&clmfast::knn));
-  m.impl("kmeans", TORCH_BOX(&clmfast::kmeans));
-  m.impl("separation", TORCH_BOX(&clmfast::separation));
-  m.impl("majority_vote", TORCH_BOX(&clmfast::majority_vote));
-  m.impl("label_shares", TORCH_BOX(&clmfast::label_shares));
-  m.impl("partition_scores", TORCH_BOX(&clmfast::partition_scores));
-  m.impl("adjusted_rand", TORCH_BOX(&clmfast::adjusted_rand));
-  m.impl("capture_rows", TORCH_BOX(&clmfast::capture_rows));
-}
+STABLE_TORCH_LIBRARY_IMPL(clmfast, CUDA, m) { clmfast::implement_measures(m); }
 #endif

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "../pair_counts.h"
+
 namespace clmfast {
 namespace {
 
@@ -78,19 +80,6 @@ void count_sorted(const int64_t* truth, const int64_t* label, int64_t N, Conting
     ++out.cells.back().count;
   }
   out.n = N;
-}
-
-using Wide = __int128;  // products of pair counts reach N^4
-
-// Of the sums of squares of the cells and of their row and column sums.
-double adjusted_rand(int64_t n, Wide cells, Wide rows, Wide columns) {
-  const Wide same_both = cells - n, same_truth = rows - n, same_label = columns - n;  // ordered pairs of different points
-  const Wide only_truth = same_truth - same_both, only_label = same_label - same_both;
-  if (only_truth == 0 && only_label == 0) return 1;
-  const Wide neither = static_cast<Wide>(n) * (n - 1) - same_both - only_truth - only_label;
-  const Wide above = same_both * neither - only_truth * only_label;
-  const Wide below = same_truth * (only_truth + neither) + same_label * (only_label + neither);
-  return 2 * static_cast<double>(above) / static_cast<double>(below);
 }
 
 Wide squares(const std::vector<int64_t>& counts) {

@@ -13,6 +13,7 @@
 
 #include "../kmeans.h"
 #include "element.cuh"
+#include "pair.cuh"
 #include "ptx.cuh"
 
 namespace clmfast::kmeans_gpu {
@@ -24,7 +25,6 @@ constexpr int N_WARPS = 8;
 constexpr int THREADS = N_WARPS * LANES;
 constexpr int TILE = THREADS;  // points; a thread each. The CPU sums inertia by as many, so that the bits are the same
 constexpr int COLUMNS = 32;    // centroids, or points drawn, that are screened side by side
-constexpr int QUAD = 4;        // threads that share one exact distance
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -174,53 +174,6 @@ __device__ const T* points_of(const Kmeans& op, int64_t run) {
 
 __device__ inline const float* init_of(const Kmeans& op, int64_t run) {
   return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
-}
-
-// Four coordinates of a row from d on, zeros behind its end.
-template <class T>
-__device__ float4 load_four(const T* row, int64_t d, int64_t D, bool is_aligned) {
-  struct alignas(4 * sizeof(T)) Four {
-    T x[4];
-  };
-  if (is_aligned) {
-    const Four four = *reinterpret_cast<const Four*>(row + d);
-    return {widen(four.x[0]), widen(four.x[1]), widen(four.x[2]), widen(four.x[3])};
-  }
-  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0,
-          d + 3 < D ? widen(row[d + 3]) : 0};
-}
-
-// Can rows of D be read by fours?
-template <class T>
-__device__ bool is_aligned(const T* row, int64_t D) {
-  return D % 4 == 0 && reinterpret_cast<uintptr_t>(row) % (4 * sizeof(T)) == 0;
-}
-
-// Sums the 16 lanes of cpu/pair.h, of which four threads have four each, in its order.
-template <class X>
-__device__ X sum_of_lanes(X (&lane)[4]) {
-#pragma unroll
-  for (int mask = 2; mask > 0; mask /= 2)
-#pragma unroll
-    for (X& x : lane) x += warp_shuffle_xor(x, mask);
-  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
-}
-
-// pair_dist2 of cpu/pair.h, by four threads, which all get it. No fused multiply-add.
-template <class A, class B>
-__device__ double pair_dist2(const A* a, const B* b, int64_t D) {
-  const bool by_four = is_aligned(a, D) && is_aligned(b, D);
-  double lane[4] = {};
-#pragma unroll 4
-  for (int64_t d = thread() % QUAD * 4; d < D; d += 16) {
-    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
-    const double difference[4] = {
-        static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
-        static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
-  }
-  return sum_of_lanes(lane);
 }
 
 // What rounds the coordinates of a column: cpu/sums.h, of which this is find_magic.

@@ -150,7 +150,7 @@ __device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, 
 // float32 dist2 of two points in `unit`, a power of two that keeps squares from leaving float32; by four threads.
 template <class T>
 __device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
-  const bool by_four = is_aligned(a, D) && is_aligned(b, D);
+  const bool by_four = is_in_fours(a, D) && is_in_fours(b, D);
   const int64_t n_whole = D / 16 * 16;
   float lane[4] = {};
 #pragma unroll 4

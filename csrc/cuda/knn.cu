@@ -524,11 +524,8 @@ template <class T>
 __device__ bool is_same_row(const T* a, const T* b, int64_t D, bool is_aligned) {
   bool is_same = true;
   for (int64_t d = 4 * (threadIdx.x % QUAD); d < D && is_same; d += 16) {
-    float of_a[4], of_b[4];
-    load_four(a, d, D, is_aligned, of_a);
-    load_four(b, d, D, is_aligned, of_b);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) is_same = is_same && of_a[e] == of_b[e];
+    const float4 of_a = load_four(a, d, D, is_aligned), of_b = load_four(b, d, D, is_aligned);
+    is_same = of_a.x == of_b.x && of_a.y == of_b.y && of_a.z == of_b.z && of_a.w == of_b.w;
   }
   return warp_ballot(is_same) >> (lane_id() & ~3) << 28 == 0xfu << 28;
 }

@@ -13,18 +13,16 @@ constexpr int QUAD = 4;
 
 // Coordinates d, ..., d + 3; zeros, which add nothing, behind the row's end.
 template <class T>
-__device__ inline void load_four(const T* row, int64_t d, int64_t D, bool is_aligned, float (&four)[4]) {
+__device__ inline float4 load_four(const T* row, int64_t d, int64_t D, bool is_aligned) {
   if (is_aligned) {
     struct alignas(4 * sizeof(T)) Four {
       T value[4];
     };
-    const Four loaded = *reinterpret_cast<const Four*>(row + d);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) four[e] = widen(loaded.value[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) four[e] = d + e < D ? widen(row[d + e]) : 0.f;
+    const Four four = *reinterpret_cast<const Four*>(row + d);
+    return {widen(four.value[0]), widen(four.value[1]), widen(four.value[2]), widen(four.value[3])};
   }
+  return {widen(row[d]), d + 1 < D ? widen(row[d + 1]) : 0, d + 2 < D ? widen(row[d + 2]) : 0,
+          d + 3 < D ? widen(row[d + 3]) : 0};
 }
 
 // May rows [*, D] be read four coordinates at a time?
@@ -33,26 +31,42 @@ __device__ inline bool is_in_fours(const T* rows, int64_t D) {
   return D % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % (4 * sizeof(T)) == 0;
 }
 
-// All lanes of the warp call this; a quad without a pair passes D = 0.
-template <class T>
-__device__ inline double pair_dist2(const T* a, const T* b, int64_t D, bool is_aligned) {
-  double sum[4] = {};
+// Sums the sixteen lanes of cpu/pair.h, of which a quad has four each, in its order.
+template <class X>
+__device__ inline X sum_of_lanes(X (&lane)[4]) {
+#pragma unroll
+  for (int mask = 2; mask > 0; mask /= 2)  // lanes l + 8, then lanes l + 4
+#pragma unroll
+    for (X& x : lane) x += warp_shuffle_xor(x, mask);
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+// What a lane whose first coordinate is `first` does for its quad's pair.
+template <class A, class B>
+__device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
+  double lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = 4 * (threadIdx.x % QUAD); d < D; d += 16) {
-    float of_a[4], of_b[4];
-    load_four(a, d, D, is_aligned, of_a);
-    load_four(b, d, D, is_aligned, of_b);
+  for (int64_t d = first; d < D; d += 16) {
+    const float4 x = load_four(a, d, D, is_aligned), y = load_four(b, d, D, is_aligned);
+    const double difference[4] = {
+        static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
+        static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const double difference = static_cast<double>(of_a[e]) - static_cast<double>(of_b[e]);
-      sum[e] = __dadd_rn(sum[e], __dmul_rn(difference, difference));
-    }
+    for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
   }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) sum[e] = __dadd_rn(sum[e], warp_shuffle_xor(sum[e], 2));  // lane l + 8
-#pragma unroll
-  for (int e = 0; e < 4; ++e) sum[e] = __dadd_rn(sum[e], warp_shuffle_xor(sum[e], 1));  // lane l + 4
-  return __dadd_rn(__dadd_rn(sum[0], sum[2]), __dadd_rn(sum[1], sum[3]));
+  return sum_of_lanes(lane);
+}
+
+// All lanes of the warp call these, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned in
+// the one and signed in the other: the other way round, knn's kernels take 14 and k-means' 6 registers more (nvcc 13.0).
+template <class A, class B>
+__device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
+  return pair_dist2_from(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
+}
+template <class A, class B>
+__device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
+  const int thread = static_cast<int>(threadIdx.x);
+  return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
 }
 
 }  // namespace clmfast

@@ -8,6 +8,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "../pair_counts.h"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -50,25 +51,12 @@ __device__ void add_line(Count* squares, Count* n_lines, Count* entropy, int64_t
   add_entropy_term(entropy, share * (log(static_cast<double>(n)) - log(static_cast<double>(count))));
 }
 
-using Wide = __int128;  // products of pair counts reach N^4
-
-__device__ double adjusted_rand_of(const Totals& totals, int64_t n) {
-  const Wide same_both = static_cast<Wide>(totals.cells2) - n, same_truth = static_cast<Wide>(totals.rows2) - n,
-             same_label = static_cast<Wide>(totals.columns2) - n;  // ordered pairs of different points
-  const Wide only_truth = same_truth - same_both, only_label = same_label - same_both;
-  if (only_truth == 0 && only_label == 0) return 1;
-  const Wide neither = static_cast<Wide>(n) * (n - 1) - same_both - only_truth - only_label;
-  const Wide above = same_both * neither - only_truth * only_label;
-  const Wide below = same_truth * (only_truth + neither) + same_label * (only_label + neither);
-  return 2 * static_cast<double>(above) / static_cast<double>(below);
-}
-
 // [ari, nmi, homogeneity, completeness, v_measure, purity], `stride` apart; or ari alone.
 __device__ void write_scores(const Totals& totals, int64_t n, bool is_in_range, bool is_ari_only, double* out,
                              int64_t stride) {
   double scores[6] = {1, 1, 1, 1, 1, 1};
   if (n > 0) {
-    scores[0] = adjusted_rand_of(totals, n);
+    scores[0] = adjusted_rand(n, totals.cells2, totals.rows2, totals.columns2);
     const double truth_entropy = totals.n_rows > 1 ? entropy_of(totals.truth_entropy) : 0;
     const double label_entropy = totals.n_columns > 1 ? entropy_of(totals.label_entropy) : 0;
     double information = totals.n_rows > 1 && totals.n_columns > 1 ? entropy_of(totals.information) : 0;
