@@ -1,9 +1,9 @@
 """Claims as numbers: an effect over seeds, its bootstrap interval, the control beside it, and a verdict.
 
 The rule. Each seed gives one value of the effect and one of the control (a constant where the control is a bar). The
-margin is effect - control, seed by seed. Intervals are bootstrap intervals over seeds: BCa, 95 %, 9999 resamples, fixed
-seed. A claim holds if the whole interval of the margin lies on the side that the claim names; with fewer than five
-seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no surprise.
+margin is effect - control, seed by seed. Intervals are bootstrap intervals over seeds: BCa, 95 %, 9999 resamples (1999
+of a correlation), fixed seed. A claim holds if the whole interval of the margin lies on the side that the claim names;
+with fewer than five seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no surprise.
 """
 
 from __future__ import annotations
