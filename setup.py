@@ -12,6 +12,7 @@ the machine that built it is left inside.
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ COMPILE_FLAGS = [
     "-fno-math-errno",  # a square root is an instruction
     f"-DTORCH_TARGET_VERSION={STABLE_ABI_OF}",
 ]
+OLDEST_NVCC = (12, 0)  # that knows sm_90a
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -61,9 +63,24 @@ def find_nvcc() -> str | None:
         return None
     folders = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
-    if wish == "1" and nvcc is None:
-        raise SystemExit("clmfast: CLMFAST_CUDA=1, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
-    return nvcc
+    missing = None
+    if nvcc is None:
+        missing = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
+    elif (release := release_of(nvcc)) < OLDEST_NVCC:
+        missing = f"{nvcc} is release {release[0]}.{release[1]}, and sm_90a needs {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]}"
+    if missing is None:
+        return nvcc
+    if wish == "1":
+        raise SystemExit(f"clmfast: CLMFAST_CUDA=1, but {missing}")
+    if nvcc is not None:
+        print(f"clmfast: building without the CUDA ops: {missing}", flush=True)
+    return None
+
+
+def release_of(nvcc: str) -> tuple[int, int]:
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", told)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:
@@ -90,7 +107,9 @@ class BuildOps(build_ext):
         def compile_cuda(source: str) -> str:
             built = Path(self.build_temp, source).with_suffix(".cu.o")
             built.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([str(nvcc), *NVCC_FLAGS, "-c", source, "-o", str(built)], check=True, cwd=ROOT)
+            command = [str(nvcc), *NVCC_FLAGS, "-c", source, "-o", str(built)]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                raise SystemExit(f"clmfast: {nvcc} failed on {source}, see above; CLMFAST_CUDA=0 builds without CUDA")
             return str(built)
 
         def compile_one(source: str) -> str:

@@ -130,15 +130,23 @@ def save(figure: Any, path: Path, result: Result) -> None:
     print(path)
 
 
-def markdown(result: Result) -> Iterable[str]:
-    """The claims, line by line."""
-    yield "| what | measured | must | aim | |"
-    yield "| --- | --- | --- | --- | --- |"
-    for claim in result["claims"]:
+def markdown(results: list[Result]) -> Iterable[str]:
+    """The claims line by line, with a column for every machine; those that only a later result makes are left out."""
+    yield f"| what | must | aim | {' | '.join(result['machine']['cpu'] for result in results)} |"
+    yield "| --- " * (3 + len(results)) + "|"
+    measured = [{claim["what"]: claim for claim in result["claims"]} for result in results]
+    for claim in results[0]["claims"]:
         sign = "≤" if claim["at_most"] else "≥"
         bars = ["" if claim[bar] is None else f"{sign} {number(claim[bar], claim['unit'])}" for bar in ("must", "aim")]
-        value = "-" if claim["value"] is None else number(claim["value"], claim["unit"])
-        yield f"| {claim['what']} | {value} | {bars[0]} | {bars[1]} | {claim['verdict']} |"
+        cells = [cell(claims.get(claim["what"])) for claims in measured]
+        yield f"| {' | '.join([claim['what'], *bars, *cells])} |"
+
+
+def cell(claim: Result | None) -> str:
+    if claim is None or claim["value"] is None:
+        return "-"
+    value = number(claim["value"], claim["unit"])
+    return f"{value}, {claim['verdict']}" if claim["verdict"] else value
 
 
 def number(value: float, unit: str) -> str:
@@ -147,17 +155,21 @@ def number(value: float, unit: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="?", type=Path, help="a saved JSON file (default: the newest)")
+    parser.add_argument(
+        "results", nargs="*", type=Path, help="saved JSON files: the first is drawn, all are told (default: the newest)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures (default: docs)")
     options = parser.parse_args()
-    path = options.results or newest()
-    if not path.is_file():
-        raise SystemExit(f"no such file: {path}")
-    result = json.loads(path.read_text())
+    paths = options.results or [newest()]
+    for path in paths:
+        if not path.is_file():
+            raise SystemExit(f"no such file: {path}")
+    results = [json.loads(path.read_text()) for path in paths]
+    result = results[0]
     draw_rivals(result, options.out / "rivals.png")
     draw_limits(result, options.out / "limits.png")
     draw_scaling(result, options.out / "scaling.png")
-    print(*markdown(result), sep="\n")
+    print(*markdown(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 READOUTS = ("instruction_end", "prompt_end", "mean")
-LABEL_KINDS = ("task", "grammar", "instruction", "input", "output")
+LABEL_KINDS = ("task", "grammar", "instruction", "input", "output", "task_output")
 UNSEEN_SPLITS = ("unseen_pair", "unseen_instruction", "unseen_grammar")
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from plotly.colors import qualitative, sample_colorscale
 from plotly.subplots import make_subplots
 
+from clmfast.config import LABEL_KINDS
 from clmfast.findings import (
     HEADLINE_SPLIT,
     best_layer,
@@ -25,12 +26,14 @@ READOUT_TEXT = {
     "prompt_end": "at the end of the prompt",
     "mean": "mean over the sequence",
 }
-KIND_COLOURS = dict(
-    zip(("task", "grammar", "instruction", "input", "output"), ("#d62728", "#1f77b4", "#17becf", "#9467bd", "#2ca02c"),
-        strict=True)
-)  # fmt: skip
+KIND_COLOURS = dict(zip(LABEL_KINDS, ("#d62728", "#1f77b4", "#17becf", "#9467bd", "#2ca02c", "#ff7f0e"), strict=True))
 GREY = "#777777"
 PROJECTED_POINTS = 700  # per picture of a projection: enough to see, few enough for a page with dozens of them
+
+
+def kind_name(kind: str) -> str:
+    """As pictures and claims write a kind of label: task x output is the pair of both."""
+    return kind.replace("_", " x ")
 
 
 def layer_colours(n_layers: int) -> list[str]:
@@ -152,9 +155,9 @@ def kinds_by_layer(run: Run) -> go.Figure:
         for kind, colour in KIND_COLOURS.items():
             values = final_by_layer(run, f"ari_{kind}", "", readout)
             figure.add_bar(
-                x=list(run.layers), y=values.astype(np.float32), name=kind, legendgroup=kind, marker_color=colour,
-                showlegend=col == len(run.readouts), row=1, col=col,
-                hovertemplate=f"layer %{{x}}: %{{y:.3f}}<extra>{kind}</extra>",
+                x=list(run.layers), y=values.astype(np.float32), name=kind_name(kind), legendgroup=kind,
+                marker_color=colour, showlegend=col == len(run.readouts), row=1, col=col,
+                hovertemplate=f"layer %{{x}}: %{{y:.3f}}<extra>{kind_name(kind)}</extra>",
             )  # fmt: skip
         figure.update_xaxes(title_text="layer (0 = embedding)", dtick=1, row=1, col=col)
     figure.update_yaxes(title_text="ARI of k-means against the labels", col=1)

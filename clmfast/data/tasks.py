@@ -126,16 +126,19 @@ class TaskSet:
         return int(np.diff(self.offset).max()) + self.input_tokens.shape[1] + 5
 
     def labels(self, examples: Ids) -> dict[str, Ids]:
-        """Every label of the examples [N]: task, grammar, instruction, input, output; each [N] int64."""
+        """Every label of the examples [N]: task, grammar, instruction, input, output, and the pair of task and output;
+        each [N] int64."""
         instruction, i_input = np.divmod(examples, self.n_inputs)
         grammar = self.instruction_grammar[instruction]
         task = self.grammar_task[grammar]
+        output = self.output[task, i_input]
         return {
             "task": task,
             "grammar": grammar,
             "instruction": instruction,
             "input": i_input,
-            "output": self.output[task, i_input],
+            "output": output,
+            "task_output": task * self.n_outputs + output,
         }
 
     def label_counts(self) -> dict[str, int]:
@@ -146,6 +149,7 @@ class TaskSet:
             "instruction": len(self.instruction_grammar),
             "input": self.n_inputs,
             "output": self.n_outputs,
+            "task_output": self.n_tasks * self.n_outputs,
         }
 
     def instruction_text(self, instruction: int) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clmfast.config import LABEL_KINDS
+
 MEASUREMENT_VERSION = 1
 
 
@@ -30,8 +32,10 @@ MEASURES: dict[str, Measure] = {
     "lr": Measure("1", 0, None, "", "learning rate of the step"),
     "grad_norm": Measure("1", 0, None, "", "norm of the gradient before clipping"),
     **{
-        f"ari_{kind}": Measure("1", -0.5, 1, "0", f"adjusted Rand index of k-means (K = tasks) against {kind} labels")
-        for kind in ("task", "grammar", "instruction", "input", "output")
+        f"ari_{kind}": Measure(
+            "1", -0.5, 1, "0", f"adjusted Rand index of k-means (K = tasks) against {kind.replace('_', ' x ')} labels"
+        )
+        for kind in LABEL_KINDS
     },
     "ari_task_assigned": Measure(
         "1", -0.5, 1, "0", "ari_task of the unseen states, assigned to the centroids fitted to training states"
