@@ -15,8 +15,11 @@ from clmfast.study import runs as runs_module
 from clmfast.study.__main__ import main, seeds_of, studies
 from clmfast.study.base import StudyError, quick_config
 from clmfast.study.claims import FAILS, HOLDS, TOO_FEW, claim, interval, to_rows
+from clmfast.study.clusters_by import NOTHING, winner_of
+from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.runs import hold, run_path, state_of
+from clmfast.study.unseen import log_odds_ratio
 
 
 def test_interval_of_a_mean():
@@ -65,6 +68,36 @@ def test_milestones_of_a_ramp():
     assert found["saturation"] == pytest.approx(480, abs=3)
     assert all(math.isnan(at) for at in milestones(step, np.full(1000, 0.05)).values())
     assert all(math.isnan(at) for at in milestones(step, np.full(1000, np.nan)).values())
+
+
+def test_log_odds_ratio_by_hand():
+    assert log_odds_ratio(np.array([[90, 10], [30, 20]])) == pytest.approx(np.log((20.5 / 30.5) / (10.5 / 90.5)))
+    assert log_odds_ratio(np.array([[10, 10], [10, 10]])) == 0
+    assert np.isfinite(log_odds_ratio(np.array([[100, 0], [0, 0]])))
+
+
+def test_winner_of_kinds_or_nothing():
+    ari = np.array([[0.5, 0.1, 0.02], [0.2, 0.3, 0.01]])  # [kinds, places]
+    assert winner_of(ari, 0.05).tolist() == [0, 1, NOTHING]
+
+
+def test_correlation_within_difficulties_is_blind_to_what_sets_them_apart():
+    random = np.random.default_rng(0)
+    stop = {name: level + random.normal(size=8) for name, level in (("easy", 0), ("base", 100), ("hard", 200))}
+    saturation = {name: level + random.normal(size=8) for name, level in (("easy", 0), ("base", 100), ("hard", 200))}
+    saturation["base"][3] = np.nan
+    pooled = rank_correlation(np.concatenate(list(stop.values())), np.concatenate(list(saturation.values())))
+    within = rank_correlation(ranks_within(stop, saturation), ranks_within(saturation, stop))
+    assert pooled > 0.8 and abs(within) < 0.4
+    assert rank_correlation(ranks_within(stop, stop), ranks_within(stop, stop)) == pytest.approx(1)
+    assert np.isnan(ranks_within(stop, saturation)).sum() == 1
+
+
+@pytest.mark.parametrize(("sign", "who"), [(1, "Accuracy leads"), (-1, "Clustering leads")])
+def test_who_leads_is_tested_in_the_direction_of_the_mean(sign, who):
+    found = leader("base", sign * np.array([20.0, 30, 25, 40, np.nan, 15]))
+    assert found.statement.startswith(who) and found.verdict == HOLDS and found.n_seeds == 5
+    assert leader("base", sign * np.array([20.0, -30, 25, -40, 30, 15])).verdict == FAILS
 
 
 def test_a_configuration_has_one_place_whatever_the_threads(tmp_path):

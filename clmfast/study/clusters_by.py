@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from clmfast.config import LABEL_KINDS
-from clmfast.findings import final_by_layer
-from clmfast.plot import KIND_COLOURS, READOUT_TEXT, layout
+from clmfast.findings import control, final_by_layer, first_by_layer
+from clmfast.plot import GREY, KIND_COLOURS, READOUT_TEXT, kind_name, layout
 from clmfast.record import Run
 from clmfast.study.base import BASE_LABEL, Runs, Section, Study
 from clmfast.study.claims import Claim, claim
 from clmfast.study.emergence import configs
-from clmfast.study.figures import CONTROL_TEXT, add_band, add_controls, curves, over_seeds
+from clmfast.study.figures import CONTROL_TEXT, add_band, add_controls, curves, layer_name, over_seeds
 
 
 def kinds_of(readout: str) -> tuple[str, ...]:
@@ -32,13 +32,44 @@ def best_and_rival(run: Run, readout: str, kind: str) -> tuple[float, float]:
     return float(ari[kind][layer]), float(max(values[layer] for k, values in ari.items() if k != kind))
 
 
+NOTHING = len(LABEL_KINDS)  # in place of the index of a kind
+
+
+def winner_of(ari: NDArray[np.float64], chance: float) -> NDArray[np.int64]:
+    """Index of the kind with the largest ARI of [kinds, ...]; NOTHING where that is no more than chance."""
+    return np.where(ari.max(0) > chance, ari.argmax(0), NOTHING)
+
+
+def chance_of(runs: list[Run], readout: str) -> float:
+    """The largest ARI that shuffled labels gave in any run and layer."""
+    bands = [control(run, "shuffled_labels", readout, "ari_task", "", layer) for run in runs for layer in run.layers]
+    return max((band["high"] for band in bands if band), default=0.0)
+
+
 def winners(runs: list[Run], readout: str) -> tuple[NDArray, NDArray]:
     """(steps, index of the winning kind [layers, steps]), mean over seeds of the window's ARI."""
     kinds = kinds_of(readout)
     found = [over_seeds(runs, lambda r: r.by_layer("window", readout, f"ari_{k}")) for k in kinds]  # noqa: B023
     step, mean = found[0][0], np.stack([values.mean(0) for _, values in found])
     known = np.isfinite(mean).all((0, 2))
-    return step[known], mean[:, known].argmax(0).T
+    return step[known], winner_of(mean[:, known], chance_of(runs, readout)).T
+
+
+def winners_of_controls(runs: list[Run], readout: str) -> dict[str, int]:
+    """Who wins where nothing was learned: with letter counts, and in the best layer of the untrained model."""
+    kinds, chance = kinds_of(readout), chance_of(runs, readout)
+
+    def letters(run: Run, kind: str) -> float:
+        found = control(run, "raw_strings", readout, f"ari_{kind}", "")
+        return found["mean"] if found else 0.0
+
+    ari = {
+        "letters alone": [np.mean([letters(run, kind) for run in runs]) for kind in kinds],
+        "untrained model": [
+            np.mean([first_by_layer(run, f"ari_{kind}", "", readout).max() for run in runs]) for kind in kinds
+        ],
+    }
+    return {name: int(winner_of(np.array(values), chance)) for name, values in ari.items()}
 
 
 def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
@@ -49,16 +80,18 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             pairs = np.array([best_and_rival(run, readout, kind) for run in base])
             claims.append(
                 claim(
-                    f"States {READOUT_TEXT[readout]} cluster by {kind} more than by anything else",
-                    f"ARI with the {kind}, its best layer, last probe", pairs[:, 0], "best other kind", pairs[:, 1],
+                    f"States {READOUT_TEXT[readout]} cluster by {kind_name(kind)} more than by anything else",
+                    f"ARI with the {kind_name(kind)}, its best layer, last probe",
+                    pairs[:, 0], "best other kind", pairs[:, 1],
                     finding="1" if kind == "task" and readout == "instruction_end" else "",
                 )
             )  # fmt: skip
     return claims, [
         Section(
             "Who wins, where and when",
-            "The kind of label with the largest ARI, for every layer and step, mean over seeds. It says who wins, not "
-            "by how much: see the curves below.",
+            "The kind of label with the largest ARI, for every layer and step, mean over seeds; nothing: no kind is "
+            "above what shuffled labels give. Below the layers, the controls: who wins with letter counts in place of "
+            "states, and in the best layer of the untrained model. It says who wins, not by how much: see the curves.",
             winner_figure(base),
         ),
         Section(
@@ -73,19 +106,24 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
 def winner_figure(runs: list[Run]) -> go.Figure:
     readouts = runs[0].readouts
     figure = make_subplots(1, len(readouts), shared_yaxes=True, subplot_titles=[READOUT_TEXT[r] for r in readouts])
-    n = len(LABEL_KINDS)
-    scale = [[(i + edge) / n, KIND_COLOURS[kind]] for i, kind in enumerate(LABEL_KINDS) for edge in (0, 1)]
+    classes = {kind_name(kind): colour for kind, colour in KIND_COLOURS.items()} | {"nothing": "#e8e8e8"}
+    n = len(classes)
+    scale = [[(i + edge) / n, colour] for i, colour in enumerate(classes.values()) for edge in (0, 1)]
     for col, readout in enumerate(readouts, start=1):
         step, winner = winners(runs, readout)
         every = max(1, len(step) // 300)
-        ticks = {"tickvals": list(range(n)), "ticktext": list(LABEL_KINDS)}
+        controls = winners_of_controls(runs, readout)
+        rows = np.concatenate([np.repeat([[i] for i in controls.values()], winner.shape[1], axis=1), winner])
+        ticks = {"tickvals": list(range(n)), "ticktext": list(classes)}
         figure.add_heatmap(
-            x=step[::every], y=list(runs[0].layers), z=winner[:, ::every], zmin=-0.5, zmax=n - 0.5, colorscale=scale,
+            x=step[::every], y=list(range(len(rows))), z=rows[:, ::every], zmin=-0.5, zmax=n - 0.5, colorscale=scale,
             colorbar=ticks, showscale=col == 1, row=1, col=col,
         )  # fmt: skip
+        figure.add_hline(len(controls) - 0.5, line={"color": GREY, "width": 2}, row=1, col=col)
+        names = [*controls, *(layer_name(layer) for layer in runs[0].layers)]
+        figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, row=1, col=col)
     figure.update_xaxes(title_text="training step")
-    figure.update_yaxes(title_text="layer (0 = embedding)", dtick=1, col=1)
-    return layout(figure, 360)
+    return layout(figure, 420)
 
 
 def top_figure(runs: list[Run]) -> go.Figure:
@@ -96,7 +134,7 @@ def top_figure(runs: list[Run]) -> go.Figure:
         add_controls(figure, runs, [0, runs[0].config.steps], "ari_task", "", readout, 1, col, col == 1)
         for kind in kinds_of(readout):
             step, values = over_seeds(runs, lambda r: r.by_layer("window", readout, f"ari_{kind}")[:, top])  # noqa: B023
-            add_band(figure, step, values, kind, KIND_COLOURS[kind], col == len(readouts), 1, col)
+            add_band(figure, step, values, kind_name(kind), KIND_COLOURS[kind], col == len(readouts), 1, col)
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text="ARI", col=1)
     return layout(figure, 400)

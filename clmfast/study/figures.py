@@ -25,14 +25,14 @@ CONTROL_TEXT = (
 
 
 def control_of(run: Run, name: str, measure: str, split: str = "", readout: str = HEADLINE_READOUT) -> float:
-    """One of CONTROLS for one run, at its strongest: the most that any layer (or any shuffle) gives."""
+    """One of CONTROLS for one run, in the layer where it is strongest; of the shuffles, their mean there."""
     if name == "letters alone":
         found = control(run, "raw_strings", readout, measure, split)
         return found["mean"] if found else np.nan
     if name == "untrained model":
         return float(np.nanmax(first_by_layer(run, measure, split, readout)))
     bands = [control(run, "shuffled_labels", readout, measure, split, layer) for layer in run.layers]
-    return max((band["high"] for band in bands if band), default=np.nan)
+    return max((band["mean"] for band in bands if band), default=np.nan)
 
 
 def add_controls(

@@ -1,0 +1,51 @@
+"""Models of a finished run as they were at a checkpoint, for what only the model can answer."""
+
+from __future__ import annotations
+
+import torch
+
+from clmfast.config import RunConfig
+from clmfast.data.tasks import TaskSet, make_tasks
+from clmfast.files import DamagedCheckpoint, read_checkpoint
+from clmfast.model import Transformer
+from clmfast.record import Run
+from clmfast.study.base import StudyError
+
+
+def tasks_of(config: RunConfig) -> TaskSet:
+    """The task set that a run of this configuration was trained on."""
+    return make_tasks(config.task, config.seed)
+
+
+def checkpoint_steps(run: Run) -> list[int]:
+    """Steps whose weights are there, ascending."""
+    return sorted(int(path.name) for path in (run.path / "checkpoints").glob("[0-9]*"))
+
+
+def model_at(run: Run, tasks: TaskSet, step: int) -> Transformer:
+    """The model after `step` updates; StudyError where its checkpoint is missing or damaged."""
+    path = run.path / "checkpoints" / f"{step:08d}"
+    try:
+        tensors, _ = read_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise StudyError(f"run {run.path.name} must hold the weights of step {step}: {error}") from None
+    model = Transformer(run.config.model, len(tasks.vocabulary), tasks.max_length, run.config.seed)
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    if run.config.model.tie_head:
+        weights["head.weight"] = weights["token_embedding.weight"]
+    model.load_state_dict(weights)
+    return model
+
+
+@torch.inference_mode()
+def is_right(model: Transformer, tasks: TaskSet, examples: torch.Tensor) -> torch.Tensor:
+    """Does the model give the output of each example [N]? [N] bool."""
+    found = []
+    for part in examples.split(256):
+        batch = tasks.pack(part.numpy())
+        states = model.states(
+            torch.from_numpy(batch.tokens), torch.from_numpy(batch.offset), position=torch.from_numpy(batch.position)
+        )
+        logits = model.logits(states[torch.from_numpy(batch.prompt_end)])
+        found.append(logits.argmax(-1) == torch.from_numpy(batch.target))
+    return torch.cat(found)
