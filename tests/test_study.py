@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +183,21 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert "1 runs are there, 0 to train" in capsys.readouterr().out
     assert (run / "steps.npy").stat().st_mtime_ns == before
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path):
+    out = tmp_path / "out"
+    command = ["emergence", "--quick", "--seeds", "0..0", "--out", str(out)]
+    killed = subprocess.Popen([sys.executable, "-m", "clmfast.study", *command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/resume/00000020/manifest.json")):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    for pid in (killed.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    killed.wait()
+    (run,) = (path for path in (out / "runs").iterdir() if path.is_dir())
+    assert main(command) == 0
+    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events.count("start") == 1 and events.count("resume") == 1 and events.count("end") == 1
