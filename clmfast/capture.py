@@ -6,13 +6,21 @@ A bank is a ring: batch after batch is written behind the last one, and the olde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clmfast import ops
 from clmfast.data.tasks import Batch
+
+
+def from_host(array: NDArray[Any], device: torch.device | str) -> Tensor:
+    """The array as a tensor on the device: the same memory on the CPU, a copy that nobody waits for on a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def spans(batch: Batch, readouts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -25,7 +33,7 @@ def spans(batch: Batch, readouts: Sequence[str], device: torch.device | str = "c
         "instruction_end": (batch.instruction_end, batch.instruction_end + 1),
         "prompt_end": (batch.prompt_end, batch.prompt_end + 1),
     }
-    start, stop = (torch.from_numpy(np.stack([span[r][i] for r in readouts])).to(device) for i in range(2))
+    start, stop = (from_host(np.stack([span[r][i] for r in readouts]), device) for i in range(2))
     return start, stop
 
 

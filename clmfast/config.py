@@ -154,7 +154,7 @@ class RunConfig:
     measure_every: int = 1
     """Steps between window measurements; 0 turns all measuring off."""
     device: str = "cpu"
-    """Where to train and measure."""
+    """Where to train and measure: cpu, cuda or cuda:N."""
     threads: int = 0
     """CPU threads; 0 takes all cores that this process may use."""
     out: str = ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -61,7 +62,9 @@ def parse(arguments: list[str]) -> CommandLine:
         path = Path(resume) / "config.json"
         if not path.exists():
             raise ConfigError(f"--resume must name a run directory, {resume} has no config.json")
-        return CommandLine(resume=resume, run=dataclasses.replace(from_file(path, RunConfig()), out=resume))
+        run = dataclasses.replace(from_file(path, RunConfig()), out=resume)
+        check_device(run.device)
+        return CommandLine(resume=resume, run=run)
     asked = tyro.cli(
         CommandLine,
         args=arguments,
@@ -70,8 +73,7 @@ def parse(arguments: list[str]) -> CommandLine:
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes[CommandLine]),
     )
     check(asked.run)
-    if asked.run.device != "cpu":
-        raise ConfigError(f"device must be cpu: this version measures on the CPU only, got {asked.run.device}")
+    check_device(asked.run.device)
     n_cores = len(os.sched_getaffinity(0))
     if asked.run.threads > n_cores:
         raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {asked.run.threads}")
@@ -232,6 +234,23 @@ def finish(training: Training, writer: RunWriter) -> None:
     write_report(writer.path)
 
 
+def check_device(device: str) -> None:
+    """Is it there? ConfigError otherwise: what was asked for is never replaced."""
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {device}")
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= n_gpus:
+        raise ConfigError(f"device must be one of the {n_gpus} GPUs that torch {torch.__version__} sees, got {device}")
+    import clmfast.ops  # noqa: F401  # registers them
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("clmfast::knn", "CUDA"):
+        raise ConfigError(f"device {device} needs clmfast built where nvcc is found: see the README, On a GPU")
+
+
 def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Threads and determinism; returns the automatic choices with their reasons for the header."""
     import torch
@@ -239,14 +258,19 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     n_cores = len(os.sched_getaffinity(0))
     threads = config.threads or n_cores
     torch.set_num_threads(threads)
+    is_cpu = config.device == "cpu"
+    if not is_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
     torch.use_deterministic_algorithms(True)
     # That would also write NaN to all new memory, a seventh of a step; nothing here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
     return {
         "threads": {"value": threads, "reason": reason},
-        "device": {"value": config.device, "reason": "asked for or default: the only device of this version"},
-        "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"},
+        "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
+        "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
+        if is_cpu
+        else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},
         "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
     }
 

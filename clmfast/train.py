@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from clmfast.capture import Recorder, spans
+from clmfast.capture import Recorder, from_host, spans
 from clmfast.config import UNSEEN_SPLITS, RunConfig
 from clmfast.data.tasks import Batch, TaskSet, choose, draw, make_tasks
 from clmfast.measure.catalogue import Column
@@ -113,7 +113,9 @@ class Training:
 
     def __init__(self, config: RunConfig, tasks: TaskSet) -> None:
         self.config, self.tasks = config, tasks
-        self.model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed)
+        self.device = torch.device(config.device)
+        # Made on the CPU and moved, so that a seed means the same weights everywhere.
+        self.model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed).to(self.device)
         decayed = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         is_decayed = {id(p) for p in decayed}
         others = [p for p in self.model.parameters() if id(p) not in is_decayed]
@@ -215,8 +217,9 @@ class Training:
         if self.window is not None and step % config.measure_every == 0:
             with watch.time("window_ms"):
                 measured, task_purity = self.window.measure(step)
-                values[self._window_at] = measured.numpy()
-                per_task = task_purity.numpy()
+                together = torch.cat([measured, task_purity.flatten()]).cpu().numpy()  # one small copy
+                values[self._window_at], per_task = together[: len(measured)], together[len(measured) :]
+                per_task = per_task.reshape(self.window.per_task_shape)
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value
         return loss.item(), per_task
@@ -226,7 +229,7 @@ class Training:
         if self.window is None:
             return None
         ring = self.window.train
-        ring.aim(*spans(batch, ring.readouts), self._kept(batch))
+        ring.aim(*spans(batch, ring.readouts, self.device), self._kept(batch))
 
         def tap(layer: int, x: Tensor) -> None:
             with watch.time("capture_ms"):
@@ -239,7 +242,7 @@ class Training:
         config = self.config
         unseen = draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
         batch = self.tasks.pack(unseen)
-        ring.aim(*spans(batch, ring.readouts), self._kept(batch))
+        ring.aim(*spans(batch, ring.readouts, self.device), self._kept(batch))
         with torch.inference_mode():
             self._states(batch, ring)
         ring.advance(torch.from_numpy(unseen))
@@ -249,14 +252,14 @@ class Training:
         changes no bit of a gradient. None: all, for what reads more than the ends."""
         if "mean" in self.config.measure.readouts or self.config.train.loss_on == "all":
             return None
-        return torch.from_numpy(batch.ends)
+        return from_host(batch.ends, self.device)
 
     def _states(self, batch: Batch, tap: Tap | None) -> Tensor:
         """States after the last block, at the kept rows."""
         return self.model.states(
-            torch.from_numpy(batch.tokens),
-            torch.from_numpy(batch.offset),
-            position=torch.from_numpy(batch.position),
+            from_host(batch.tokens, self.device),
+            from_host(batch.offset, self.device),
+            position=from_host(batch.position, self.device),
             kept=self._kept(batch),
             tap=tap,
         )
@@ -266,15 +269,16 @@ class Training:
         states = self._states(batch, tap)
         loss, accuracy = self._loss_of_outputs(states, batch)
         if self.config.train.loss_on == "all":
-            rows = torch.from_numpy(np.delete(np.arange(len(batch.tokens)), batch.offset[1:] - 1))
-            loss = F.cross_entropy(self.model.logits(states[rows]), torch.from_numpy(batch.tokens)[rows + 1])
+            rows = np.delete(np.arange(len(batch.tokens)), batch.offset[1:] - 1)
+            target = from_host(batch.tokens[rows + 1], self.device)
+            loss = F.cross_entropy(self.model.logits(states[from_host(rows, self.device)]), target)
         return loss, accuracy
 
     def _loss_of_outputs(self, states: Tensor, batch: Batch) -> tuple[Tensor, float]:
         """(mean loss in nats, share of right ones) of the outputs that follow the prompts."""
-        kept, rows = self._kept(batch), torch.from_numpy(batch.prompt_end)
+        kept, rows = self._kept(batch), from_host(batch.prompt_end, self.device)
         logits = self.model.logits(states[rows if kept is None else torch.searchsorted(kept, rows)])
-        target = torch.from_numpy(batch.target)
+        target = from_host(batch.target, self.device)
         return F.cross_entropy(logits, target), (logits.detach().argmax(-1) == target).double().mean().item()
 
     def _validate(self, step: int, values: NDArray[np.float64], events: list[dict[str, Any]], all_splits: bool) -> None:
@@ -304,12 +308,12 @@ class Training:
     def _probe(self, step: int, values: NDArray[np.float64]) -> list[Snapshot]:
         assert self.probe is not None
         measured, states = self.probe.measure(self.model)
-        values[[self._at[column.name] for column in self.probe.columns]] = measured.numpy()
+        values[[self._at[column.name] for column in self.probe.columns]] = measured.cpu().numpy()
         if step not in self.snapshot_steps:
             return []
         snapshots = []
         for probe_set, (train, _) in zip(self.probe.sets, states, strict=True):
-            plane, share = principal_plane(train)
+            plane, share = principal_plane(train.cpu())
             labels = {kind: probe_set.train_labels[kind].numpy() for kind in probe_set.kinds}
             snapshots.append(Snapshot(probe_set.readout, plane.numpy(), share.numpy(), labels))
         return snapshots
@@ -331,6 +335,7 @@ class Training:
                 )
 
         for probe_set, (points, queries) in zip(self.probe.sets, self.probe.states(self.model), strict=True):
+            points, queries = points.cpu(), {split: query.cpu() for split, query in queries.items()}
             for name, value in raw_string_control(self.tasks, probe_set, measure, seed).items():
                 add("raw_strings", probe_set.readout, name, -1, value, value, value)
             shuffled = shuffled_label_control(probe_set, points, queries, self.tasks.n_tasks, measure, seed)

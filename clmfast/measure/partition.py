@@ -44,7 +44,7 @@ def partition_measures(
     n_clusters = fit.centroid.shape[1]
     truth_VN = torch.stack([labels[kind] for kind in kinds])
     ari_VS = ops.adjusted_rand(truth_VN, fit.label, max(n_labels[kind] for kind in kinds), n_clusters)
-    nan_S = torch.full((len(points),), torch.nan, dtype=torch.float64)
+    nan_S = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
     task = partition_scores_of(labels["task"], n_labels["task"], fit.label, n_clusters)
     silhouette_S, scatter_ratio_S, total_S = separation(points, labels["task"], n_labels["task"])
     return torch.stack(

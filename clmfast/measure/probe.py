@@ -11,14 +11,14 @@ through the same functions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clmfast import ops
-from clmfast.capture import Recorder, spans
+from clmfast.capture import Recorder, from_host, spans
 from clmfast.config import LABEL_KINDS, MeasureConfig
 from clmfast.data.tasks import Batch, Ids, PromptTree, TaskSet, choose
 from clmfast.measure.catalogue import Column, layer_columns
@@ -47,6 +47,15 @@ class ProbeSet:
     unseen: Mapping[str, Ids]
     train_labels: Mapping[str, Tensor]
     unseen_labels: Mapping[str, Mapping[str, Tensor]]
+
+    def to(self, device: torch.device | str) -> ProbeSet:
+        """The same with its labels on the device."""
+
+        def moved(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {kind: label.to(device) for kind, label in labels.items()}
+
+        unseen_labels = {split: moved(labels) for split, labels in self.unseen_labels.items()}
+        return replace(self, train_labels=moved(self.train_labels), unseen_labels=unseen_labels)
 
     @property
     def examples(self) -> Ids:
@@ -115,7 +124,7 @@ def probe_measures(
     near = ops.knn(points, k, barred=(truth["instruction"], truth["instruction"]))
 
     def everywhere(value: float) -> Tensor:
-        return torch.full((len(points),), value, dtype=torch.float64)
+        return torch.full((len(points),), value, dtype=torch.float64, device=points.device)
 
     values = [
         *partition_measures(points, fit, truth, n_labels, probe_set.kinds),
@@ -206,7 +215,9 @@ class Probe:
         self, tasks: TaskSet, config: MeasureConfig, n_layers: int, width: int, seed: int, device: str = "cpu"
     ) -> None:
         self.tasks, self.config, self.seed = tasks, config, seed
+        self.device = torch.device(device)
         self.sets = make_probe_sets(tasks, config, seed)
+        self._on_device = [probe_set.to(self.device) for probe_set in self.sets]
         self.columns = columns_of(self.sets, n_layers)
         self.passes = passes_of(tasks, self.sets)
         self.recorders = [Recorder(n_layers, (s.readout,), len(s.examples), width, device) for s in self.sets]
@@ -215,7 +226,8 @@ class Probe:
         for i, probe_set in enumerate(self.sets):
             order = np.concatenate([r.examples for p in self.passes for r in p.readouts if r.i_set == i])
             sorter = np.argsort(order)
-            self.place.append(torch.from_numpy(sorter[np.searchsorted(order, probe_set.examples, sorter=sorter)]))
+            place = sorter[np.searchsorted(order, probe_set.examples, sorter=sorter)]
+            self.place.append(from_host(place, self.device))
 
     @torch.inference_mode()
     def states(self, model: Transformer) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -231,20 +243,21 @@ class Probe:
 
     def _run(self, model: Transformer, forward_pass: Pass) -> None:
         batch, readouts = forward_pass.batch, forward_pass.readouts
+        kept = None if forward_pass.kept is None else forward_pass.kept.to(self.device)
         recorders = [self.recorders[r.i_set] for r in readouts]
         for recorder, readout in zip(recorders, readouts, strict=True):
-            recorder.aim(readout.start, readout.stop, forward_pass.kept)
+            recorder.aim(readout.start.to(self.device), readout.stop.to(self.device), kept)
 
         def tap(layer: int, x: Tensor) -> None:
             for recorder in recorders:
                 recorder(layer, x)
 
         model.states(
-            torch.from_numpy(batch.tokens),
-            torch.from_numpy(batch.offset),
-            position=torch.from_numpy(batch.position),
-            kept=forward_pass.kept,
-            prefix=torch.from_numpy(batch.prefix) if isinstance(batch, PromptTree) else None,
+            from_host(batch.tokens, self.device),
+            from_host(batch.offset, self.device),
+            position=from_host(batch.position, self.device),
+            kept=kept,
+            prefix=from_host(batch.prefix, self.device) if isinstance(batch, PromptTree) else None,
             tap=tap,
         )
         for recorder, readout in zip(recorders, readouts, strict=True):
@@ -255,6 +268,6 @@ class Probe:
         states = self.states(model)
         values = [
             probe_measures(s, train, unseen, self.tasks.label_counts(), self.config, self.seed)
-            for s, (train, unseen) in zip(self.sets, states, strict=True)
+            for s, (train, unseen) in zip(self._on_device, states, strict=True)
         ]
         return torch.cat(values), states

@@ -24,11 +24,21 @@ class RingNeighbours:
     def __init__(self, k: int, n_views: int, n_sets: int, n_queries: int) -> None:
         shape = (n_views, n_sets, n_queries)
         self.n_recomputed = 0  # lists that ran short
+        self.k = k
         self._state = RingState(
             torch.empty(*shape, int(k * LIST_PER_K), dtype=torch.int64),
             torch.empty(shape, dtype=torch.int64),
             torch.empty(*shape, k, dtype=torch.int64),
         )
+
+    def search(self, points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor]) -> Tensor:
+        """What `update` returns, from the whole rings as they are now: for a GPU, where searching everything is one
+        launch, and keeping lists would be many."""
+        filled = points.points[:, : points.n]
+        asking = None if queries is None else queries.points[:, : queries.n]
+        n_queries = (points if queries is None else queries).n
+        groups = zip(barred[0][:, :n_queries], barred[1][:, : points.n], strict=True)
+        return torch.stack([ops.knn(filled, self.k, asking, pair).index for pair in groups])
 
     def update(self, points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor]) -> Tensor:
         """Take over the rows that changed, and return the neighbours: index [V, S, n, k] int64 of the n filled queries.

@@ -7,11 +7,12 @@ steps ago: that is the price of measuring every step without a further pass.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clmfast import ops
-from clmfast.capture import Recorder
+from clmfast.capture import Recorder, from_host
 from clmfast.config import MeasureConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.catalogue import Column
@@ -40,10 +41,13 @@ class Window:
         self.near = RingNeighbours(config.k, 1, n_sets, config.window)  # of training states, own instruction barred
         # Of unseen states among training states: own instruction barred, own grammar barred.
         self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
-        self._known = nothing_known(n_sets, config.window, width, tasks.n_tasks)
-        self._grid = empty_grid(self.train.points)
-        self._grid_unseen = empty_grid(self.unseen.points, self._grid)
-        self.centroid = torch.empty(0)
+        # A GPU searches the whole rings: it makes no use of what is known from the last step.
+        self.is_incremental = torch.device(device).type == "cpu"
+        if self.is_incremental:
+            self._known = nothing_known(n_sets, config.window, width, tasks.n_tasks)
+            self._grid = empty_grid(self.train.points)
+            self._grid_unseen = empty_grid(self.unseen.points, self._grid)
+        self.centroid = torch.empty(0, device=device)
         self.columns = [  # what `measure` returns, in its order
             Column("window", measure, readout, layer, split)
             for measures, split in ((MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT))
@@ -66,19 +70,9 @@ class Window:
         if n <= self.config.k or n < self.tasks.n_tasks:
             nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
             return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
-        is_new = self._n_seen[self.train] == 0
-        train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
-        ops.ring_to_grid(train, unseen, is_new=is_new)
-        labels, of_unseen = _labels(self.tasks, self.train.example), _labels(self.tasks, self.unseen.example)
-        instruction, grammar = labels["instruction"], labels["grammar"]
-        (near,) = self.near.update(train, None, (instruction[None], instruction[None]))
-        near_unseen = self.near_unseen.update(
-            train,
-            unseen,
-            (torch.stack([of_unseen["instruction"], of_unseen["grammar"]]), torch.stack([instruction, grammar])),
-        )
+        labels, of_unseen = self._labels(self.train), self._labels(self.unseen)
+        near, near_unseen = self._neighbours(labels, of_unseen)
         points = self.train.points[:, :n]
-        self._known.within[:, (train.first + torch.arange(train.count)) % self.train.n_points] = torch.inf
         fit, is_cold = self._kmeans(points, step)
 
         labels = {kind: label[:n] for kind, label in labels.items()}
@@ -93,7 +87,30 @@ class Window:
         per_task = task_purity.view(self.per_task_shape)
         return torch.cat([*of_training, *of_queries]), per_task
 
-    def _ring(self, recorder: Recorder, grid: Grid) -> Ring:
+    def _labels(self, recorder: Recorder) -> dict[str, Tensor]:
+        """Labels [N] of the ring's rows by kind, on its device, in one copy; of a row that is empty still, anything."""
+        labels = self.tasks.labels(recorder.example.numpy())
+        together = from_host(np.stack(list(labels.values())), recorder.bank.device)
+        return dict(zip(labels, together, strict=True))
+
+    def _neighbours(self, labels: dict[str, Tensor], of_unseen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Neighbours among the training states: (of those themselves [S, n, k], of the unseen ones in two views)."""
+        instruction, grammar = labels["instruction"], labels["grammar"]
+        barred = instruction[None], instruction[None]
+        barred_unseen = (
+            torch.stack([of_unseen["instruction"], of_unseen["grammar"]]),
+            torch.stack([instruction, grammar]),
+        )
+        if not self.is_incremental:
+            train, unseen = self._ring(self.train, None), self._ring(self.unseen, None)
+            return self.near.search(train, None, barred)[0], self.near_unseen.search(train, unseen, barred_unseen)
+        is_new = self._n_seen[self.train] == 0
+        train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
+        ops.ring_to_grid(train, unseen, is_new=is_new)
+        self._known.within[:, (train.first + torch.arange(train.count)) % self.train.n_points] = torch.inf
+        return self.near.update(train, None, barred)[0], self.near_unseen.update(train, unseen, barred_unseen)
+
+    def _ring(self, recorder: Recorder, grid: Grid | None) -> Ring:
         """The recorder's ring, and which rows were written since the last measurement."""
         n_new = min(recorder.n_written - self._n_seen[recorder], recorder.n_points)
         self._n_seen[recorder] = recorder.n_written
@@ -108,16 +125,18 @@ class Window:
         if is_first or step % config.cold_every == 0:
             cold = ops.kmeans(points, n_tasks, max_iter=config.max_iter, seed=self.seed)
         if is_first:
-            fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool)
+            fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool, device=points.device)
         else:
-            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=self._known)
-            is_cold = torch.zeros(len(points), dtype=torch.bool)
+            known = self._known if self.is_incremental else None
+            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=known)
+            is_cold = torch.zeros(len(points), dtype=torch.bool, device=points.device)
             if step % config.cold_every == 0:
                 is_cold = cold.inertia < fit.inertia
                 fit = ops.KMeans(
                     *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
                 )
-        self._known.within[is_cold] = torch.inf
+        if self.is_incremental:
+            self._known.within[is_cold] = torch.inf
         self.centroid = fit.centroid
         return fit, is_cold
 
@@ -134,8 +153,4 @@ class Window:
         for name, ring in (("train", self.train), ("unseen", self.unseen)):
             ring.load_state({key: state[f"{name}.{key}"] for key in ring.state()})
             self._n_seen[ring] = 0  # so that all rows count as changed
-        self.centroid = state["centroid"].clone()
-
-
-def _labels(tasks: TaskSet, example: Tensor) -> dict[str, Tensor]:
-    return {kind: torch.from_numpy(label) for kind, label in tasks.labels(example.numpy()).items()}
+        self.centroid = state["centroid"].to(self.centroid.device, copy=True)

@@ -31,7 +31,7 @@ class Ring(NamedTuple):
     `first` on were written, row 0 following row N - 1."""
 
     points: Tensor
-    grid: Grid
+    grid: Grid | None  # None: for a search of the whole ring, which needs none
     n: int
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -82,6 +82,7 @@ def ring_knn(points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor], 
 
 
 def _arguments(points: Ring, queries: Ring) -> tuple[Tensor | int, ...]:
+    assert points.grid is not None and queries.grid is not None
     return (
         points.points, points.n, points.first, points.count,
         queries.points, queries.n, queries.first, queries.count,

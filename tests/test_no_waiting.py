@@ -1,0 +1,96 @@
+"""The window on a GPU: it searches whole rings, says the same as on the CPU, and nothing of it waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clmfast.config import MeasureConfig
+from clmfast.data.tasks import TaskSet
+from clmfast.measure.window import Window
+
+N_LAYERS, WIDTH, BATCH, N_UNSEEN = 3, 24, 40, 7
+CONFIG = MeasureConfig(window=150, unseen_per_step=N_UNSEEN, unseen_window=30, k=4, cold_every=3)
+# What asks the device for a value, or for the size of a result.
+WAITING = (
+    "_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+    "is_nonzero", "equal", "bincount", "repeat_interleave.Tensor",
+)  # fmt: skip
+
+
+class Refuses(TorchDispatchMode):
+    """Raises where an op waits for the device: on the CPU they look as they would on a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        is_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for argument in args
+            if isinstance(argument, (list, tuple))
+            for i in argument
+        )
+        if name in WAITING or name.split(".")[0] in WAITING or is_mask:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def windows(tasks: TaskSet, device: str = "cpu") -> tuple[Window, Window]:
+    """(as on the CPU, as on a GPU)"""
+    ours, whole = (Window(tasks, CONFIG, N_LAYERS, WIDTH, 0, d) for d in ("cpu", device))
+    whole.is_incremental = False
+    return ours, whole
+
+
+def write(window: Window, tasks: TaskSet, step: int) -> None:
+    """A batch of states that cluster by task, and more so with every step."""
+    random = np.random.default_rng(step)
+    for ring, split, n in ((window.train, "train", BATCH), (window.unseen, "unseen_instruction", N_UNSEEN)):
+        examples = random.choice(tasks.splits[split], n)
+        task = tasks.labels(examples)["task"]
+        states = random.normal(size=(N_LAYERS, 2, n, WIDTH)) + 5
+        states[..., 0] += step * task
+        rows = ring.advance(torch.from_numpy(examples))
+        ring.bank[:, :, rows.to(ring.bank.device)] = torch.from_numpy(states).float().to(ring.bank.device)
+
+
+def test_whole_rings_give_the_same_numbers(small_tasks):
+    ours, whole = windows(small_tasks)
+    for step in range(9):
+        for window in (ours, whole):
+            write(window, small_tasks, step)
+        for mine, other in zip(ours.measure(step), whole.measure(step), strict=True):
+            torch.testing.assert_close(other, mine, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_waits(small_tasks):
+    _, whole = windows(small_tasks)
+    for step in range(5):
+        write(whole, small_tasks, step)
+        with Refuses():
+            whole.measure(step)
+
+
+@pytest.mark.parametrize("waits", [lambda x: x.max().item(), lambda x: x[x > 0], lambda x: x.nonzero(), torch.unique])
+def test_what_waits_is_refused(waits):
+    with Refuses(), pytest.raises(AssertionError, match="waits for the device"):
+        waits(torch.arange(3.0))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_numbers_and_nothing_waits(small_tasks):
+    ours, whole = windows(small_tasks, "cuda")
+    for step in range(9):
+        for window in (ours, whole):
+            write(window, small_tasks, step)
+        expected = ours.measure(step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = whole.measure(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for mine, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other.cpu(), mine, rtol=1e-6, atol=1e-6, equal_nan=True)
