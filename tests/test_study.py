@@ -185,6 +185,13 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert (run / "steps.npy").stat().st_mtime_ns == before
 
 
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
     command = ["emergence", "--quick", "--seeds", "0..0", "--out", str(out)]
@@ -197,6 +204,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     for pid in (killed.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
     killed.wait()
+    while not all(has_ended(int(pid)) for pid in children):  # until then they hold the lock
+        time.sleep(0.02)
     (run,) = (path for path in (out / "runs").iterdir() if path.is_dir())
     assert main(command) == 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
