@@ -294,9 +294,9 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             ladder[measure][label]["effect"], "strongest surface control", ladder[measure][label]["surface"],
             finding="5",
         )
-        for measure, (_, title) in MEASURES.items()
         for label in groups
         if label != INDISTINGUISHABLE
+        for measure, (_, title) in MEASURES.items()
     ]  # fmt: skip
     claims += [
         claim(
