@@ -29,13 +29,15 @@ BAD_INPUT, STOPPED = 2, 130
 
 def studies() -> dict[str, Study]:
     """All studies by name, in the order of the paper's findings."""
-    from clmfast.study import clusters_by, early_stopping, emergence, unseen
+    from clmfast.study import after_saturation, clusters_by, early_stopping, emergence, perturbed, unseen
 
     return {
         "emergence": emergence.STUDY,
         "early_stopping": early_stopping.STUDY,
         "unseen": unseen.STUDY,
+        "perturbed": perturbed.STUDY,
         "clusters_by": clusters_by.STUDY,
+        "after_saturation": after_saturation.STUDY,
     }
 
 
