@@ -90,10 +90,14 @@ class Recorder:
 
     def advance(self, example: Tensor) -> Tensor:
         """After the model ran: note the batch's examples [B]; returns its rows in the bank [B] int64."""
+        self.slot += len(example)
+        return self.note(example)
+
+    def note(self, example: Tensor) -> Tensor:
+        """The part of `advance` that is the host's: a graph that is replayed moves the slot itself."""
         rows = (self.n_written + torch.arange(len(example))) % self.n_points
         self.example[rows] = example
         self.n_written += len(example)
-        self.slot += len(example)
         return rows
 
     def state(self) -> dict[str, Tensor]:

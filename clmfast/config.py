@@ -103,6 +103,8 @@ class TrainConfig:
     """Validation examples, from the split unseen_instruction."""
     patience: int = 5
     """Validations without a better accuracy after which early stopping picks the best step so far."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph: auto does so on a GPU, where the step allows it."""
     stop_early: bool = False
     """End training there; by default the step is only marked and training goes on."""
 
@@ -186,6 +188,23 @@ class ConfigError(ValueError):
     """A setting that cannot be: one line that says what must hold and what came."""
 
 
+def varying_shape(config: RunConfig) -> str:
+    """Why the steps of this configuration differ in shape, so that no graph can be replayed; empty: they do not."""
+    if config.train.loss_on == "all":
+        return "the loss is on all tokens, whose number varies"
+    if "mean" in config.measure.readouts:
+        return "a readout averages over sequences of varying length"
+    return ""
+
+
+def replays_graph(config: RunConfig) -> tuple[bool, str]:
+    """(is the training step one CUDA graph?, the reason)."""
+    reason = "a CPU has no graphs" if config.device == "cpu" else varying_shape(config)
+    if config.train.graph != "auto":
+        return config.train.graph == "on", "asked for"
+    return not reason, reason or "a GPU, and all steps have one shape"
+
+
 def check(config: RunConfig) -> None:
     """Raise ConfigError unless every setting is possible by itself and beside the others."""
     task, model, train, measure = config.task, config.model, config.train, config.measure
@@ -194,6 +213,9 @@ def check(config: RunConfig) -> None:
         if not holds:
             raise ConfigError(f"{what}, got {got}")
 
+    if train.graph == "on":
+        need(config.device != "cpu", "train.graph must be auto or off where device is cpu", "on")
+        need(not varying_shape(config), f"train.graph must be auto or off where {varying_shape(config)}", "on")
     for owner, section in (("", config), ("task.", task), ("model.", model), ("train.", train), ("measure.", measure)):
         for name, value in vars(section).items():
             if isinstance(value, float):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from clmfast import __version__
-from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
+from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file, replays_graph
 
 if TYPE_CHECKING:
     from clmfast.progress import Progress
@@ -251,6 +251,12 @@ def check_device(device: str) -> None:
         raise ConfigError(f"device {device} needs clmfast built where nvcc is found: see the README, On a GPU")
 
 
+def step_choice(config: RunConfig) -> tuple[str, str]:
+    """(how a training step runs, why), for the header."""
+    is_graph, reason = replays_graph(config)
+    return "one CUDA graph" if is_graph else "op by op", reason
+
+
 def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Threads and determinism; returns the automatic choices with their reasons for the header."""
     import torch
@@ -268,6 +274,7 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {
         "threads": {"value": threads, "reason": reason},
         "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
+        "step": dict(zip(("value", "reason"), step_choice(config), strict=True)),
         "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
         if is_cpu
         else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},

@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clmfast.capture import Recorder, from_host, spans
-from clmfast.config import UNSEEN_SPLITS, RunConfig
-from clmfast.data.tasks import Batch, TaskSet, choose, draw, make_tasks
+from clmfast.config import UNSEEN_SPLITS, RunConfig, replays_graph
+from clmfast.data.tasks import Batch, Ids, TaskSet, choose, draw, make_tasks
 from clmfast.measure.catalogue import Column
 from clmfast.measure.controls import raw_string_control, shuffled_label_control
 from clmfast.measure.probe import Probe
 from clmfast.measure.projection import principal_plane
 from clmfast.measure.window import Window
 from clmfast.model import Tap, Transformer
+from clmfast.static_step import StaticStep
 
 TRAIN_MEASURES = ("loss", "accuracy", "lr", "grad_norm")
 TIMING_COLUMNS = ("step_ms", "capture_ms", "ride_along_ms", "window_ms", "probe_ms", "validation_ms")
@@ -124,8 +125,9 @@ class Training:
             lr=config.train.lr,
             betas=(config.train.beta1, config.train.beta2),
             fused=True,
+            capturable=self.device.type == "cuda",
         )
-        self._parameters = [*decayed, *others]  # walking through the modules takes longer than clipping
+        self.parameters = [*decayed, *others]  # walking through the modules takes longer than clipping
         self.next_step = 0
         self.early_stopping = EarlyStopping(config.train.patience)
         self.validation = {
@@ -146,8 +148,9 @@ class Training:
             *(self.probe.columns if self.probe else []),
         ]
         self._at = {column.name: i for i, column in enumerate(self.columns)}
-        self._window_at = [self._at[column.name] for column in self.window.columns] if self.window else []
+        self.window_at = [self._at[column.name] for column in self.window.columns] if self.window else []
         self.snapshot_steps = snapshot_steps(config)
+        self.static = StaticStep(self) if replays_graph(config)[0] else None
 
     def __iter__(self) -> Iterator[Step]:
         """Train from `next_step` on, one Step per update and one for the finished model.
@@ -182,6 +185,15 @@ class Training:
             if config.train.stop_early and self.early_stopping.picked_step >= 0:
                 return
 
+    def column_at(self, name: str) -> int:
+        """Where in a row's values a column is."""
+        return self._at[name]
+
+    def draw_unseen(self, step: int) -> Ids:
+        """The unseen examples that ride along in a step."""
+        config = self.config
+        return draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
+
     def lr(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to lr_final_share of the peak."""
         train, n_steps = self.config.train, self.config.steps
@@ -193,15 +205,18 @@ class Training:
 
     def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
         """One training step; fills `values`, returns (loss, per-task purity)."""
+        if self.static is not None:
+            with watch.time("step_ms"):
+                return self.static.update(step, values)
         config = self.config
         with watch.time("step_ms"):
             examples = draw(self.tasks.splits["train"], config.train.batch, config.seed, step, "train")
             batch = self.tasks.pack(examples, "prompt_end" if config.train.loss_on == "output" else "sequence_end")
             loss, accuracy = self._loss(batch, self._tap(batch, watch))
-            for p in self._parameters:
+            for p in self.parameters:
                 p.grad = None
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.train.clip_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm)
         if self.window is not None:
             # The unseen examples must see the weights that the batch saw: before the update.
             with watch.time("ride_along_ms"):
@@ -218,7 +233,7 @@ class Training:
             with watch.time("window_ms"):
                 measured, task_purity = self.window.measure(step)
                 together = torch.cat([measured, task_purity.flatten()]).cpu().numpy()  # one small copy
-                values[self._window_at], per_task = together[: len(measured)], together[len(measured) :]
+                values[self.window_at], per_task = together[: len(measured)], together[len(measured) :]
                 per_task = per_task.reshape(self.window.per_task_shape)
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value
@@ -239,8 +254,7 @@ class Training:
 
     def _ride_along(self, step: int, ring: Recorder) -> None:
         """A few unseen examples into their ring."""
-        config = self.config
-        unseen = draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
+        unseen = self.draw_unseen(step)
         batch = self.tasks.pack(unseen)
         ring.aim(*spans(batch, ring.readouts, self.device), self._kept(batch))
         with torch.inference_mode():

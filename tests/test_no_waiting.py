@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clmfast.config import MeasureConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.window import Window
+from clmfast.static_step import StaticStep
+from clmfast.train import Training
 
 N_LAYERS, WIDTH, BATCH, N_UNSEEN = 3, 24, 40, 7
 CONFIG = MeasureConfig(window=150, unseen_per_step=N_UNSEEN, unseen_window=30, k=4, cold_every=3)
@@ -72,6 +75,22 @@ def test_nothing_waits(small_tasks):
         write(whole, small_tasks, step)
         with Refuses():
             whole.measure(step)
+
+
+def test_nothing_in_a_static_step_waits(small, small_tasks, monkeypatch):
+    monkeypatch.setattr("clmfast.model.FEW_SEQUENCES", 10**9)  # what sequences begin with is shared on a CPU alone
+    training = Training(dataclasses.replace(small, steps=5), small_tasks)
+    assert training.window is not None
+    training.window.is_incremental = False
+    training.static = StaticStep(training)
+    compute = training.static._compute
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        with Refuses():
+            return compute(*arguments)
+
+    monkeypatch.setattr(training.static, "_compute", watched)
+    assert len(list(training)) == 6
 
 
 @pytest.mark.parametrize("waits", [lambda x: x.max().item(), lambda x: x[x > 0], lambda x: x.nonzero(), torch.unique])

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clmfast import ops
 from clmfast.capture import Recorder, from_host
-from clmfast.config import MeasureConfig
+from clmfast.config import LABEL_KINDS, MeasureConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.catalogue import Column
 from clmfast.measure.neighbours import knn_accuracy, purities
@@ -61,16 +62,23 @@ class Window:
     def per_task_shape(self) -> tuple[int, ...]:
         return (self.n_layers, len(self.config.readouts), self.tasks.n_tasks)
 
-    def measure(self, step: int) -> tuple[Tensor, Tensor]:
+    def measure(self, step: int, labels_of: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """(values of `columns` [n_columns] float64, neighbour purity of each task [L, R, n_tasks] float64).
 
+        labels_of: host_labels of the training and of the unseen ring on the device, where the caller keeps them there.
         All NaN while the ring holds no more than k states or fewer than there are clusters.
         """
         n, n_unseen = self.train.n_filled, self.unseen.n_filled
         if n <= self.config.k or n < self.tasks.n_tasks:
-            nan = torch.full((len(self.columns),), torch.nan, dtype=torch.float64)
-            return nan, torch.full(self.per_task_shape, torch.nan, dtype=torch.float64)
-        labels, of_unseen = self._labels(self.train), self._labels(self.unseen)
+            nothing = torch.tensor(torch.nan, dtype=torch.float64, device=self.train.bank.device)
+            return nothing.expand(len(self.columns)), nothing.expand(self.per_task_shape)
+        if labels_of is None:
+            device = self.train.bank.device
+            labels_of = (
+                from_host(self.host_labels(self.train), device),
+                from_host(self.host_labels(self.unseen), device),
+            )
+        labels, of_unseen = (dict(zip(LABEL_KINDS, together, strict=True)) for together in labels_of)
         near, near_unseen = self._neighbours(labels, of_unseen)
         points = self.train.points[:, :n]
         fit, is_cold = self._kmeans(points, step)
@@ -87,11 +95,10 @@ class Window:
         per_task = task_purity.view(self.per_task_shape)
         return torch.cat([*of_training, *of_queries]), per_task
 
-    def _labels(self, recorder: Recorder) -> dict[str, Tensor]:
-        """Labels [N] of the ring's rows by kind, on its device, in one copy; of a row that is empty still, anything."""
+    def host_labels(self, recorder: Recorder) -> NDArray[np.int64]:
+        """[LABEL_KINDS, N] labels of a ring's rows; of a row that is empty still, anything."""
         labels = self.tasks.labels(recorder.example.numpy())
-        together = from_host(np.stack(list(labels.values())), recorder.bank.device)
-        return dict(zip(labels, together, strict=True))
+        return np.stack([labels[kind] for kind in LABEL_KINDS])
 
     def _neighbours(self, labels: dict[str, Tensor], of_unseen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Neighbours among the training states: (of those themselves [S, n, k], of the unseen ones in two views)."""
@@ -137,7 +144,10 @@ class Window:
                 )
         if self.is_incremental:
             self._known.within[is_cold] = torch.inf
-        self.centroid = fit.centroid
+        if self.is_incremental or is_first:
+            self.centroid = fit.centroid
+        else:
+            self.centroid.copy_(fit.centroid)  # where it is: a graph that is replayed reads it there
         return fit, is_cold
 
     def state(self) -> dict[str, Tensor]:
