@@ -213,11 +213,12 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             [end[more][seed] for seed in both], less, [end[less][seed] for seed in both], "below",
         )
     )  # fmt: skip
-    times = [run.config.steps / stop_of(run) for run in [*few, *many]]
+    times = sorted({f"{run.config.steps / stop_of(run):.1f}" for run in [*few, *many]}, key=float)
+    of_times = " to ".join(dict.fromkeys([times[0], times[-1]]))
     return claims, [
         Section(
             "Clusters and collapse on one time axis",
-            f"Runs are {min(times):.1f} to {max(times):.1f} times as long as the step that early stopping picks "
+            f"Runs are {of_times} times as long as the step that early stopping picks "
             "(dotted, one line for each seed). The axis of steps is logarithmic. Lines: mean over seeds; bands: their "
             "range. In the rows of NC1 to NC3, 0 is full collapse, by the label that the colour names; chance for NC1 "
             "is the grey band. Dashed: letter counts in place of states, for NC in the colour of the label. Blue band: "
@@ -308,12 +309,24 @@ def time_figure(groups: dict[str, list[Run]]) -> go.Figure:
         figure.update_yaxes(title_text=title, row=row, col=1, title_font_size=11)
         if row <= 3:
             figure.update_yaxes(range=[-0.05, 1.05], row=row)
-    figure.update_yaxes(type="log", dtick=1, row=4)
-    figure.update_yaxes(rangemode="tozero", row=8)
+    for i, measure in enumerate(COLLAPSE):  # the lines of early stopping keep plotly from finding a range by itself
+        found = np.concatenate([_drawn(trace_of(run.path), i) for group in groups.values() for run in group])
+        if measure == "nc1":
+            low, high = np.log10(found[found > 0].min()), np.log10(found.max())
+            figure.update_yaxes(type="log", dtick=1, range=[low - 0.1, high + 0.1], row=4 + i)
+        else:
+            figure.update_yaxes(range=[-0.02, 1.05 * found.max()], row=4 + i)
     end = max(run.config.steps for group in groups.values() for run in group)
     figure.update_xaxes(type="log", dtick=1, range=[0, float(np.log10(end)) + 0.02])
     figure.update_xaxes(title_text="training step", row=len(titles))
     return layout(figure, 1720)
+
+
+def _drawn(trace: Trace, i: int) -> NDArray[np.float64]:
+    """All numbers of a measure that the figure shows for a run."""
+    values = [part[name].reshape(-1, len(COLLAPSE))[:, i] for part in trace[1:] for name in VIEWS]
+    found = np.concatenate(values)
+    return found[np.isfinite(found)]
 
 
 def add_records(figure: go.Figure, group: list[Run], col: int) -> None:
