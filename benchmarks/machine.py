@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from clmfast.provenance import commit
+
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = (
     "clmfast", "torch", "numpy", "scipy", "numba", "faiss-cpu", "scikit-learn", "scikit-learn-intelex", "torchmetrics",
@@ -77,17 +79,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def commit() -> str:
-    """Short hash of the checkout, with "-dirty" where tracked files differ from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return told.stdout.strip() or "unknown"
 
 
 def describe(threads: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from clmfast.study.claims import FAILS, HOLDS, TOO_FEW, claim, interval, to_rows
 from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
+from clmfast.study.pages import wall_seconds
 from clmfast.study.runs import hold, run_path, state_of
 from clmfast.study.unseen import log_odds_ratio
 
@@ -183,6 +185,14 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert "1 runs are there, 0 to train" in capsys.readouterr().out
     assert (run / "steps.npy").stat().st_mtime_ns == before
+
+
+def test_wall_time_counts_what_runs_side_by_side_once():
+    def run(start: float, end: float) -> SimpleNamespace:
+        return SimpleNamespace(events=[{"unix_time_s": start}, {"unix_time_s": end}])
+
+    assert wall_seconds([run(0, 10), run(2, 12), run(100, 105), run(101, 103)]) == 17
+    assert wall_seconds([]) == 0
 
 
 def has_ended(pid: int) -> bool:

@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,6 @@ def work(asked: argparse.Namespace) -> None:
     plans = {
         name: plan(folder, study, seeds_of(asked.seeds, study, asked.quick), base) for name, study in chosen.items()
     }
-    start = time.perf_counter()
     if not asked.draw:
         # The first path of a configuration counts: studies share their runs.
         train(folder, [one for planned in plans.values() for one in planned.values()], base, asked)
@@ -171,7 +169,7 @@ def work(asked: argparse.Namespace) -> None:
         planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
         runs, diverged = read(planned)
         claims, sections = study.analyse(runs)
-        facts = facts_of(runs, command, asked.quick, diverged, time.perf_counter() - start)
+        facts = facts_of(runs, command, asked.quick, diverged)
         path = write_pages(folder, name, study, claims, sections, runs, facts)
         n_holding = sum(one.verdict == "holds" for one in claims)
         print(f"{name}: {n_holding} of {len(claims)} claims hold; {path}", flush=True)

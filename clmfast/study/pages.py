@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import plotly.io
 
 from clmfast.config import RunConfig
 from clmfast.files import write_file, write_json
+from clmfast.provenance import commit
+from clmfast.record import Run
 from clmfast.report import STYLE, table
 from clmfast.study import claims as claims_module
 from clmfast.study.base import Runs, Section, Study, StudyError
@@ -98,7 +102,17 @@ def page(
     )
 
 
-def facts_of(runs: Runs, command: str, is_quick: bool, diverged: list[str], wall_s: float) -> dict[str, Any]:
+def wall_seconds(runs: Iterable[Run]) -> float:
+    """Seconds in which at least one of the runs was at work, from its first event to its last."""
+    spans = sorted((run.events[0]["unix_time_s"], run.events[-1]["unix_time_s"]) for run in runs if run.events)
+    total, until = 0.0, -math.inf
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def facts_of(runs: Runs, command: str, is_quick: bool, diverged: list[str]) -> dict[str, Any]:
     """Machine, versions and time behind a study: no path and no host name."""
     every = [run for of_seed in runs.values() for run in of_seed.values()]
     if not every:
@@ -107,16 +121,17 @@ def facts_of(runs: Runs, command: str, is_quick: bool, diverged: list[str], wall
     ms = sum(float(sum(column.sum() for column in run.timing.values())) for run in every)
     threads = sorted({run.meta["threads"] for run in every})
     machine = (
-        f"{len(every)} runs, {ms / 3.6e6:.2f} hours of training and measuring; {meta['machine']['cpu']}, "
+        f"{len(every)} runs, {ms / 3.6e6:.2f} hours of training and measuring in {wall_seconds(every) / 3600:.2f} "
+        f"hours of wall time; {meta['machine']['cpu']}, "
         f"{meta['machine']['cores']} cores, {' or '.join(map(str, threads))} threads each, "
-        f"torch {meta['versions']['torch']}"
+        f"torch {meta['versions']['torch']}, clmfast {meta['versions']['clmfast']}, commit {commit()}"
     )
     return {
         "command": command,
         "is_quick": is_quick,
         "machine": machine,
         "versions": meta["versions"],
-        "wall_s_of_this_call": round(wall_s),
+        "wall_s": round(wall_seconds(every)),
         "diverged": diverged,
     }
 
