@@ -26,7 +26,7 @@ from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.pages import wall_seconds
-from clmfast.study.runs import hold, run_path, state_of
+from clmfast.study.runs import beside, hold, run_path, state_of
 from clmfast.study.unseen import log_odds_ratio
 
 
@@ -116,6 +116,12 @@ def test_a_configuration_has_one_place_whatever_the_threads(tmp_path):
     path.mkdir()
     assert run_path(tmp_path, "other", config) == path
     assert state_of(path, config) == "missing"
+
+
+def test_files_beside_a_run_are_its_own(tmp_path):
+    one, other = (run_path(tmp_path, "noise 0.1", dataclasses.replace(quick_config(), seed=seed)) for seed in (0, 1))
+    assert beside(one, ".json") != beside(other, ".json")
+    assert beside(one, ".json").name == f"{one.name}.json"
 
 
 def test_foreign_records_are_refused(tmp_path):

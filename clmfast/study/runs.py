@@ -33,6 +33,11 @@ MEASURED_STEPS = 30
 HALF_MADE = {"steps.npy", "timing.npy", "per_task.npy", ".config.json.part"}  # what a run writes before its config.json
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """A file beside a run directory. Path.with_suffix would cut 'noise_0.1-seed0-...' at its point, for every seed."""
+    return path.parent / f"{path.name}{suffix}"
+
+
 def identity(config: RunConfig) -> RunConfig:
     """The config without what makes no other study of it."""
     return dataclasses.replace(config, out="", threads=0)
@@ -106,9 +111,9 @@ class Job:
         else:
             shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path.with_suffix(".json"), to_dict(config))
-            command += ["--config", str(path.with_suffix(".json")), "--out", str(path)]
-        with open(path.with_suffix(".log"), "wb") as log:
+            write_json(beside(path, ".json"), to_dict(config))
+            command += ["--config", str(beside(path, ".json")), "--out", str(path)]
+        with open(beside(path, ".log"), "wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
                 start_new_session=True,  # Ctrl-C reaches the study alone, which then ends its runs politely
@@ -127,7 +132,7 @@ class Job:
         if code is None:
             return False
         if code not in (0, DIVERGED):
-            lines = self.path.with_suffix(".log").read_text(errors="replace").split("\n")
+            lines = beside(self.path, ".log").read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
         if state_of(self.path, self.config) == "finished":  # and not ended by a Ctrl-C from elsewhere
