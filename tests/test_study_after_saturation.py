@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from clmfast.data.tasks import make_tasks
 from clmfast.measure.collapse import collapse
 from clmfast.measure.probe import examples_of
-from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study import __main__ as command
-from clmfast.study.after_saturation import LENGTH, OUTPUT, around, configs, model_of, positive, stop_of, trace_of
+from clmfast.study.after_saturation import LENGTH, OUTPUT, VIEWS, around, configs, positive, stop_of, trace_of
 from clmfast.study.base import StudyError, base_config, quick_config
+from clmfast.study.revisit import model_at, tasks_of
+from clmfast.study.summary import Summary, beside
 
 
 def a_run(picked: int, steps: int) -> SimpleNamespace:
@@ -67,13 +68,12 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
         assert text in page, text
 
     path = next(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
-    trace = trace_of(path)
+    run = Run(path)
+    trace = trace_of(run)
     assert trace.step.tolist() == [0, 1, 2, 4, 8, 16, 32, 64, LENGTH * 12]
     # The last checkpoint, its prompts one by one instead of as a tree.
-    config = Run(path).config
-    tasks = make_tasks(config.task, config.seed)
-    model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed)
-    model_of(path / "checkpoints" / f"{LENGTH * 12:08d}", model)
+    config, tasks = run.config, tasks_of(run.config)
+    model = model_at(run, tasks, LENGTH * 12)
     examples = examples_of(tasks, "train", "prompt_end", config.measure.probe_train, config.seed)
     batch = tasks.pack(examples)
     with torch.inference_mode():
@@ -82,9 +82,14 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
         head = model.head.weight[tasks.first_output :]
         label = torch.from_numpy(tasks.labels(examples)["output"])
         found = collapse(points[None], label, head - head[label.unique()].mean(0))
-    np.testing.assert_allclose(trace.values[OUTPUT][-1], [value.item() for value in found], rtol=1e-3)
+    np.testing.assert_allclose(
+        trace.values[list(VIEWS).index(OUTPUT), -1], [value.item() for value in found], rtol=1e-3
+    )
 
-
-def test_a_run_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises((StudyError, ValueError), match="must"):
-        trace_of(tmp_path)
+    # The page can be drawn again from what is kept, without the directory of any run.
+    shutil.rmtree(path)
+    assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path), "--draw"]) == 0
+    assert json.loads((tmp_path / "claims.json").read_text()) == rows
+    beside(path, ".collapse.npz").unlink()
+    with pytest.raises(StudyError, match="must have its directory with checkpoints"):
+        trace_of(Summary(path))
