@@ -240,10 +240,15 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
 
 
 def test_wall_time_counts_what_runs_side_by_side_once():
-    def run(start: float, end: float) -> SimpleNamespace:
-        return SimpleNamespace(events=[{"unix_time_s": start}, {"unix_time_s": end}])
+    def run(*events: tuple[str, float]) -> SimpleNamespace:
+        return SimpleNamespace(events=[{"event": event, "unix_time_s": at} for event, at in events])
 
-    assert wall_seconds([run(0, 10), run(2, 12), run(100, 105), run(101, 103)]) == 17
+    def whole(start: float, end: float) -> SimpleNamespace:
+        return run(("start", start), ("checkpoint", (start + end) / 2), ("end", end))
+
+    assert wall_seconds([whole(0, 10), whole(2, 12), whole(100, 105), whole(101, 103)]) == 17
+    # Killed overnight: the night does not count.
+    assert wall_seconds([run(("start", 0), ("checkpoint", 8), ("resume", 50_000), ("end", 50_005))]) == 13
     assert wall_seconds([]) == 0
 
 

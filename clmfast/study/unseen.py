@@ -82,7 +82,7 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     base = list(runs[BASE_LABEL].values())
     claims = [
         claim(
-            f"{text[0].upper()}{text[1:]} fall among their task: more than {name}",
+            f"{text[0].upper()}{text[1:]} fall among their task{', own grammar barred' * (measure == CROSS)}: more than {name}",
             f"{'cross-grammar ' if measure == CROSS else ''}kNN accuracy, {text}, best layer, last probe",
             [np.nanmax(final_by_layer(run, measure, split)) for run in base],
             name, [control_of(run, name, measure, split) for run in base], finding="4",
