@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clmfast.measure.collapse import collapse
+from clmfast.measure.collapse import RIDGE, collapse
 
 
 def by_loops(x: np.ndarray, label: np.ndarray, weight: np.ndarray | None) -> list[float]:
@@ -34,11 +34,13 @@ def by_loops(x: np.ndarray, label: np.ndarray, weight: np.ndarray | None) -> lis
         if a != b
     ]
     m = np.stack([means[c] - centre for c in classes])
-    if weight is None:  # weighted least squares with a bias, by a solver that knows nothing of covariances
-        scale = np.sqrt([1 / (label == c).sum() for c in label])[:, None]
+    if weight is None:  # ridge regression with a bias, by a solver that knows nothing of covariances
+        scale = np.sqrt([1 / (label == c).sum() / n_classes for c in label])[:, None]
         one_hot = (label[:, None] == np.array(classes)).astype(float)
-        solution = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]) * scale, one_hot * scale, rcond=None)[0]
-        w = solution[:-1].T
+        ridge = math.sqrt(RIDGE * np.trace(within + between) / width) * np.eye(width, width + 1)
+        left = np.concatenate([np.column_stack([x, np.ones(len(x))]) * scale, ridge])
+        right = np.concatenate([one_hot * scale, np.zeros((width, n_classes))])
+        w = np.linalg.lstsq(left, right, rcond=None)[0][:-1].T
     else:
         w = weight[classes]
     nc3 = ((w / np.linalg.norm(w) - m / np.linalg.norm(m)) ** 2).sum()

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 SMALLEST_SINGULAR = 1e-6  # of the largest: differences of float32 states below that are rounding
-SMALLEST_VARIANCE = SMALLEST_SINGULAR**2
+RIDGE = (
+    0.01  # of the mean variance: without one, directions of hardly any variance would make up most of the classifier
+)
 
 
 class Collapse(NamedTuple):
@@ -80,13 +82,15 @@ def collapse(points: Tensor, label: Tensor, weight: Tensor | None = None) -> Col
 
 
 def least_squares_classifier(within: Tensor, weight: Tensor, centred: Tensor) -> Tensor:
-    """The matrix [S, C, D] of the affine map that fits one-hot labels with the least squared error, each class
-    counting the same (Han, Papyan & Donoho 2022, eq. 4, with a bias instead of their ridge):
+    """The matrix [S, C, D] of the affine map that fits one-hot labels best by ridge regression, each class counting the
+    same (Han, Papyan & Donoho 2022 (ICLR), section 2, with a bias, and a ridge that goes with the scale of the points):
 
-        W = M pinv(Sigma_W + Sigma_B) / C
+        W = M (Sigma_W + Sigma_B + RIDGE tr(Sigma_W + Sigma_B) / D * I)^-1 / C
 
     within [S, N, D]: points minus the mean of their class; weight [N]: of points, summing to 1; centred [S, C, D]: M.
     """
-    n_classes = centred.shape[1]
+    n_classes, width = centred.shape[1:]
     total_SDD = (within * weight[:, None]).mT @ within + centred.mT @ centred / n_classes
-    return centred @ torch.linalg.pinv(total_SDD, rtol=SMALLEST_VARIANCE, hermitian=True) / n_classes
+    mean_S = total_SDD.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    total_SDD = total_SDD + RIDGE * mean_S[:, None, None] * torch.eye(width, dtype=torch.float64)
+    return torch.linalg.solve(total_SDD, centred.mT).mT / n_classes

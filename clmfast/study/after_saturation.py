@@ -9,7 +9,7 @@ NC1, NC2 and NC3 (Papyan, Han & Donoho 2020; clmfast/measure/collapse.py has the
 training states, run through the weights of the checkpoints: by task at the end of the instruction, in that layer; by
 task and by output at the end of the prompt, where the output matrix reads them (after the last norm). NC3 by output
 compares with the rows of the output matrix, less their mean, which changes no prediction. For tasks the model has no
-such matrix: there it is the least-squares classifier. NC1 is compared as its logarithm (base 10).
+such matrix: there it is what ridge regression fits to the same states. NC1 is compared as its logarithm (base 10).
 """
 
 from __future__ import annotations
