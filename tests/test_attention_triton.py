@@ -203,7 +203,7 @@ def test_kernels_are_launched_as_they_were_compiled(T, monkeypatch):
     grad = gradient(lambda x: padded(x, None), off, normal(1, T, 1, 32).bfloat16())
     assert grad.isfinite().all()
     variants = test_attention_compiled.variants().values()
-    is_short, config = attention_triton.choose(torch.bfloat16, 32, T)
+    is_short, _ = attention_triton.choose(torch.bfloat16, 32, T)
     path = test_attention_compiled.SHORT if is_short else test_attention_compiled.LONG
     checked = {
         (name, width, c.own, c.walked, ("num_warps", c.num_warps), ("num_stages", c.num_stages))

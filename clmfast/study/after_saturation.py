@@ -27,16 +27,13 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from clmfast.config import RunConfig
-from clmfast.data.tasks import make_tasks
-from clmfast.files import read_checkpoint
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, early_stopping_step, smooth_curve
 from clmfast.measure.collapse import Collapse, collapse
 from clmfast.measure.controls import letter_counts
 from clmfast.measure.probe import Probe
-from clmfast.model import Transformer
 from clmfast.plot import GREY, layout
 from clmfast.record import Run
-from clmfast.study.base import Runs, Section, Study, StudyError, changed
+from clmfast.study.base import Runs, Section, Study, changed
 from clmfast.study.claims import Claim, claim
 from clmfast.study.figures import (
     COLOURS,
@@ -50,6 +47,7 @@ from clmfast.study.figures import (
     curves,
     over_seeds,
 )
+from clmfast.study.revisit import checkpoint_steps, model_at, tasks_of
 from clmfast.study.unseen import CROSS, KNN
 
 LENGTH = 6  # times the steps of other studies: some ten times the step that early stopping picks
@@ -137,34 +135,21 @@ def _numbers(found: Collapse) -> NDArray[np.float64]:
     return np.array([getattr(found, name).item() for name in COLLAPSE])
 
 
-def model_of(path: Path, model: Transformer) -> None:
-    """Load the weights of a checkpoint."""
-    tensors, _ = read_checkpoint(path)
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if model.config.tie_head:
-        weights["head.weight"] = weights["token_embedding.weight"]
-    model.load_state_dict(weights)
-
-
 @functools.lru_cache(maxsize=64)
 def trace_of(path: Path) -> Trace:
     """Neural collapse at every checkpoint of a run; StudyError if it has none."""
     run = Run(path)
-    tasks, config = make_tasks(run.config.task, run.config.seed), run.config
-    folders = sorted((path / "checkpoints").glob("[0-9]*"))
-    if not folders:
-        raise StudyError(f"{path} must have checkpoints, it has none")
-    model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed)
+    tasks, config, steps = tasks_of(run.config), run.config, checkpoint_steps(run)
     measure = dataclasses.replace(config.measure, probe_splits=(), readouts=(HEADLINE_READOUT, TOP))
-    probe = Probe(tasks, measure, model.n_taps, config.model.width, config.seed)
+    probe = Probe(tasks, measure, config.model.n_layers + 1, config.model.width, config.seed)
     sets = {s.readout: (s, i) for i, s in enumerate(probe.sets)}
     layer = layer_at_stop(run)
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
     order = {r: torch.randperm(len(s.train), generator=generator) for r, (s, _) in sets.items()}
     values: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
     shuffled: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
-    for folder in folders:
-        model_of(folder, model)
+    for step in steps:
+        model = model_at(run, tasks, step)
         states = probe.states(model)
         with torch.inference_mode():
             head = model.head.weight[tasks.first_output :]
@@ -183,7 +168,7 @@ def trace_of(path: Path) -> Trace:
         counts = letter_counts(tasks, probe_set.train, view.readout == TOP)
         letters[name] = _numbers(collapse(counts, probe_set.train_labels[view.kind]))
     return Trace(
-        np.array([int(folder.name) for folder in folders]),
+        np.array(steps),
         {name: np.stack(found) for name, found in values.items()},
         {name: np.stack(found) for name, found in shuffled.items()},
         letters,
