@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clmfast.capture import from_host
 from clmfast.config import ModelConfig, RunConfig
 from clmfast.data.tasks import PAD, Batch, TaskSet, draw, make_tasks
 from clmfast.model import shared_rows
@@ -129,11 +130,21 @@ def plain_model(ours: Training, linear: type[nn.Linear] = nn.Linear) -> PlainMod
 
 
 class PlainTraining:
-    """The plain model's training loop on the batches of `ours`, which is not advanced."""
+    """The plain model's training loop on the batches and the device of `ours`, which is not advanced.
 
-    def __init__(self, ours: Training, linear: type[nn.Linear] = nn.Linear, is_compiled: bool = False) -> None:
+    With a `mode` of torch.compile, all batches are padded to one length.
+    """
+
+    def __init__(
+        self,
+        ours: Training,
+        linear: type[nn.Linear] = nn.Linear,
+        is_compiled: bool = False,
+        mode: str | None = None,
+    ) -> None:
         self.ours, self.config, self.tasks = ours, ours.config, ours.tasks
-        self.model = plain_model(ours, linear)
+        self.n_longest = None if mode is None else ours.model.max_length
+        self.model = plain_model(ours, linear).to(ours.device)
         train = self.config.train
         matrices = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
@@ -142,7 +153,7 @@ class PlainTraining:
             betas=(train.beta1, train.beta2),
             fused=True,  # of fused, foreach and neither the fastest on every CPU tried
         )
-        self.loss = torch.compile(self._loss, dynamic=False) if is_compiled else self._loss
+        self.loss = torch.compile(self._loss, dynamic=False, mode=mode) if is_compiled else self._loss
         self.n_steps = 0
 
     def _loss(self, tokens: Tensor, position: Tensor, target: Tensor) -> Tensor:
@@ -150,11 +161,11 @@ class PlainTraining:
 
     def step(self) -> float:
         """One update; returns the loss."""
-        batch = padded(train_batch(self.config, self.tasks, self.n_steps))
+        batch = padded(train_batch(self.config, self.tasks, self.n_steps), self.n_longest)
         for group in self.optimizer.param_groups:
             group["lr"] = self.ours.lr(self.n_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(*(torch.from_numpy(x) for x in (batch.tokens, batch.prompt_end, batch.target)))
+        loss = self.loss(*(from_host(x, self.ours.device) for x in (batch.tokens, batch.prompt_end, batch.target)))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
         self.optimizer.step()
@@ -181,11 +192,12 @@ class PaddedBatch:
     target: NDArray[np.int64]  # [B]
 
 
-def padded(batch: Batch) -> PaddedBatch:
-    """The sequences right-padded; some 20 us of a step."""
+def padded(batch: Batch, n_longest: int | None = None) -> PaddedBatch:
+    """The sequences right-padded, to the longest or to n_longest; some 20 us of a step."""
     length, first = batch.length, batch.offset[:-1]
-    tokens = np.full((len(length), length.max()), PAD)
-    tokens[np.arange(length.max()) < length[:, None]] = batch.tokens
+    T = n_longest or length.max()
+    tokens = np.full((len(length), T), PAD)
+    tokens[np.arange(T) < length[:, None]] = batch.tokens
     return PaddedBatch(tokens, batch.instruction_end - first, batch.prompt_end - first, batch.target)
 
 

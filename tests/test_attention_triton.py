@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
+import test_attention_compiled  # noqa: E402
 from test_attention import assert_as_good_as_eager, eager, gradient, lengths_for, normal  # noqa: E402
 
 from clmfast import ops  # noqa: E402
@@ -19,20 +21,34 @@ from clmfast.ops import attention_triton, reference  # noqa: E402
 from clmfast.ops.attention_triton import ALL_FULL, LENGTHS, OFFSETS, Form  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, T, H, W: several sequences in a tile, a tile that is not full, tiles that meet, widths that are padded
-SHAPES = [(1, 1, 1, 16), (5, 5, 2, 7), (3, 32, 1, 32), (4, 33, 2, 33), (3, 130, 1, 64), (2, 65, 1, 128)]
+SHAPES = [
+    (1, 1, 1, 16), (5, 5, 2, 7), (3, 32, 1, 32), (2, 70, 1, 20),
+    (5, 10, 1, 64), (4, 33, 2, 33), (3, 130, 1, 64),
+    (3, 9, 1, 100), (2, 65, 1, 128),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def whole_interpreter(monkeypatch):
-    """Triton's interpreter keeps bfloat16 as bits, and multiplies these; here it multiplies the numbers."""
+    """What Triton's interpreter lacks. It keeps bfloat16 as bits, and multiplies these; here it multiplies the numbers.
+    With NumPy 2.4, Triton 3.6 takes no integer from an array of one element (drop with Triton 3.9)."""
     if ON_GPU:
         return
     import numpy as np
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_integers(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_integers)
     dot = InterpreterBuilder.create_dot
 
     def as_numbers(x):
@@ -65,6 +81,16 @@ def padded(qkv, lengths):
     lengths = lengths if lengths is None else lengths.to(DEVICE)
     form = Form(ALL_FULL, B, T) if lengths is None else Form(LENGTHS, B, T, lengths)
     return Kernels.apply(qkv.flatten(0, 1).to(DEVICE), form).view(B, T, H, W).to(qkv.device)
+
+
+def test_shapes_reach_every_configuration():
+    """With one of them on each path for every dtype and width, all that is compiled is also run."""
+    reached = set()
+    for dtype, (_, T, _, W) in itertools.product(DTYPES, SHAPES):
+        width = next(width for width in attention_triton.WIDTHS if width >= W)
+        reached.add((dtype, width, attention_triton.choose(dtype, width, T)))
+    every = itertools.product(attention_triton.DTYPES, attention_triton.WIDTHS, range(1, 2049))
+    assert reached == {(dtype, width, attention_triton.choose(dtype, width, T)) for dtype, width, T in every}
 
 
 @pytest.fixture
@@ -148,3 +174,40 @@ def test_lse():
         lengths = torch.tensor([T, 4], device=DEVICE)
         _, lse = attention_triton.forward(qkv.flatten(0, 1).to(DEVICE), Form(LENGTHS, 2, T, lengths))
         torch.testing.assert_close(lse.view(2, T, 2).cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [7, 65])
+def test_kernels_are_launched_as_they_were_compiled(T, monkeypatch):
+    """The table of test_attention_compiled.py speaks of these launches: its configuration, and pointers to numbers at
+    multiples of 16 bytes, wherever the caller's tensors begin."""
+    launched = set()
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(attention_triton, name)
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                numbers = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+                assert all(x.data_ptr() % 16 == 0 and x.is_contiguous() for x in numbers)
+                launched.add((self.name, *arguments[-3:], *options.items()))
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    names = test_attention_compiled.SHORT + test_attention_compiled.LONG
+    for name in names:
+        monkeypatch.setattr(attention_triton, name, Spy(name))
+    qkv = normal(1, T, 3, 1, 32).bfloat16()
+    off = torch.cat([qkv.flatten()[:1], qkv.flatten()])[1:].view_as(qkv)  # begins two bytes later
+    grad = gradient(lambda x: padded(x, None), off, normal(1, T, 1, 32).bfloat16())
+    assert grad.isfinite().all()
+    variants = test_attention_compiled.variants().values()
+    is_short, _ = attention_triton.choose(torch.bfloat16, 32, T)
+    path = test_attention_compiled.SHORT if is_short else test_attention_compiled.LONG
+    checked = {
+        (name, width, c.own, c.walked, ("num_warps", c.num_warps), ("num_stages", c.num_stages))
+        for name, dtype, width, c in variants
+        if dtype == torch.bfloat16 and width == 32 and name in path
+    }
+    assert launched == checked

@@ -49,6 +49,7 @@ from clmfast.study.figures import (
     control_of,
     over_seeds,
 )
+from clmfast.study.revisit import tasks_of
 from clmfast.study.unseen import CROSS, KNN, last_accuracy
 
 Rows = tuple[tuple[str, ...], ...]  # regular expressions: a row for each task
@@ -215,7 +216,7 @@ def letters_in_place(tasks: TaskSet, examples: Ids) -> Tensor:
 
 def measures_in_place(run: Run) -> dict[str, float]:
     """The measures of the last probe on letters in their places, by name."""
-    tasks = make_tasks(run.config.task, run.config.seed)
+    tasks = tasks_of(run.config)
     measure = dataclasses.replace(
         run.config.measure, readouts=(HEADLINE_READOUT,), probe_splits=(HEADLINE_SPLIT,), n_init=N_INIT_OF_PLACES
     )
@@ -380,7 +381,7 @@ def example_figure(runs: dict[str, Run]) -> go.Figure:
     """A table of instructions: a row for each rung, a column for two grammars of each of two tasks."""
     columns: list[list[str]] = [[], [], []]
     for label, run in runs.items():
-        tasks = make_tasks(run.config.task, run.config.seed)
+        tasks = tasks_of(run.config)
         known = tasks.instructions("train")
         task = tasks.grammar_task[tasks.instruction_grammar[known]]
         columns[0].append(f"{label}: {TEXTS[label]}")

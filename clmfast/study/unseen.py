@@ -29,6 +29,7 @@ from clmfast.study.summary import revisited
 
 KNN, CROSS = "knn_accuracy", "cross_grammar_knn_accuracy"
 SPLIT_TEXT = dict(zip(UNSEEN_SPLITS, ("unseen pairs", "unseen instructions", "unseen grammars"), strict=True))
+OWN_BARRED = {KNN: "", CROSS: ", own grammar barred"}
 EARLY_SHARE = 0.25  # of the run, for "early kNN"
 
 
@@ -82,7 +83,7 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     base = list(runs[BASE_LABEL].values())
     claims = [
         claim(
-            f"{text[0].upper()}{text[1:]} fall among their task{', own grammar barred' * (measure == CROSS)}: more than {name}",
+            f"{text[0].upper()}{text[1:]} fall among their task{OWN_BARRED[measure]}: more than {name}",
             f"{'cross-grammar ' if measure == CROSS else ''}kNN accuracy, {text}, best layer, last probe",
             [np.nanmax(final_by_layer(run, measure, split)) for run in base],
             name, [control_of(run, name, measure, split) for run in base], finding="4",

@@ -65,7 +65,7 @@ def uses_of(source: Path) -> dict[str, dict[str, Use]]:
     for device, bodies in texts.items():
         names = short_names(list(bodies)) if bodies else {}
         for mangled, body in bodies.items():
-            found.setdefault(names[mangled], {})[device] = _use(output, mangled, device, body)
+            found.setdefault(names[mangled], {})[device] = use_of(output, mangled, device, body)
     return found
 
 
@@ -79,7 +79,8 @@ def _ptx(folder: Path, stem: str, architecture: str) -> dict[str, str]:
     return dict(zip(entries[::2], entries[1::2], strict=True))
 
 
-def _use(output: str, mangled: str, device: str, ptx: str) -> Use:
+def use_of(output: str, mangled: str, device: str, ptx: str) -> Use:
+    """From what ptxas -v tells."""
     told = output.split(f"Compiling entry function '{mangled}' for '{device}'", 1)[1].split("Compiling entry", 1)[0]
 
     def number(pattern: str) -> int:
@@ -110,8 +111,8 @@ def complaints(rows: dict[str, dict], uses: dict[str, dict[str, Use]]) -> list[s
     return wrong
 
 
-def table_text(rows: dict[str, dict[str, dict]]) -> str:
-    lines = ["# What each kernel may use; see limits.py, which can write it anew."]
+def table_text(rows: dict[str, dict[str, dict]], writer: str = "limits.py") -> str:
+    lines = [f"# What each kernel may use; see {writer}, which can write it anew."]
     for file, kernels in rows.items():
         lines += ["", f'["{file}"]']
         for kernel, row in kernels.items():
