@@ -28,7 +28,7 @@ BAD_INPUT, STOPPED = 2, 130
 
 def studies() -> dict[str, Study]:
     """All studies by name, in the order of the paper's findings."""
-    from clmfast.study import after_saturation, clusters_by, early_stopping, emergence, perturbed, unseen
+    from clmfast.study import after_saturation, capacity, clusters_by, early_stopping, emergence, perturbed, unseen
 
     return {
         "emergence": emergence.STUDY,
@@ -37,6 +37,7 @@ def studies() -> dict[str, Study]:
         "perturbed": perturbed.STUDY,
         "clusters_by": clusters_by.STUDY,
         "after_saturation": after_saturation.STUDY,
+        "capacity": capacity.STUDY,
     }
 
 
@@ -85,11 +86,12 @@ def plan(
 def train(folder: Path, wanted: list[tuple[Path, RunConfig]], base: RunConfig, asked: argparse.Namespace) -> None:
     """Train what is missing, with as many processes and threads as do the most steps per second."""
     from clmfast.study.progress import StudyProgress
-    from clmfast.study.runs import choose_processes, hold, missing_of, train_missing
+    from clmfast.study.runs import choose_processes, each_once, hold, missing_of, train_missing
 
-    jobs = missing_of(wanted)
+    distinct = each_once(wanted)
+    jobs = missing_of(distinct)
     print(
-        f"{len(dict(wanted)) - len(jobs)} runs are there, {len(jobs)} to train, records in {folder / 'runs'}",
+        f"{len(distinct) - len(jobs)} runs are there, {len(jobs)} to train, records in {folder / 'runs'}",
         flush=True,
     )
     if not jobs:
@@ -152,7 +154,6 @@ def work(asked: argparse.Namespace) -> None:
         name: plan(folder, study, seeds_of(asked.seeds, study, asked.quick), base) for name, study in chosen.items()
     }
     if not asked.draw:
-        # The first path of a configuration counts: studies share their runs.
         train(folder, [one for planned in plans.values() for one in planned.values()], base, asked)
 
     from clmfast.study.pages import facts_of, write_pages

@@ -84,6 +84,13 @@ def interval(*samples: ArrayLike, statistic: Statistic = np.mean) -> Interval:
     return Interval(value, float(found.low), float(found.high))
 
 
+def side_of(values: ArrayLike) -> Literal["above", "below"]:
+    """The side of zero on which the mean lies: a claim in that direction, held to an interval of 95 %, tests both."""
+    known = np.asarray(values, np.float64)
+    known = known[np.isfinite(known)]
+    return "below" if len(known) and known.mean() < 0 else "above"
+
+
 def claim(
     statement: str,
     measure: str,

@@ -10,8 +10,6 @@ of 0.1 has no saturation and its seed is left out.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
@@ -22,7 +20,7 @@ from clmfast.findings import CLOSE_SHARE_OF_RUN, HEADLINE_SPLIT, best_layer, ear
 from clmfast.plot import layout
 from clmfast.record import Run
 from clmfast.study.base import BASE_LABEL, Runs, Section, Study, changed
-from clmfast.study.claims import Claim, claim
+from clmfast.study.claims import Claim, claim, side_of
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.figures import (
     COLOURS,
@@ -77,9 +75,8 @@ def ranks_within(steps: dict[str, NDArray[np.float64]], others: dict[str, NDArra
 
 
 def leader(label: str, lag: NDArray[np.float64]) -> Claim:
-    """Who comes first, in the direction of the mean: its interval of 95 % makes this a test in both directions."""
-    lags = lag[np.isfinite(lag)]
-    side: Literal["above", "below"] = "below" if len(lags) and lags.mean() < 0 else "above"
+    """Who comes first, in the direction of the mean."""
+    side = side_of(lag)
     statement = {
         "above": "Accuracy leads: clustering saturates after the step that early stopping picks",
         "below": "Clustering leads: it saturates before the step that early stopping picks",

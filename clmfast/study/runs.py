@@ -225,6 +225,14 @@ def choose_processes(config: RunConfig, lock: int) -> dict[str, Any]:
     return {"processes": best[0], "threads": best[1], "reason": f"measured over {MEASURED_STEPS} steps: {told}"}
 
 
-def missing_of(wanted: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
-    """Those that are not finished, each once."""
-    return [(p, c) for p, c in dict(wanted).items() if state_of(p, c) not in ENDED]
+def each_once(wanted: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+    """Every configuration once, at the first of its paths: studies share their runs under different labels."""
+    found: dict[RunConfig, tuple[Path, RunConfig]] = {}
+    for path, config in wanted:
+        found.setdefault(identity(config), (path, config))
+    return list(found.values())
+
+
+def missing_of(distinct: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+    """Those that have not ended."""
+    return [(p, c) for p, c in distinct if state_of(p, c) not in ENDED]
