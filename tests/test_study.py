@@ -36,12 +36,18 @@ from clmfast.study.unseen import log_odds_ratio
 def test_interval_of_a_mean():
     values = np.arange(10.0)
     found = interval(values)
-    error = values.std() / math.sqrt(10)
+    half = 2.262 * values.std(ddof=1) / math.sqrt(10)  # Student's t with nine degrees of freedom
     assert found.value == 4.5
-    assert found.low == pytest.approx(4.5 - 1.96 * error, abs=0.3)
-    assert found.high == pytest.approx(4.5 + 1.96 * error, abs=0.3)
+    assert found.low == pytest.approx(4.5 - half, abs=0.2)
+    assert found.high == pytest.approx(4.5 + half, abs=0.2)
     assert interval([0.5] * 6) == (0.5, 0.5, 0.5)
     assert math.isnan(interval([1.0, 2.0, 3.0, 4.0]).low)
+
+
+def test_intervals_of_few_seeds_miss_the_mean_about_as_often_as_they_say():
+    samples = np.random.default_rng(0).normal(size=(120, 10))
+    missed = sum(not found.low <= 0 <= found.high for found in map(interval, samples))
+    assert missed / len(samples) < 0.1
 
 
 @pytest.mark.parametrize(

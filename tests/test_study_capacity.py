@@ -53,7 +53,11 @@ def test_a_trend_is_worded_in_its_direction(rise, word):
     found = trend(AXES["depth"], sizes, numbers(rise, 1), "onset")
     assert word in found.statement and "2, 4, 8" in found.statement
     assert found.verdict == HOLDS and found.effect == pytest.approx(rise, abs=2)
-    assert trend(AXES["depth"], sizes, numbers(0, 30), "onset").verdict == FAILS
+    opposite = numbers(rise, 1)
+    for seed in (0, 1):
+        for label in sizes:  # two seeds of five go the other way
+            opposite[label][seed]["onset"] = 200 - opposite[label][seed]["onset"]
+    assert trend(AXES["depth"], sizes, opposite, "onset").verdict == FAILS
     # A seed that lacks a size still has a slope.
     missing = numbers(rise, 1)
     del missing["depth 8"][3]

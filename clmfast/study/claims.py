@@ -1,9 +1,14 @@
 """Claims as numbers: an effect over seeds, its bootstrap interval, the control beside it, and a verdict.
 
 The rule. Each seed gives one value of the effect and one of the control (a constant where the control is a bar). The
-margin is effect - control, seed by seed. Intervals are bootstrap intervals over seeds: BCa, 95 %, 9999 resamples (1999
-of a correlation), fixed seed. A claim holds if the whole interval of the margin lies on the side that the claim names;
-with fewer than five seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no surprise.
+margin is effect - control, seed by seed. Intervals are bootstrap intervals over seeds: BCa, 95 %, 9999 resamples
+(1999 of a correlation), fixed seed. A claim holds if the whole interval of the margin lies on the side that the claim
+names; with fewer than five seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no
+surprise.
+
+Resamples of few seeds spread too little, so intervals of a mean are expanded (Hesterberg 2015). Of 600 samples of five
+from a normal, a uniform and an exponential distribution, plain BCa intervals missed the mean in 16, 14 and 20 %,
+expanded ones in 9, 9 and 13 %; of samples of ten, in 11, 6 and 14 % against 5, 2 and 7 %. Five seeds remain few.
 
 Controls, of the same run and the same measure. Letters alone: letter counts in place of states. Untrained model: the
 probe before the first step, in the layer where it is strongest. Shuffled labels: the mean over all shuffles, in the
@@ -22,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, t
 
 MIN_SEEDS = 5
 CONFIDENCE = 0.95
@@ -61,6 +66,12 @@ class Claim:
     verdict: str
 
 
+def expanded(n: int) -> float:
+    """The confidence at which a bootstrap interval of the mean of n is as wide as Student's t would have it at 95 %."""
+    tail = norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return float(1 - 2 * tail)
+
+
 def interval(*samples: ArrayLike, statistic: Statistic = np.mean) -> Interval:
     """The statistic of one sample, or of paired ones, and its bootstrap interval over their members."""
     arrays = [np.asarray(sample, np.float64) for sample in samples]
@@ -71,13 +82,14 @@ def interval(*samples: ArrayLike, statistic: Statistic = np.mean) -> Interval:
         return Interval(value, math.nan, math.nan)
     if all(np.ptp(array) == 0 for array in arrays):
         return Interval(value, value, value)
+    is_mean = statistic is np.mean
     for method in ("BCa", "percentile"):  # BCa has no answer where leaving one seed out changes nothing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = bootstrap(
-                arrays, statistic, paired=True, vectorized=statistic is np.mean, confidence_level=CONFIDENCE,
-                n_resamples=N_RESAMPLES if statistic is np.mean else N_RESAMPLES // 5, method=method,
-                random_state=np.random.default_rng(0),
+                arrays, statistic, paired=True, vectorized=is_mean, method=method,
+                confidence_level=expanded(len(arrays[0])) if is_mean else CONFIDENCE,
+                n_resamples=N_RESAMPLES if is_mean else N_RESAMPLES // 5, random_state=np.random.default_rng(0),
             ).confidence_interval  # fmt: skip
         if np.isfinite([found.low, found.high]).all():
             break
