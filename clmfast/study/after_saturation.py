@@ -28,7 +28,7 @@ from plotly.subplots import make_subplots
 
 from clmfast.config import RunConfig
 from clmfast.data.tasks import make_tasks
-from clmfast.files import read_checkpoint
+from clmfast.files import DamagedCheckpoint, read_checkpoint
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, early_stopping_step, smooth_curve
 from clmfast.measure.collapse import Collapse, collapse
 from clmfast.measure.controls import letter_counts
@@ -137,9 +137,12 @@ def _numbers(found: Collapse) -> NDArray[np.float64]:
     return np.array([getattr(found, name).item() for name in COLLAPSE])
 
 
-def model_of(path: Path, model: Transformer) -> None:
-    """Load the weights of a checkpoint."""
-    tensors, _ = read_checkpoint(path)
+def load_weights(path: Path, model: Transformer) -> None:
+    """Load the weights of a checkpoint; StudyError if it is damaged."""
+    try:
+        tensors, _ = read_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise StudyError(str(error)) from None
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     if model.config.tie_head:
         weights["head.weight"] = weights["token_embedding.weight"]
@@ -164,7 +167,7 @@ def trace_of(path: Path) -> Trace:
     values: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
     shuffled: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
     for folder in folders:
-        model_of(folder, model)
+        load_weights(folder, model)
         states = probe.states(model)
         with torch.inference_mode():
             head = model.head.weight[tasks.first_output :]
