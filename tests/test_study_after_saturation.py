@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 from clmfast.data.tasks import make_tasks
 from clmfast.measure.collapse import collapse
 from clmfast.measure.probe import examples_of
-from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study import __main__ as command
-from clmfast.study.after_saturation import LENGTH, OUTPUT, around, configs, model_of, positive, stop_of, trace_of
-from clmfast.study.base import StudyError, base_config, quick_config
+from clmfast.study.after_saturation import LENGTH, OUTPUT, around, configs, positive, stop_of, trace_of
+from clmfast.study.base import base_config, quick_config
+from clmfast.study.revisit import model_at
 
 
 def a_run(picked: int, steps: int) -> SimpleNamespace:
@@ -56,7 +57,7 @@ def test_configs_are_ten_times_as_long_as_early_stopping_with_two_decays():
     assert base_config().train.weight_decay in {config.train.weight_decay for config in found.values()}
 
 
-def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
+def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     base = dataclasses.replace(quick_config(), steps=12)
     monkeypatch.setattr(command, "quick_config", lambda: base)
     assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path)]) == 0
@@ -72,8 +73,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     # The last checkpoint, its prompts one by one instead of as a tree.
     config = Run(path).config
     tasks = make_tasks(config.task, config.seed)
-    model = Transformer(config.model, len(tasks.vocabulary), tasks.max_length, config.seed)
-    model_of(path / "checkpoints" / f"{LENGTH * 12:08d}", model)
+    model = model_at(Run(path), tasks, LENGTH * 12)
     examples = examples_of(tasks, "train", "prompt_end", config.measure.probe_train, config.seed)
     batch = tasks.pack(examples)
     with torch.inference_mode():
@@ -84,7 +84,13 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
         found = collapse(points[None], label, head - head[label.unique()].mean(0))
     np.testing.assert_allclose(trace.values[OUTPUT][-1], [value.item() for value in found], rtol=1e-3)
 
-
-def test_a_run_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises((StudyError, ValueError), match="must"):
-        trace_of(tmp_path)
+    trace_of.cache_clear()
+    weights = path / "checkpoints" / "00000004" / "tensors.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    draw = ["after_saturation", "--quick", "--draw", "--seeds", "0..0", "--out", str(tmp_path)]
+    assert command.main(draw) == 2
+    shutil.rmtree(path / "checkpoints")
+    assert command.main(draw) == 2
+    damaged, gone = capsys.readouterr().err.splitlines()
+    assert "must have the sha256 of its manifest" in damaged
+    assert "must have checkpoints, it has none" in gone
