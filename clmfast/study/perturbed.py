@@ -309,8 +309,8 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     return claims, [
         Section(
             "What the strings look like",
-            "From the first rung, where nothing is perturbed, to the last, where nothing tells tasks apart: instructions of "
-            "the first two tasks, one seed.",
+            "From the first rung, where nothing is perturbed, to the last, where nothing tells tasks apart: "
+            "instructions of the first two tasks, one seed.",
             example_figure({label: group[0] for label, group in groups.items()}),
         ),
         Section(
