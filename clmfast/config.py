@@ -342,10 +342,10 @@ def from_file(path: str | Path, base: RunConfig) -> RunConfig:
         raise ConfigError(f"config file {path} must be TOML or, if named .json, JSON: {error}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"config file {path} must hold a table of settings, got {type(given).__name__}")
-    return _from_dict(given, base, str(path))
+    return from_dict(given, base, str(path))
 
 
-def _from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
+def from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
     import dacite  # a twentieth of a second that `--help` need not wait for
 
     merged = dataclasses.asdict(base)

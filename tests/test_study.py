@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clmfast.config import RunConfig
+from clmfast.config import RunConfig, to_dict
 from clmfast.files import write_json
+from clmfast.record import Run
 from clmfast.study import runs as runs_module
 from clmfast.study.__main__ import main, seeds_of, studies
 from clmfast.study.base import StudyError, quick_config
@@ -26,7 +28,8 @@ from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.pages import wall_seconds
-from clmfast.study.runs import hold, run_path, state_of
+from clmfast.study.runs import choose_processes, hold, load_run, run_path, state_of
+from clmfast.study.summary import KEPT, Summary, beside, pack, unpack
 from clmfast.study.unseen import log_odds_ratio
 
 
@@ -113,9 +116,20 @@ def test_a_configuration_has_one_place_whatever_the_threads(tmp_path):
     path = run_path(tmp_path, "base", config)
     assert run_path(tmp_path, "base", dataclasses.replace(config, threads=2, out="x")) == path
     assert run_path(tmp_path, "base", dataclasses.replace(config, steps=61)) != path
-    path.mkdir()
-    assert run_path(tmp_path, "other", config) == path
     assert state_of(path, config) == "missing"
+    path.mkdir()
+    assert state_of(path, config) == "missing"
+    # Named by another version, which had other settings: known by what its config says.
+    older = path.with_name("other-seed0-0123456789")
+    older.mkdir()
+    write_json(older / "config.json", {k: v for k, v in to_dict(config).items() if k != "device"})
+    assert run_path(tmp_path, "base", config) == older
+
+
+def test_files_beside_a_run_are_its_own(tmp_path):
+    one, other = (run_path(tmp_path, "noise 0.1", dataclasses.replace(quick_config(), seed=seed)) for seed in (0, 1))
+    assert beside(one, ".json") != beside(other, ".json")
+    assert beside(one, ".json").name == f"{one.name}.json"
 
 
 def test_foreign_records_are_refused(tmp_path):
@@ -123,8 +137,26 @@ def test_foreign_records_are_refused(tmp_path):
     with pytest.raises(StudyError, match="must be the run of this study"):
         state_of(tmp_path, quick_config())
     write_json(tmp_path / "config.json", {"steps": 3})
-    with pytest.raises(StudyError, match=r"its config.json is of another one"):
+    with pytest.raises(StudyError, match="must be of the run of this study"):
         state_of(tmp_path, quick_config())
+
+
+def test_thousandths_come_back():
+    values = np.random.default_rng(0).uniform(-1, 1, (50, 3))
+    values[::7, 1] = np.nan
+    values[0, 0], values[1, 0] = 1, -1
+    np.testing.assert_allclose(unpack(pack(values)), values, atol=5.01e-4)
+    assert (unpack(pack(np.round(values, 3)))[:, 0] == np.round(values[:, 0], 3)).all()
+
+
+def test_processes_are_chosen_by_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(runs_module, "MEASURED_STEPS", 3)
+    lock = hold(tmp_path)
+    found = choose_processes(quick_config(), lock)
+    os.close(lock)
+    assert (found["processes"], found["threads"]) in ((2, 1), (1, 2))
+    assert "2 x 1 threads" in found["reason"] and "1 x 2 threads" in found["reason"]
 
 
 def test_one_study_at_a_time(tmp_path):
@@ -179,6 +211,17 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
         assert text in page, text
     assert page.count("cdn.plot") == 0 or 'src="http' not in page
 
+    # What is kept of the run says what its directory says.
+    full, kept = Run(run), Summary(run)
+    assert kept.config == full.config and kept.events == full.events and kept.controls == full.controls
+    for column in kept.columns:
+        assert column.measure in KEPT
+        np.testing.assert_allclose(kept.column(column.name), full.column(column.name), atol=5.01e-4)
+    assert kept.per_task is not None and full.per_task is not None
+    is_kept = np.isfinite(kept.per_task)
+    assert is_kept.any()
+    np.testing.assert_allclose(kept.per_task[is_kept], full.per_task[is_kept], atol=5.01e-4)
+
     # Again: nothing is trained.
     monkeypatch.setattr(runs_module, "Job", None)
     before = (run / "steps.npy").stat().st_mtime_ns
@@ -186,12 +229,26 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert "1 runs are there, 0 to train" in capsys.readouterr().out
     assert (run / "steps.npy").stat().st_mtime_ns == before
 
+    # Nor without the directory; a damaged summary is one line.
+    config = kept.config
+    shutil.rmtree(run)
+    assert main([*command, "--draw"]) == 0
+    assert json.loads((out / "claims.json").read_text()) == rows
+    beside(run, ".npz").write_bytes(b"not a zip")
+    with pytest.raises(StudyError, match="must be the summary of a run"):
+        load_run(run, config)
+
 
 def test_wall_time_counts_what_runs_side_by_side_once():
-    def run(start: float, end: float) -> SimpleNamespace:
-        return SimpleNamespace(events=[{"unix_time_s": start}, {"unix_time_s": end}])
+    def run(*events: tuple[str, float]) -> SimpleNamespace:
+        return SimpleNamespace(events=[{"event": event, "unix_time_s": at} for event, at in events])
 
-    assert wall_seconds([run(0, 10), run(2, 12), run(100, 105), run(101, 103)]) == 17
+    def whole(start: float, end: float) -> SimpleNamespace:
+        return run(("start", start), ("checkpoint", (start + end) / 2), ("end", end))
+
+    assert wall_seconds([whole(0, 10), whole(2, 12), whole(100, 105), whole(101, 103)]) == 17
+    # Killed overnight: the night does not count.
+    assert wall_seconds([run(("start", 0), ("checkpoint", 8), ("resume", 50_000), ("end", 50_005))]) == 13
     assert wall_seconds([]) == 0
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from clmfast.data.tasks import make_tasks
 from clmfast.measure.collapse import collapse
 from clmfast.measure.probe import examples_of
 from clmfast.record import Run
 from clmfast.study import __main__ as command
-from clmfast.study.after_saturation import LENGTH, OUTPUT, around, configs, positive, stop_of, trace_of
-from clmfast.study.base import base_config, quick_config
-from clmfast.study.revisit import model_at
+from clmfast.study.after_saturation import LENGTH, OUTPUT, VIEWS, around, configs, positive, stop_of, trace_of
+from clmfast.study.base import StudyError, base_config, quick_config
+from clmfast.study.revisit import model_at, tasks_of
+from clmfast.study.summary import Summary, beside
 
 
 def a_run(picked: int, steps: int) -> SimpleNamespace:
@@ -57,7 +57,7 @@ def test_configs_are_ten_times_as_long_as_early_stopping_with_two_decays():
     assert base_config().train.weight_decay in {config.train.weight_decay for config in found.values()}
 
 
-def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     base = dataclasses.replace(quick_config(), steps=12)
     monkeypatch.setattr(command, "quick_config", lambda: base)
     assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path)]) == 0
@@ -68,12 +68,12 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert text in page, text
 
     path = next(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
-    trace = trace_of(path)
+    run = Run(path)
+    trace = trace_of(run)
     assert trace.step.tolist() == [0, 1, 2, 4, 8, 16, 32, 64, LENGTH * 12]
     # The last checkpoint, its prompts one by one instead of as a tree.
-    config = Run(path).config
-    tasks = make_tasks(config.task, config.seed)
-    model = model_at(Run(path), tasks, LENGTH * 12)
+    config, tasks = run.config, tasks_of(run.config)
+    model = model_at(run, tasks, LENGTH * 12)
     examples = examples_of(tasks, "train", "prompt_end", config.measure.probe_train, config.seed)
     batch = tasks.pack(examples)
     with torch.inference_mode():
@@ -82,15 +82,14 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
         head = model.head.weight[tasks.first_output :]
         label = torch.from_numpy(tasks.labels(examples)["output"])
         found = collapse(points[None], label, head - head[label.unique()].mean(0))
-    np.testing.assert_allclose(trace.values[OUTPUT][-1], [value.item() for value in found], rtol=1e-3)
+    np.testing.assert_allclose(
+        trace.values[list(VIEWS).index(OUTPUT), -1], [value.item() for value in found], rtol=1e-3
+    )
 
-    trace_of.cache_clear()
-    weights = path / "checkpoints" / "00000004" / "tensors.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    draw = ["after_saturation", "--quick", "--draw", "--seeds", "0..0", "--out", str(tmp_path)]
-    assert command.main(draw) == 2
-    shutil.rmtree(path / "checkpoints")
-    assert command.main(draw) == 2
-    damaged, gone = capsys.readouterr().err.splitlines()
-    assert "must have the sha256 of its manifest" in damaged
-    assert "must have checkpoints, it has none" in gone
+    # The page can be drawn again from what is kept, without the directory of any run.
+    shutil.rmtree(path)
+    assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path), "--draw"]) == 0
+    assert json.loads((tmp_path / "claims.json").read_text()) == rows
+    beside(path, ".collapse.npz").unlink()
+    with pytest.raises(StudyError, match="must have its directory with checkpoints"):
+        trace_of(Summary(path))

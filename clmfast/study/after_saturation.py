@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +47,7 @@ from clmfast.study.figures import (
     over_seeds,
 )
 from clmfast.study.revisit import checkpoint_steps, model_at, tasks_of
+from clmfast.study.summary import revisited
 from clmfast.study.unseen import CROSS, KNN
 
 LENGTH = 6  # times the steps of other studies: some ten times the step that early stopping picks
@@ -123,32 +123,34 @@ def layer_at_stop(run: Run, readout: str = HEADLINE_READOUT, measure: str = "ari
 
 
 class Trace(NamedTuple):
-    """Neural collapse of a run, by view: `values` and `shuffled` [checkpoints, measures], `letters` [measures]."""
+    """Neural collapse of a run: `values` and `shuffled` [views, checkpoints, measures], `letters` [views, measures]."""
 
     step: NDArray[np.int64]
-    values: dict[str, NDArray[np.float64]]
-    shuffled: dict[str, NDArray[np.float64]]
-    letters: dict[str, NDArray[np.float64]]
+    values: NDArray[np.float64]
+    shuffled: NDArray[np.float64]
+    letters: NDArray[np.float64]
 
 
-def _numbers(found: Collapse) -> NDArray[np.float64]:
-    return np.array([getattr(found, name).item() for name in COLLAPSE])
+def _numbers(found: Collapse) -> list[float]:
+    return [getattr(found, name).item() for name in COLLAPSE]
 
 
-@functools.lru_cache(maxsize=64)
-def trace_of(path: Path) -> Trace:
-    """Neural collapse at every checkpoint of a run; StudyError if it has none."""
-    run = Run(path)
-    tasks, config, steps = tasks_of(run.config), run.config, checkpoint_steps(run)
-    measure = dataclasses.replace(config.measure, probe_splits=(), readouts=(HEADLINE_READOUT, TOP))
-    probe = Probe(tasks, measure, config.model.n_layers + 1, config.model.width, config.seed)
+def trace_of(run: Run) -> Trace:
+    """Neural collapse at every checkpoint of a run."""
+    return Trace(**revisited(run, "collapse", lambda run: collapse_at_checkpoints(run)._asdict()))
+
+
+def collapse_at_checkpoints(run: Run) -> Trace:
+    """The same from the weights; StudyError if there are none."""
+    steps, tasks = checkpoint_steps(run), tasks_of(run.config)
+    measure = dataclasses.replace(run.config.measure, probe_splits=(), readouts=(HEADLINE_READOUT, TOP))
+    probe = Probe(tasks, measure, len(run.layers), run.config.model.width, run.config.seed)
     sets = {s.readout: (s, i) for i, s in enumerate(probe.sets)}
     layer = layer_at_stop(run)
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
     order = {r: torch.randperm(len(s.train), generator=generator) for r, (s, _) in sets.items()}
-    values: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
-    shuffled: dict[str, list[NDArray]] = {name: [] for name in VIEWS}
-    for step in steps:
+    values, shuffled = np.empty((2, len(VIEWS), len(steps), len(COLLAPSE)))
+    for i, step in enumerate(steps):
         model = model_at(run, tasks, step)
         states = probe.states(model)
         with torch.inference_mode():
@@ -157,28 +159,23 @@ def trace_of(path: Path) -> Trace:
                 HEADLINE_READOUT: states[sets[HEADLINE_READOUT][1]][0][layer][None],
                 TOP: model.norm_out(states[sets[TOP][1]][0][-1])[None],
             }
-        for name, view in VIEWS.items():
+        for of_view, of_shuffled, view in zip(values, shuffled, VIEWS.values(), strict=True):
             label = sets[view.readout][0].train_labels[view.kind]
             weight = head - head[label.unique()].mean(0) if view.kind == "output" else None
-            values[name].append(_numbers(collapse(points[view.readout], label, weight)))
-            shuffled[name].append(_numbers(collapse(points[view.readout], label[order[view.readout]], weight)))
-    letters = {}
-    for name, view in VIEWS.items():
+            of_view[i] = _numbers(collapse(points[view.readout], label, weight))
+            of_shuffled[i] = _numbers(collapse(points[view.readout], label[order[view.readout]], weight))
+    letters = []
+    for view in VIEWS.values():
         probe_set, _ = sets[view.readout]
         counts = letter_counts(tasks, probe_set.train, view.readout == TOP)
-        letters[name] = _numbers(collapse(counts, probe_set.train_labels[view.kind]))
-    return Trace(
-        np.array(steps),
-        {name: np.stack(found) for name, found in values.items()},
-        {name: np.stack(found) for name, found in shuffled.items()},
-        letters,
-    )
+        letters.append(_numbers(collapse(counts, probe_set.train_labels[view.kind])))
+    return Trace(np.array(steps), values, shuffled, np.array(letters))
 
 
 def collapse_around(run: Run, view: str, measure: str) -> tuple[float, float]:
     """(at early stopping, at the end); NC1 as its logarithm."""
-    trace = trace_of(run.path)
-    values = trace.values[view][:, list(COLLAPSE).index(measure)]
+    trace = trace_of(run)
+    values = trace.values[list(VIEWS).index(view), :, list(COLLAPSE).index(measure)]
     if measure == "nc1":
         values = np.log10(values)
     at_stop = int(np.searchsorted(trace.step, min(stop_of(run), trace.step[-1])))
@@ -295,7 +292,7 @@ def time_figure(groups: dict[str, list[Run]]) -> go.Figure:
         if row <= 3:
             figure.update_yaxes(range=[-0.05, 1.05], row=row)
     for i, measure in enumerate(COLLAPSE):  # the lines of early stopping keep plotly from finding a range by itself
-        found = np.concatenate([_drawn(trace_of(run.path), i) for group in groups.values() for run in group])
+        found = np.concatenate([_drawn(trace_of(run), i) for group in groups.values() for run in group])
         if measure == "nc1":
             low, high = np.log10(found[found > 0].min()), np.log10(found.max())
             figure.update_yaxes(type="log", dtick=1, range=[low - 0.1, high + 0.1], row=4 + i)
@@ -309,8 +306,7 @@ def time_figure(groups: dict[str, list[Run]]) -> go.Figure:
 
 def _drawn(trace: Trace, i: int) -> NDArray[np.float64]:
     """All numbers of a measure that the figure shows for a run."""
-    values = [part[name].reshape(-1, len(COLLAPSE))[:, i] for part in trace[1:] for name in VIEWS]
-    found = np.concatenate(values)
+    found = np.concatenate([part[..., i].ravel() for part in trace[1:]])
     return found[np.isfinite(found)]
 
 
@@ -353,11 +349,11 @@ def _of_layer(view: View, measure: str, split: str, run: Run) -> NDArray[np.floa
 
 def add_collapse(figure: go.Figure, group: Sequence[Run], i: int, row: int, col: int) -> None:
     """One measure of neural collapse, with its controls."""
-    traces = [trace_of(run.path) for run in group]
+    traces = [trace_of(run) for run in group]
     ends = [1, group[0].config.steps]
     bands = {
-        GREY: np.concatenate([t.shuffled[name][1:, i] for t in traces for name in VIEWS]),
-        UNTRAINED: np.concatenate([t.values[name][:1, i] for t in traces for name in VIEWS]),
+        GREY: np.concatenate([t.shuffled[:, 1:, i].ravel() for t in traces]),
+        UNTRAINED: np.concatenate([t.values[:, 0, i] for t in traces]),
     }
     for colour, values in bands.items():
         known = values[np.isfinite(values) & (values > 0)]
@@ -368,13 +364,13 @@ def add_collapse(figure: go.Figure, group: Sequence[Run], i: int, row: int, col:
                 hoverinfo="skip", row=row, col=col,
             )  # fmt: skip
     n = min(len(t.step) for t in traces)
-    for name, view in VIEWS.items():
-        letters = float(np.mean([t.letters[name][i] for t in traces]))
+    for i_view, (name, view) in enumerate(VIEWS.items()):
+        letters = float(np.mean([t.letters[i_view, i] for t in traces]))
         figure.add_scatter(
             x=ends, y=[letters] * 2, mode="lines", line={"color": view.colour, "dash": "dash", "width": 1},
             showlegend=False, hoverinfo="skip", legendgroup=name, row=row, col=col,
         )  # fmt: skip
-        step, values = positive(traces[0].step[:n], np.stack([t.values[name][:n, i] for t in traces]))
+        step, values = positive(traces[0].step[:n], np.stack([t.values[i_view, :n, i] for t in traces]))
         add_band(figure, step, values, name, view.colour, False, row, col)
 
 

@@ -4,6 +4,10 @@ The rule. Each seed gives one value of the effect and one of the control (a cons
 margin is effect - control, seed by seed. Intervals are bootstrap intervals over seeds: BCa, 95 %, 9999 resamples (1999
 of a correlation), fixed seed. A claim holds if the whole interval of the margin lies on the side that the claim names;
 with fewer than five seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no surprise.
+
+Controls, of the same run and the same measure. Letters alone: letter counts in place of states. Untrained model: the
+probe before the first step, in the layer where it is strongest. Shuffled labels: the mean over all shuffles, in the
+layer where that is strongest; a largest value would grow with their number.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 The margin of a kind is its ARI minus the largest ARI of any other kind, in the layer where the kind's own is largest,
 at the last probe. At the end of the instruction no input has been read: only task, grammar and instruction exist.
+Nothing wins where no kind's mean over seeds is above the largest of a run's shuffles of the task, mean over seeds.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def best_and_rival(run: Run, readout: str, kind: str) -> tuple[float, float]:
 NOTHING = len(LABEL_KINDS)  # in place of the index of a kind
 
 
-def winner_of(ari: NDArray[np.float64], chance: float) -> NDArray[np.int64]:
+def winner_of(ari: NDArray[np.float64], chance: float | NDArray[np.float64]) -> NDArray[np.int64]:
     """Index of the kind with the largest ARI of [kinds, ...]; NOTHING where that is no more than chance."""
     return np.where(ari.max(0) > chance, ari.argmax(0), NOTHING)
 
 
-def chance_of(runs: list[Run], readout: str) -> float:
-    """The largest ARI that shuffled labels gave in any run and layer."""
-    bands = [control(run, "shuffled_labels", readout, "ari_task", "", layer) for run in runs for layer in run.layers]
-    return max((band["high"] for band in bands if band), default=0.0)
+def chance_of(runs: list[Run], readout: str) -> NDArray[np.float64]:
+    """[layers] the largest ARI of a run's shuffles, mean over runs."""
+    bands = [[control(run, "shuffled_labels", readout, "ari_task", "", at) for at in run.layers] for run in runs]
+    return np.mean([[band["high"] if band else 0.0 for band in of_run] for of_run in bands], axis=0)
 
 
 def winners(runs: list[Run], readout: str) -> tuple[NDArray, NDArray]:
@@ -57,7 +58,7 @@ def winners(runs: list[Run], readout: str) -> tuple[NDArray, NDArray]:
 
 def winners_of_controls(runs: list[Run], readout: str) -> dict[str, int]:
     """Who wins where nothing was learned: with letter counts, and in the best layer of the untrained model."""
-    kinds, chance = kinds_of(readout), chance_of(runs, readout)
+    kinds, chance = kinds_of(readout), chance_of(runs, readout).max()
 
     def letters(run: Run, kind: str) -> float:
         found = control(run, "raw_strings", readout, f"ari_{kind}", "")

@@ -103,10 +103,15 @@ def page(
 
 
 def wall_seconds(runs: Iterable[Run]) -> float:
-    """Seconds in which at least one of the runs was at work, from its first event to its last."""
-    spans = sorted((run.events[0]["unix_time_s"], run.events[-1]["unix_time_s"]) for run in runs if run.events)
+    """Seconds in which at least one of the runs was at work: from each start or resume to the last event before the
+    next one."""
+    spans: list[tuple[float, float]] = []
+    for run in runs:
+        for event in run.events:
+            at = event["unix_time_s"]
+            spans.append((at, at) if event["event"] in ("start", "resume") else (spans.pop()[0], at))
     total, until = 0.0, -math.inf
-    for start, end in spans:
+    for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total

@@ -19,10 +19,10 @@ def tasks_of(config: RunConfig) -> TaskSet:
 
 def checkpoint_steps(run: Run) -> list[int]:
     """Steps whose weights are there, ascending; StudyError if there are none."""
-    found = sorted(int(path.name) for path in (run.path / "checkpoints").glob("[0-9]*"))
-    if not found:
-        raise StudyError(f"run {run.path.name} must have checkpoints, it has none")
-    return found
+    steps = sorted(int(path.name) for path in (run.path / "checkpoints").glob("[0-9]*"))
+    if not steps:
+        raise StudyError(f"run {run.path.name} must have its directory with checkpoints, it has none")
+    return steps
 
 
 def model_at(run: Run, tasks: TaskSet, step: int) -> Transformer:

@@ -1,16 +1,20 @@
 """The pool of runs behind the studies: what is missing is trained in processes of `clmfast.run`, what is there is read.
 
-A run directory belongs to one configuration (its name ends in a hash of it), whatever study asked for it. The number
-of threads is no part of that: it is chosen by a measurement and may be another one after a restart.
+A run directory belongs to one configuration, whatever study asked for it. The number of threads is no part of that: it
+is chosen by a measurement and may be another one after a restart. When a run ends, its summary is written beside it
+(summary.py); with that file there, the directory may be moved away.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +31,12 @@ from clmfast.config import ConfigError, RunConfig, from_file, to_dict
 from clmfast.files import write_json
 from clmfast.record import NotARun, Run
 from clmfast.study.base import StudyError, changed
+from clmfast.study.summary import Summary, beside, write_summary
 
 DIVERGED = 3  # exit code of clmfast.run
+ENDED = ("finished", "diverged")
 MEASURED_STEPS = 30
+RUN_NAME = re.compile(r".*-seed\d+-[0-9a-f]{10}")  # of a directory and of all files beside it
 HALF_MADE = {"steps.npy", "timing.npy", "per_task.npy", ".config.json.part"}  # what a run writes before its config.json
 
 
@@ -38,44 +45,79 @@ def identity(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, out="", threads=0)
 
 
+@functools.lru_cache(maxsize=4096)
+def _config_in(file: Path, modified_ns: int) -> RunConfig | None:
+    """The identity of the run that a config.json or a summary is of; None for anything else."""
+    try:
+        if file.suffix == ".json":
+            return identity(from_file(file, RunConfig()))
+        return identity(Summary(file.with_name(file.name.removesuffix(".npz"))).config)
+    except (ConfigError, NotARun):
+        return None
+
+
 def run_path(pool: Path, label: str, config: RunConfig) -> Path:
-    """Where in the pool the run of a configuration lies. The first study to ask for it gives its name."""
+    """Where in the pool the run of a configuration lies. The first study to ask for it gives its name.
+
+    It is known by its config, not by the hash in its name: a setting that a later version adds would change that.
+    """
+    names = {match[0] for file in pool.glob(f"*-seed{config.seed}-*") if (match := RUN_NAME.match(file.name))}
+    for path in sorted(pool / name for name in names):
+        for file in (beside(path, ".npz"), path / "config.json"):
+            if file.exists() and _config_in(file, file.stat().st_mtime_ns) == identity(config):
+                return path
     digest = hashlib.sha256(json.dumps(to_dict(identity(config)), sort_keys=True).encode()).hexdigest()[:10]
-    known = sorted(pool.glob(f"*-seed{config.seed}-{digest}"))
-    return known[0] if known else pool / f"{label.replace(' ', '_')}-seed{config.seed}-{digest}"
+    return pool / f"{label.replace(' ', '_')}-seed{config.seed}-{digest}"
 
 
 def state_of(path: Path, config: RunConfig) -> str:
-    """finished, diverged, started (can be resumed) or missing; StudyError for a folder of something else."""
+    """finished, diverged, started (can be resumed) or missing; StudyError for something else."""
+    if beside(path, ".npz").exists():
+        try:
+            summary = Summary(path)
+        except NotARun as error:
+            raise StudyError(str(error)) from None
+        _need_same(beside(path, ".npz"), summary.config, config)
+        return "diverged" if _has(summary, "anomaly") else "finished"
     if not path.exists() or {entry.name for entry in path.iterdir()} <= HALF_MADE:
         return "missing"
     try:
         found = from_file(path / "config.json", RunConfig())
     except ConfigError as error:
         raise StudyError(f"{path} must be the run of this study: {error}") from None
-    if identity(found) != identity(config):
-        raise StudyError(f"{path} must be the run of this study, its config.json is of another one")
+    _need_same(path / "config.json", found, config)
     try:
-        events = [event["event"] for event in Run(path).events]
+        run = Run(path)
+        if _has(run, "anomaly"):
+            return "diverged"
+        if _has(run, "end") and (path / "report.html").exists():
+            return "finished"
     except (NotARun, ValueError, KeyError) as error:
         if not (path / "meta.json").exists():
             return "missing"  # killed between the two parts of the header
         raise StudyError(f"records must be those of a run: {error}") from None
-    if "anomaly" in events:
-        return "diverged"
-    if "end" in events and (path / "report.html").exists():
-        return "finished"
     return "started" if any((path / "resume").glob("[0-9]*")) else "missing"
 
 
+def _need_same(file: Path, found: RunConfig, config: RunConfig) -> None:
+    if identity(found) != identity(config):
+        raise StudyError(f"{file} must be of the run of this study, it is of another one")
+
+
+def _has(run: Run, event: str) -> bool:
+    return any(one["event"] == event for one in run.events)
+
+
 def load_run(path: Path, config: RunConfig) -> Run | None:
-    """A finished run, None for one that diverged; StudyError if it is not there."""
+    """The summary of a finished run, None for one that diverged; StudyError if it is not there."""
     state = state_of(path, config)
     if state == "diverged":
         return None
     if state != "finished":
         raise StudyError(f"{path} must be a finished run, it is {state}: run the study without --draw")
-    return Run(path)
+    if not beside(path, ".npz").exists():
+        write_summary(Run(path))
+    return Summary(path)
 
 
 def hold(folder: Path) -> int:
@@ -105,10 +147,12 @@ class Job:
             command += ["--resume", str(path)]
         else:
             shutil.rmtree(path, ignore_errors=True)
+            for file in path.parent.glob(f"{glob.escape(path.name)}.*"):
+                file.unlink()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path.with_suffix(".json"), to_dict(config))
-            command += ["--config", str(path.with_suffix(".json")), "--out", str(path)]
-        with open(path.with_suffix(".log"), "wb") as log:
+            write_json(beside(path, ".json"), to_dict(config))
+            command += ["--config", str(beside(path, ".json")), "--out", str(path)]
+        with open(beside(path, ".log"), "wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
                 start_new_session=True,  # Ctrl-C reaches the study alone, which then ends its runs politely
@@ -127,10 +171,11 @@ class Job:
         if code is None:
             return False
         if code not in (0, DIVERGED):
-            lines = self.path.with_suffix(".log").read_text(errors="replace").split("\n")
+            lines = beside(self.path, ".log").read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
-        if state_of(self.path, self.config) == "finished":  # and not ended by a Ctrl-C from elsewhere
+        if state_of(self.path, self.config) in ENDED:  # and not ended by a Ctrl-C from elsewhere
+            write_summary(Run(self.path))
             shutil.rmtree(self.path / "resume", ignore_errors=True)
         return True
 
@@ -182,4 +227,4 @@ def choose_processes(config: RunConfig, lock: int) -> dict[str, Any]:
 
 def missing_of(wanted: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
     """Those that are not finished, each once."""
-    return [(p, c) for p, c in dict(wanted).items() if state_of(p, c) not in ("finished", "diverged")]
+    return [(p, c) for p, c in dict(wanted).items() if state_of(p, c) not in ENDED]

@@ -25,9 +25,11 @@ from clmfast.study.claims import Claim, claim
 from clmfast.study.emergence import configs, rank_correlation
 from clmfast.study.figures import COLOURS, CONTROL_TEXT, CONTROLS, GREY, control_of, curves, final_layers
 from clmfast.study.revisit import checkpoint_steps, is_right, model_at, tasks_of
+from clmfast.study.summary import revisited
 
 KNN, CROSS = "knn_accuracy", "cross_grammar_knn_accuracy"
 SPLIT_TEXT = dict(zip(UNSEEN_SPLITS, ("unseen pairs", "unseen instructions", "unseen grammars"), strict=True))
+OWN_BARRED = {KNN: "", CROSS: ", own grammar barred"}
 EARLY_SHARE = 0.25  # of the run, for "early kNN"
 
 
@@ -43,8 +45,8 @@ def foretold(runs: list[Run], measure: str) -> tuple[np.ndarray, np.ndarray]:
     return runs[0].step[probed], values[:, probed]
 
 
-def mistakes_and_votes(run: Run) -> np.ndarray:
-    """[2, 2] examples of unseen instructions, counted by (vote right or wrong, output right or wrong).
+def mistakes_and_votes(run: Run) -> dict[str, np.ndarray]:
+    """counts [2, 2]: examples of unseen instructions, counted by (vote right or wrong, output right or wrong).
 
     The finished model; every input of the probe's unseen instructions. The neighbours of an instruction's state in the
     layer that clusters most vote for its task, those of its own grammar barred, so that the vote is no reading of
@@ -66,9 +68,8 @@ def mistakes_and_votes(run: Run) -> np.ndarray:
     inputs = torch.arange(tasks.n_inputs)
     examples = (of_query["instruction"][:, None] * tasks.n_inputs + inputs).reshape(-1)
     right = is_right(model, tasks, examples).view(-1, tasks.n_inputs).sum(1)
-    return np.array(
-        [[int(right[v].sum()), int((tasks.n_inputs - right[v]).sum())] for v in (vote_is_right, ~vote_is_right)]
-    )
+    counts = [[int(right[v].sum()), int((tasks.n_inputs - right[v]).sum())] for v in (vote_is_right, ~vote_is_right)]
+    return {"counts": np.array(counts)}
 
 
 def log_odds_ratio(table: np.ndarray) -> float:
@@ -82,7 +83,7 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     base = list(runs[BASE_LABEL].values())
     claims = [
         claim(
-            f"{text[0].upper()}{text[1:]} fall among their task: more than {name}",
+            f"{text[0].upper()}{text[1:]} fall among their task{OWN_BARRED[measure]}: more than {name}",
             f"{'cross-grammar ' if measure == CROSS else ''}kNN accuracy, {text}, best layer, last probe",
             [np.nanmax(final_by_layer(run, measure, split)) for run in base],
             name, [control_of(run, name, measure, split) for run in base], finding="4",
@@ -100,7 +101,7 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             "rank correlation over seeds", [early[:, at], final], "no order", 0.0, statistic=rank_correlation,
         )
     )  # fmt: skip
-    tables = np.stack([mistakes_and_votes(run) for run in base])
+    tables = np.stack([revisited(run, "mistakes", mistakes_and_votes)["counts"] for run in base])
     claims.append(
         claim(
             "The model's mistakes are the examples whose neighbours have the wrong task",
