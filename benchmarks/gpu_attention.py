@@ -25,7 +25,11 @@ Attention = Callable[[Tensor, Tensor | None], Tensor]
 """(qkv [B, T, 3, H, W], lengths [B] or None) -> [B, T, H, W]"""
 
 ERROR_OVER_EAGER = 4.0  # error of a contender over that of torch's own products in the same dtype
+LEAST_S = 150.0  # left before a shape begins: itself, mostly compiling, and what follows this section
 COPY_FROM_BYTES = 256 << 20  # of q, k, v and out: from there on, the share of the copying rate is told
+
+
+OPTIONAL = "flash_attn", "xformers"  # rivals that are not a part of torch
 
 
 class Shape(NamedTuple):
@@ -171,13 +175,20 @@ class Gate:
 
 
 def measure(report: Report) -> None:
+    from benchmarks.contest import Claim
     from benchmarks.gpu_check import N_INPUTS, claim_ratio, compete
 
     def call(attention: Attention, sets: list[tuple[Tensor, Tensor, Tensor | None]]) -> Callable[[int], object]:
         return lambda i: forward_backward(attention, *sets[i])
 
+    for module in OPTIONAL:
+        if not is_installed(module):
+            report.note(f"{module} is not installed")
     for shape in SHAPES:
-        gate, what = Gate(shape, "cuda"), str(shape)
+        what = str(shape)
+        if not report.has_time(what, LEAST_S):
+            continue
+        gate = Gate(shape, "cuda")
         sets = [inputs(shape, i, "cuda") for i in range(N_INPUTS)]
         gate.check("clmfast", ops.attention)
         calls = {}
@@ -191,9 +202,9 @@ def measure(report: Report) -> None:
         times = compete(report, what, call(ops.attention, sets), calls)
         others = {name: us for name, us in times.items() if name != "clmfast"}
         if others and (shape.must is not None or shape.aim is not None):
-            claim_ratio(report, what, times, min(others, key=others.__getitem__), shape.must or 0.0, shape.aim)
+            claim_ratio(report, what, times, min(others, key=others.__getitem__), shape.must, shape.aim)
         if shape.n_bytes >= COPY_FROM_BYTES and "copy_gbs" in report.limits:
             # q, k, v, out forward; those, the gradient of out and that of q, k, v backward
             moved = shape.n_bytes * (4 + 4 + 1 + 3) / 4
             share = moved / times["clmfast"] / 1e3 / report.limits["copy_gbs"]
-            report.note(f"{what}: {share:.0%} of the rate of copying, aim 85%")
+            report.claims.append(Claim(f"{what}: share of the rate of copying", 100 * share, None, 85, " %"))

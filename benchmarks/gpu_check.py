@@ -4,6 +4,8 @@
     tests       all that are marked `gpu`
     limits      what this device does at most: copying, multiplying bfloat16 matrices
     knn, k-means, scores, capture, ...   against torch in a CUDA graph, and flashlib and flash-kmeans where installed
+    attention   against every backend of torch's, FlexAttention, flash-attn and xformers where installed
+    training step   against a compiled nanoGPT-style model; the tax of measuring, and the probe
     sanitizer   every op on small shapes under compute-sanitizer
 
 A section that fails says why and does not stop the others; what was skipped is named. Results are written to
@@ -36,7 +38,6 @@ from benchmarks.machine import ROOT, commit, cpu_name, is_installed, versions
 
 BUDGET_S = 520.0  # of all sections together
 N_INPUTS, REPEATS, ROUNDS = 3, 12, 25
-OPTIONAL = "gpu_attention", "gpu_step"  # modules of benchmarks/ with a function measure(report), where they exist
 
 
 class Skipped(Exception):
@@ -57,6 +58,13 @@ class Report:
 
     def left_s(self) -> float:
         return BUDGET_S - (time.monotonic() - self.begun_s)
+
+    def has_time(self, what: str, least_s: float) -> bool:
+        """Is so much left? Otherwise what is skipped is noted."""
+        if self.left_s() >= least_s:
+            return True
+        self.note(f"{what}: skipped: less than {least_s:.0f} s left")
+        return False
 
     def time(self, what: str, contender: str, us: float, **more: Any) -> float:
         self.times.append({"what": what, "contender": contender, "us": us, **more})
@@ -224,7 +232,9 @@ def compete(
     return found
 
 
-def claim_ratio(report: Report, what: str, times: dict[str, float], rival: str, must: float, aim: float | None) -> None:
+def claim_ratio(
+    report: Report, what: str, times: dict[str, float], rival: str, must: float | None, aim: float | None
+) -> None:
     value = times[rival] / times["clmfast"] if rival in times else None
     report.claims.append(Claim(f"{what}: times as fast as {rival}", value, must, aim))
 
@@ -448,15 +458,16 @@ def other_ops(report: Report) -> None:
         report.time(what, "clmfast", replayed_us(call), how="graph")
 
 
-def training(report: Report) -> None:
-    """Attention and the training step, from modules of their own."""
-    import importlib
+def attention(report: Report) -> None:
+    from benchmarks.gpu_attention import measure
 
-    present = [name for name in OPTIONAL if (ROOT / "benchmarks" / f"{name}.py").exists()]
-    if not present:
-        raise Skipped("there is no benchmark of attention or the training step on a GPU yet")
-    for name in present:
-        importlib.import_module(f"benchmarks.{name}").measure(report)
+    measure(report)
+
+
+def training_step(report: Report) -> None:
+    from benchmarks.gpu_step import measure
+
+    measure(report)
 
 
 SECTIONS: list[tuple[str, Callable[[Report], None]]] = [
@@ -469,7 +480,8 @@ SECTIONS: list[tuple[str, Callable[[Report], None]]] = [
     ("scores", scores),
     ("capture", capture),
     ("other ops", other_ops),
-    ("attention and step", training),
+    ("attention", attention),
+    ("training step", training_step),
     ("sanitizer", sanitizer),
 ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_attention, gpu_check, gpu_step
+from benchmarks.machine import is_installed
 
 
 def test_sections_do_not_stop_each_other_and_all_is_saved() -> None:
@@ -33,6 +35,18 @@ def test_sections_do_not_stop_each_other_and_all_is_saved() -> None:
     assert report.sections["late"] == "skipped: no time left"
 
 
+def test_attention_and_the_step_are_sections_and_skip_what_they_have_no_time_for() -> None:
+    report = gpu_check.Report(begun_s=gpu_check.time.monotonic() - gpu_check.BUDGET_S + 9)
+    sections = [section for section in gpu_check.SECTIONS if section[0] in ("attention", "training step")]
+    gpu_check.run_sections(report, sections, lambda: None)
+    assert report.sections == {"attention": "ok", "training step": "ok"} and not report.times
+    skipped = [note.split(": skipped")[0] for note in report.notes if "skipped: less than" in note]
+    steps = [f"training step, preset {preset}" for preset in gpu_step.PRESET_NAMES]
+    assert skipped == [*map(str, gpu_attention.SHAPES), *steps]
+    for module in gpu_attention.OPTIONAL:
+        assert is_installed(module) or f"{module} is not installed" in report.notes
+
+
 def test_commands_that_fail_or_hang_are_told() -> None:
     with pytest.raises(RuntimeError, match=r"exit status 3\nwhy"):
         gpu_check.run(["sh", "-c", "echo why; exit 3"], 9)
@@ -40,15 +54,19 @@ def test_commands_that_fail_or_hang_are_told() -> None:
         gpu_check.run(["sleep", "9"], 1)
 
 
-def test_tests_of_the_gpu_need_nothing_that_is_not_there() -> None:
-    files = gpu_check.gpu_test_files()
-    assert "tests/test_cuda_device.py" in files
-    for file in files:
-        text = (gpu_check.ROOT / file).read_text()
-        if file != "tests/test_gpu_check.py":
-            assert not any(
-                f"import {name}" in text or f"from {name}" in text for name in ("hypothesis", "tyro", "rich")
-            )
+WITHOUT_OTHERS = """
+import sys
+others = "dacite duckdb faiss hypothesis interegular pandas plotly polars pyarrow rich safetensors transformers tyro"
+sys.modules |= dict.fromkeys(others.split())  # to import one of them raises
+import pytest, benchmarks.gpu_attention, benchmarks.gpu_check, benchmarks.gpu_step
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *benchmarks.gpu_check.gpu_test_files()]))
+"""
+
+
+def test_what_runs_on_a_gpu_needs_nothing_that_is_not_there() -> None:
+    assert "tests/test_cuda_device.py" in gpu_check.gpu_test_files()
+    alone = {"PYTHONPATH": str(gpu_check.ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins import others
+    gpu_check.run([sys.executable, "-c", WITHOUT_OTHERS], 300, **alone)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -308,11 +308,17 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     ]  # fmt: skip
     return claims, [
         Section(
+            "What the strings look like",
+            "From the first rung, where nothing is perturbed, to the last, where nothing tells tasks apart: "
+            "instructions of the first two tasks, one seed.",
+            example_figure({label: group[0] for label, group in groups.items()}),
+        ),
+        Section(
             "The ladder",
             "Red: the trained model on unseen instructions, best layer of the last probe (accuracy: its outputs), mean "
             "and interval over seeds. The other lines are the controls, at their strongest. Rungs from left to right: "
             + "; ".join(f"{label}: {TEXTS[label]}" for label in groups)
-            + ". On the last rung no model can be right about more than half.",
+            + ". On the last rung no model can be right about more than half, but for luck.",
             ladder_figure(ladder),
         ),
         Section(
@@ -326,11 +332,6 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             "ARI with the task in the layer that clusters most at the end, at every step. Controls are those of the "
             f"unperturbed run. {CONTROL_TEXT}",
             training_figure(groups),
-        ),
-        Section(
-            "What the strings look like",
-            "Instructions of the first two tasks, one seed.",
-            example_figure({label: group[0] for label, group in groups.items()}),
         ),
     ]
 
