@@ -6,9 +6,10 @@ margin is effect - control, seed by seed. Intervals are bootstrap intervals over
 names; with fewer than five seeds there is no interval and no verdict, as all-equal signs of four coin tosses are no
 surprise.
 
-Resamples of few seeds spread too little, so intervals of a mean are expanded (Hesterberg 2015). Of 600 samples of five
-from a normal, a uniform and an exponential distribution, plain BCa intervals missed the mean in 16, 14 and 20 %,
-expanded ones in 9, 9 and 13 %; of samples of ten, in 11, 6 and 14 % against 5, 2 and 7 %. Five seeds remain few.
+Resamples of few seeds spread too little, so intervals of a mean are expanded (Hesterberg, arXiv 1411.5279). Of 600
+samples of five from a normal, a uniform and an exponential distribution, plain BCa intervals missed the mean in 16, 14
+and 20 %, expanded ones in 9, 9 and 13 %; of samples of ten, in 11, 6 and 14 % against 5, 2 and 7 %. Five seeds remain
+few.
 
 Controls, of the same run and the same measure. Letters alone: letter counts in place of states. Untrained model: the
 probe before the first step, in the layer where it is strongest. Shuffled labels: the mean over all shuffles, in the
