@@ -12,7 +12,7 @@ import pytest
 from clmfast.study import __main__ as command
 from clmfast.study import early_stopping
 from clmfast.study.base import BASE_LABEL, base_config, quick_config
-from clmfast.study.capacity import AXES, CROSS, configs, labels_of, slope, trend
+from clmfast.study.capacity import AXES, configs, labels_of, slope, trend
 from clmfast.study.claims import FAILS, HOLDS
 from clmfast.study.runs import each_once
 
@@ -39,10 +39,7 @@ def test_runs_of_another_study_are_not_trained_again(tmp_path):
 def numbers(rise: float, noise: float) -> dict[str, dict[int, dict[str, float]]]:
     random = np.random.default_rng(0)
     return {
-        label: {
-            seed: {"onset": 100 + rise * np.log2(size) + noise * random.normal(), CROSS: 0.9, "letters alone": 0.1}
-            for seed in range(5)
-        }
+        label: {seed: {"onset": 100 + rise * np.log2(size) + noise * random.normal()} for seed in range(5)}
         for label, size in (("depth 2", 2), ("base", 4), ("depth 8", 8))
     }
 
