@@ -22,13 +22,13 @@ from clmfast.files import write_json
 from clmfast.record import Run
 from clmfast.study import runs as runs_module
 from clmfast.study.__main__ import main, seeds_of, studies
-from clmfast.study.base import StudyError, quick_config
+from clmfast.study.base import StudyError, changed, quick_config
 from clmfast.study.claims import FAILS, HOLDS, TOO_FEW, claim, interval, to_rows
 from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.pages import wall_seconds
-from clmfast.study.runs import choose_processes, hold, load_run, run_path, state_of
+from clmfast.study.runs import choose_processes, hold, load_run, run_path, state_of, train_missing
 from clmfast.study.summary import KEPT, Summary, beside, pack, unpack
 from clmfast.study.unseen import log_odds_ratio
 
@@ -235,6 +235,17 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert "1 runs are there, 0 to train" in capsys.readouterr().out
     assert (run / "steps.npy").stat().st_mtime_ns == before
 
+    # Without its summary and with a record missing: one line.
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for file in (beside(run, ".npz"), run / "steps.npy"):
+        file.rename(aside / file.name)
+    assert main([*command, "--draw"]) == 2
+    told = capsys.readouterr().err
+    assert "records must be those of a run" in told and told.count("\n") == 1
+    for file in (beside(run, ".npz"), run / "steps.npy"):
+        (aside / file.name).rename(file)
+
     # Nor without the directory; a damaged summary is one line.
     config = kept.config
     shutil.rmtree(run)
@@ -243,6 +254,17 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     beside(run, ".npz").write_bytes(b"not a zip")
     with pytest.raises(StudyError, match="must be the summary of a run"):
         load_run(run, config)
+
+
+def test_a_run_that_diverged_is_kept_and_left_out(tmp_path):
+    config = changed(dataclasses.replace(quick_config(), steps=12), "train", lr=1e30)
+    path = run_path(tmp_path / "runs", "base", config)
+    lock = hold(tmp_path)
+    train_missing([(path, config)], 1, 1, lock, lambda *_: None)
+    os.close(lock)
+    assert state_of(path, config) == "diverged" and load_run(path, config) is None
+    shutil.rmtree(path)
+    assert state_of(path, config) == "diverged" and load_run(path, config) is None
 
 
 def test_wall_time_counts_what_runs_side_by_side_once():
