@@ -114,7 +114,8 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
     return claims, [
         Section(
             "Accuracy and clustering on one axis",
-            f"Accuracy on unseen instructions and ARI of the layer that clusters most, default task. {CONTROL_TEXT}",
+            f"Accuracy on unseen instructions and ARI of the layer that clusters most, default task. Controls are "
+            f"those of the ARI. {CONTROL_TEXT}",
             learning_figure(groups[BASE_LABEL]),
         ),
         Section(
