@@ -280,11 +280,13 @@ def test_wall_time_counts_what_runs_side_by_side_once():
     assert wall_seconds([]) == 0
 
 
-def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+def wait_until_free(folder: Path) -> None:
+    """Until the last process that held the lock is gone: a killed one takes a moment."""
+    while True:
+        try:
+            return os.close(hold(folder))
+        except StudyError:
+            time.sleep(0.02)
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
@@ -299,8 +301,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     for pid in (killed.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
     killed.wait()
-    while not all(has_ended(int(pid)) for pid in children):  # until then they hold the lock
-        time.sleep(0.02)
+    wait_until_free(out)
     (run,) = (path for path in (out / "runs").iterdir() if path.is_dir())
     assert main(command) == 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
