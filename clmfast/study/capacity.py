@@ -6,10 +6,11 @@ of the alphabet. All else stays, also the learning rate and the number of steps;
 
 Onset and saturation are those of the ARI with the task in the layer that clusters most, as in the study of emergence.
 Merging: the half-rise, by the same rule, of cross-grammar kNN in the layer where it is largest at the end. A run whose
-curve has no plateau to speak of has none of them. How far grammars merge is cross-grammar kNN at the last probe, best
-layer, less the strongest control of the same run. The effect of a size is the slope of a least-squares line through the
-runs of a seed in which it happens: change for each doubling. Its claim is worded in the direction of the mean; as the
-interval may exclude zero on either side, that is a test in both directions.
+curve has no plateau to speak of has none of them; one that still rises at its last step would saturate later than it
+says here. How far grammars merge is cross-grammar kNN at the last probe, best layer, less the strongest control of the
+same run. The effect of a size is the slope of a least-squares line through the runs of a seed in which it happens:
+change for each doubling. Its claim is worded in the direction of the mean; as the interval may exclude zero on either
+side, that is a test in both directions.
 """
 
 from __future__ import annotations
