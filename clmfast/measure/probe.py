@@ -22,7 +22,7 @@ from clmfast.capture import Recorder, from_host, spans
 from clmfast.config import LABEL_KINDS, MeasureConfig
 from clmfast.data.tasks import Batch, Ids, PromptTree, TaskSet, choose
 from clmfast.measure.catalogue import Column, layer_columns
-from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, neighbour_purity
+from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, purities
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures, partition_scores_of
 from clmfast.model import Transformer
 
@@ -128,7 +128,9 @@ def probe_measures(
 
     values = [
         *partition_measures(points, fit, truth, n_labels, probe_set.kinds),
-        neighbour_purity(near.index, truth["task"], truth["task"]),
+        purities(near.index, truth["task"], truth["task"], n_tasks)[
+            0
+        ],  # neighbour_purity would ask for the largest task
         everywhere(points.shape[1]),
     ]
     for split, query in queries.items():
