@@ -10,6 +10,7 @@ torch is imported only once the arguments are known to be good, so that help and
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import sys
@@ -63,7 +64,7 @@ def parse(arguments: list[str]) -> CommandLine:
         if not path.exists():
             raise ConfigError(f"--resume must name a run directory, {resume} has no config.json")
         run = dataclasses.replace(from_file(path, RunConfig()), out=resume)
-        check_device(run.device)
+        check_device(run)
         return CommandLine(resume=resume, run=run)
     asked = tyro.cli(
         CommandLine,
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> CommandLine:
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes[CommandLine]),
     )
     check(asked.run)
-    check_device(asked.run.device)
+    check_device(asked.run)
     n_cores = len(os.sched_getaffinity(0))
     if asked.run.threads > n_cores:
         raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {asked.run.threads}")
@@ -234,8 +235,9 @@ def finish(training: Training, writer: RunWriter) -> None:
     write_report(writer.path)
 
 
-def check_device(device: str) -> None:
-    """Is it there? ConfigError otherwise: what was asked for is never replaced."""
+def check_device(config: RunConfig) -> None:
+    """Is the device there, with all that the run needs on it? ConfigError otherwise: nothing asked for is replaced."""
+    device = config.device
     if device == "cpu":
         return
     if not re.fullmatch(r"cuda(:\d+)?", device):
@@ -245,10 +247,17 @@ def check_device(device: str) -> None:
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(device.partition(":")[2] or 0) >= n_gpus:
         raise ConfigError(f"device must be one of the {n_gpus} GPUs that torch {torch.__version__} sees, got {device}")
-    import clmfast.ops  # noqa: F401  # registers them
+    from clmfast.ops.attention import MAX_HEAD_WIDTH  # registers the kernels, too
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("clmfast::knn", "CUDA"):
         raise ConfigError(f"device {device} needs clmfast built where nvcc is found: see the README, On a GPU")
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"device {device} needs triton for attention: pip install triton")
+    width, n_heads = config.model.width, config.model.n_heads
+    if width > MAX_HEAD_WIDTH * n_heads:
+        raise ConfigError(
+            f"on a GPU a head must be at most {MAX_HEAD_WIDTH} wide, got model.width = {width} / {n_heads} heads"
+        )
 
 
 def step_choice(config: RunConfig) -> tuple[str, str]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clmfast.config import MeasureConfig
+from clmfast.config import MeasureConfig, ModelConfig
 from clmfast.data.tasks import TaskSet
+from clmfast.measure.probe import Probe
 from clmfast.measure.window import Window
+from clmfast.model import Transformer
 from clmfast.static_step import StaticStep
 from clmfast.train import Training
 
@@ -75,6 +77,17 @@ def test_nothing_waits(small_tasks):
         write(whole, small_tasks, step)
         with Refuses():
             whole.measure(step)
+
+
+def test_nothing_in_a_probe_waits(small, small_tasks, monkeypatch):
+    monkeypatch.setattr("clmfast.model.FEW_SEQUENCES", 10**9)  # as below
+    config = dataclasses.replace(CONFIG, readouts=("instruction_end", "prompt_end", "mean"))
+    probe = Probe(small_tasks, config, N_LAYERS, WIDTH, 0)
+    model = Transformer(ModelConfig(N_LAYERS - 1, WIDTH, 2), len(small_tasks.vocabulary), small_tasks.max_length, 0)
+    expected, _ = probe.measure(model)
+    with Refuses():
+        found, _ = probe.measure(model)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_in_a_static_step_waits(small, small_tasks, monkeypatch):

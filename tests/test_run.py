@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import duckdb
@@ -20,13 +21,13 @@ import pytest
 from conftest import SMALL
 
 import clmfast
-from clmfast.config import to_dict
+from clmfast.config import ConfigError, ModelConfig, RunConfig, to_dict
 from clmfast.export import main as export
 from clmfast.files import write_json
 from clmfast.findings import findings, saturation_step
 from clmfast.record import NotARun, Run, is_checkpoint_step
 from clmfast.report import main as report
-from clmfast.run import main
+from clmfast.run import check_device, main
 
 TABLES = ("steps.npy", "per_task.npy", "controls.json")
 
@@ -229,6 +230,24 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, message, tmp_path, m
     assert re.match(message, printed.err)
     assert printed.err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "has_triton", "message"),
+    [
+        (1, True, r"on a GPU a head must be at most 128 wide, got model.width = 256 / 1 heads"),
+        (2, False, r"device cuda needs triton for attention: pip install triton"),
+        (2, True, None),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_said_before_it_starts(n_heads, has_triton, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch._C._dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if has_triton else None)
+    config = RunConfig(device="cuda", model=ModelConfig(width=256, n_heads=n_heads))
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_device(config)
 
 
 def test_a_mistyped_flag_is_answered_with_the_nearest_before_torch_is_loaded():

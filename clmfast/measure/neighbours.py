@@ -31,8 +31,8 @@ def macro_f1(voted: Tensor, truth: Tensor, n_labels: int) -> Tensor:
 
     voted [S, Q], truth [Q]; returns [S] float64. As sklearn.metrics.f1_score(average="macro").
     """
-    of_truth_QC = torch.nn.functional.one_hot(truth, n_labels).double()
-    of_vote_SQC = (voted[..., None] == torch.arange(n_labels, device=voted.device)).double()
+    label = torch.arange(n_labels, device=voted.device)
+    of_truth_QC, of_vote_SQC = ((one[..., None] == label).double() for one in (truth, voted))
     hits_SC = (of_vote_SQC * of_truth_QC).sum(1)
     seen_SC = of_vote_SQC.sum(1) + of_truth_QC.sum(0)
     return (2 * hits_SC / seen_SC.clamp(min=1)).sum(-1) / (seen_SC > 0).sum(-1)

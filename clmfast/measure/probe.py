@@ -128,9 +128,7 @@ def probe_measures(
 
     values = [
         *partition_measures(points, fit, truth, n_labels, probe_set.kinds),
-        purities(near.index, truth["task"], truth["task"], n_tasks)[
-            0
-        ],  # neighbour_purity would ask for the largest task
+        purities(near.index, truth["task"], truth["task"], n_tasks)[0],  # neighbour_purity asks for the largest task
         everywhere(points.shape[1]),
     ]
     for split, query in queries.items():
@@ -165,14 +163,22 @@ class Readout:
     start: Tensor
     stop: Tensor
 
+    def to(self, device: torch.device | str) -> Readout:
+        """The same with its spans on the device."""
+        return replace(self, start=self.start.to(device), stop=self.stop.to(device))
+
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a probe; `kept` [R] are the rows that the last block computes, None: all."""
+    """One forward pass of a probe: arguments of Transformer.states, by name, and what it gives."""
 
-    batch: Batch | PromptTree
-    kept: Tensor | None
+    inputs: Mapping[str, Tensor]
     readouts: tuple[Readout, ...]
+
+    def to(self, device: torch.device | str) -> Pass:
+        """The same on the device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Pass(inputs, tuple(readout.to(device) for readout in self.readouts))
 
 
 def passes_of(tasks: TaskSet, sets: list[ProbeSet]) -> list[Pass]:
@@ -186,8 +192,13 @@ def passes_of(tasks: TaskSet, sets: list[ProbeSet]) -> list[Pass]:
     for i in set(range(len(sets))) - set(ends):
         for examples in _parts(sets[i].examples):
             batch = tasks.pack(examples)
-            passes.append(Pass(batch, None, (Readout(i, examples, *spans(batch, ["mean"])),)))
+            passes.append(Pass(_inputs(batch), (Readout(i, examples, *spans(batch, ["mean"])),)))
     return passes
+
+
+def _inputs(batch: Batch | PromptTree) -> dict[str, Tensor]:
+    names = ("tokens", "offset", "position", *(("prefix",) if isinstance(batch, PromptTree) else ()))
+    return {name: torch.from_numpy(getattr(batch, name)) for name in names}
 
 
 def _parts(ids: Ids) -> list[Ids]:
@@ -207,7 +218,7 @@ def _tree_pass(tasks: TaskSet, sets: list[ProbeSet], ends: list[int], stems: Ids
         start = torch.from_numpy(rows[None])
         readouts.append(Readout(i, examples[i], start, start + 1))
     kept = torch.cat([r.start[0] for r in readouts]).unique()
-    return Pass(tree, kept, tuple(readouts))
+    return Pass({**_inputs(tree), "kept": kept}, tuple(readouts))
 
 
 class Probe:
@@ -221,7 +232,7 @@ class Probe:
         self.sets = make_probe_sets(tasks, config, seed)
         self._on_device = [probe_set.to(self.device) for probe_set in self.sets]
         self.columns = columns_of(self.sets, n_layers)
-        self.passes = passes_of(tasks, self.sets)
+        self.passes = [forward_pass.to(self.device) for forward_pass in passes_of(tasks, self.sets)]
         self.recorders = [Recorder(n_layers, (s.readout,), len(s.examples), width, device) for s in self.sets]
         # Where in its recorder each example of a set is, as the passes have their own order.
         self.place = []
@@ -244,24 +255,16 @@ class Probe:
         return found
 
     def _run(self, model: Transformer, forward_pass: Pass) -> None:
-        batch, readouts = forward_pass.batch, forward_pass.readouts
-        kept = None if forward_pass.kept is None else forward_pass.kept.to(self.device)
+        readouts = forward_pass.readouts
         recorders = [self.recorders[r.i_set] for r in readouts]
         for recorder, readout in zip(recorders, readouts, strict=True):
-            recorder.aim(readout.start.to(self.device), readout.stop.to(self.device), kept)
+            recorder.aim(readout.start, readout.stop, forward_pass.inputs.get("kept"))
 
         def tap(layer: int, x: Tensor) -> None:
             for recorder in recorders:
                 recorder(layer, x)
 
-        model.states(
-            from_host(batch.tokens, self.device),
-            from_host(batch.offset, self.device),
-            position=from_host(batch.position, self.device),
-            kept=kept,
-            prefix=from_host(batch.prefix, self.device) if isinstance(batch, PromptTree) else None,
-            tap=tap,
-        )
+        model.states(**forward_pass.inputs, tap=tap)
         for recorder, readout in zip(recorders, readouts, strict=True):
             recorder.advance(torch.from_numpy(readout.examples))
 

@@ -24,6 +24,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from clmfast.ops.attention_triton import Form
 
+MAX_HEAD_WIDTH = 128  # of the kernels for a GPU
+
 
 def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Causal attention: qkv [B, T, 3, H, W] -> [B, T, H, W], zeros at t >= lengths[b]; lengths [B] int64 or None.
@@ -232,8 +234,8 @@ def _packed(offset: Tensor, prefix: Tensor | None, max_length: int) -> Form:
 def _check(op: str, qkv: Tensor) -> None:
     if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16")
-    if qkv.shape[-1] > 128 and qkv.dtype != torch.float64:
-        raise ValueError(f"{op}: the head width must be at most 128 on a GPU, got {qkv.shape[-1]}")
+    if qkv.shape[-1] > MAX_HEAD_WIDTH and qkv.dtype != torch.float64:
+        raise ValueError(f"{op}: the head width must be at most {MAX_HEAD_WIDTH} on a GPU, got {qkv.shape[-1]}")
 
 
 def _dense_weights(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

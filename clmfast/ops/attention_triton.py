@@ -21,13 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clmfast.ops.attention import MAX_HEAD_WIDTH
+
 ALL_FULL, LENGTHS, OFFSETS = 0, 1, 2  # what `extent` holds: nothing, lengths [B], or offsets [B + 1]
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 # ---- what can run: exactly what tests/test_attention_compiled.py compiles
 
-WIDTHS = (32, 64, 128)
+WIDTHS = (32, 64, MAX_HEAD_WIDTH)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
