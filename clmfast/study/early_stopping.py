@@ -121,7 +121,8 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
         Section(
             "Early stopping against saturation",
             "One point for each run; on the line they are the same step. Grey: the control, early stopping of one seed "
-            "against the saturation of the others.",
+            f"against the saturation of the others. Runs end at step {groups[HARD][0].config.steps}: one that is still "
+            "learning there has both steps near its end, and close together, for that reason alone.",
             pair_figure(stop, saturation),
         ),
         Section(
