@@ -148,10 +148,11 @@ def test_points_of_few_directions(name, k):
     assert_exact(points, k, points[:, :20] * 1.5)
 
 
-@pytest.mark.parametrize("N", [256, 257, 512, 700, 1100])
-def test_blocks_meet_once(N):
+# Many sets, or many points, make the blocks larger.
+@pytest.mark.parametrize(("S", "N"), [(1, 256), (1, 257), (1, 512), (1, 700), (1, 1100), (12, 1024), (13, 1100)])
+def test_blocks_meet_once(S, N):
     group = torch.arange(N) % 5
-    for points in (normal(1, N, 6), normal(1, N, 6).sign(), few_directions(1, N, 100)):
+    for points in (normal(S, N, 6), normal(S, N, 6).sign(), few_directions(S, N, 100)):
         assert_exact(points, 10)
         assert_exact(points, 10, barred=(group, group))
 
@@ -193,6 +194,7 @@ def answers():
         ]
     for make in TURNED.values():
         found += ops.knn(make(few_directions(1, 330, 130)), 10)
+    found += ops.knn(normal(12, 1050, 30), 9)  # blocks of the larger kind
     return found
 
 

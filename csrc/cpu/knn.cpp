@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -14,8 +15,14 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t BLOCK_PANELS = 8;   // of points that meet each other: their cells stay in the second cache
 constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: many enough to reuse panels, few for many threads
+
+// Panels of a block of points that meet each other. The more points a query sees at once, the fewer it measures in vain;
+// but the blocks are what threads share out.
+int64_t block_panels_of(int64_t S, int64_t N) {
+  constexpr int64_t MOST = 16, LEAST = 8, ENOUGH = 12;  // meetings at a time
+  return S * (n_panels(N) / MOST / 2) >= ENOUGH ? MOST : LEAST;
+}
 
 // Neighbours at dist2 <= within lie below this.
 Neighbour bound_of(float within) {
@@ -23,11 +30,20 @@ Neighbour bound_of(float within) {
   return neighbour(within, 0) + (Neighbour{1} << 32);
 }
 
+// to[c][r] = from[r][c] of a panel of columns.
+void mirror(const float* from, int64_t n_rows, float* to, int64_t stride) {
+  for (int64_t c = 0; c < PANEL; ++c)
+    for (int64_t r = 0; r < n_rows; ++r) to[c * stride + r] = from[r * stride + c];
+}
+
+bool nobody_else(int64_t, float) { return false; }
+
 struct Searches {
   const Knn& op;
   const Grid &points, &queries;
   const Groups groups;
-  const int64_t block_size = op.is_self ? BLOCK_PANELS * PANEL : QUERY_BLOCK;
+  const int64_t block_panels = block_panels_of(op.S, op.N);
+  const int64_t block_size = op.is_self ? block_panels * PANEL : QUERY_BLOCK;
   const int64_t n_blocks = (op.Q + block_size - 1) / block_size, stride = n_blocks * block_size;
   std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
   std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
@@ -37,7 +53,7 @@ struct Searches {
   }
   int64_t size_of(int64_t block) const { return std::min(block_size, op.Q - block * block_size); }
 
-  void begin(int64_t s, int64_t i) {
+  void begin_query(int64_t s, int64_t i) {
     Neighbour* list = op.index + (s * op.Q + i) * op.k;
     std::fill_n(list, op.k, NO_NEIGHBOUR);
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
@@ -61,20 +77,41 @@ struct Searches {
     limit[s * stride + i] = own.limit();
   }
 
-  // The queries of a block look at panels begin, ..., end - 1, alone.
-  void search(int64_t s, int64_t block, int64_t begin_panel, int64_t end_panel) {
+  // The queries of a block look at all points, alone.
+  void search(int64_t s, int64_t block) {
     const int64_t at = block * block_size;
-    for (int64_t i = at; i < at + size_of(block); ++i) begin(s, i);
-    sweep(grid_rows(queries, s, at, size_of(block)), points, begin_panel, end_panel,
+    for (int64_t i = at; i < at + size_of(block); ++i) begin_query(s, i);
+    sweep(grid_rows(queries, s, at, size_of(block)), points, 0, n_panels(op.N),
           [&](int64_t r, int64_t first, int64_t n, float* dist2) {
-            look_at(s, at + r, first, n, dist2, nullptr, [](int64_t, float) { return false; });
+            look_at(s, at + r, first, n, dist2, nullptr, nobody_else);
           });
+  }
+
+  // The points of a block look at each other: each at all others at once, so that its limit is low when it meets other
+  // blocks. Of their numbers, which are the same both ways, half is copied.
+  void begin(int64_t s, int64_t block) {
+    const int64_t at = block * block_size, n = n_panels(size_of(block));
+    const int64_t row_stride = block_size + PANEL;  // no power of two, as in sweep
+    std::unique_ptr<float[]> dist2(new float[(block_size + GridRows::MOST) * row_stride]);
+    int64_t r = 0;
+    for (const GridRows& rows : grid_rows(points, s, at, size_of(block))) {
+      for (int64_t p = r / PANEL; p < n; ++p) {
+        float* tile = &dist2[r * row_stride + p * PANEL];
+        rows.dist2(points, at / PANEL + p, tile, row_stride);
+        if (p > r / PANEL) mirror(tile, rows.size(), &dist2[p * PANEL * row_stride + r], row_stride);
+      }
+      r += rows.size();
+    }
+    for (r = 0; r < size_of(block); ++r) {
+      begin_query(s, at + r);
+      look_at(s, at + r, at, n * PANEL, &dist2[r * row_stride], nullptr, nobody_else);
+    }
   }
 
   // Two blocks of points look at each other.
   void meet(int64_t s, int64_t block, int64_t other) {
-    const int64_t at = block * block_size, end = std::min((other + 1) * BLOCK_PANELS, n_panels(op.N));
-    sweep(grid_rows(points, s, at, size_of(block)), points, other * BLOCK_PANELS, end,
+    const int64_t at = block * block_size, end = std::min((other + 1) * block_panels, n_panels(op.N));
+    sweep(grid_rows(points, s, at, size_of(block)), points, other * block_panels, end,
           [&](int64_t r, int64_t first, int64_t n, float* dist2) {
             look_at(s, at + r, first, n, dist2, &limit[s * stride + first], [&](int64_t c, float measured) {
               Nearest& of_column = nearest[s * stride + first + c];
@@ -121,8 +158,7 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
   const int64_t n_blocks = searches.n_blocks;
   if (op.is_self) {
     for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
-      const int64_t s = task / n_blocks, block = task % n_blocks;
-      searches.search(s, block, block * BLOCK_PANELS, std::min((block + 1) * BLOCK_PANELS, n_panels(op.N)));
+      searches.begin(task / n_blocks, task % n_blocks);
     });
     for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
       const auto pairs = pairs_of(n_blocks, round);
@@ -133,7 +169,7 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
     }
   } else {
     for_each(parallel_for, op.S * n_blocks,
-             [&](int64_t task) { searches.search(task / n_blocks, task % n_blocks, 0, n_panels(op.N)); });
+             [&](int64_t task) { searches.search(task / n_blocks, task % n_blocks); });
   }
   for_each(parallel_for, op.S * n_blocks, [&](int64_t task) { searches.write(task / n_blocks, task % n_blocks); });
 }
