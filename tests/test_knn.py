@@ -148,13 +148,23 @@ def test_points_of_few_directions(name, k):
     assert_exact(points, k, points[:, :20] * 1.5)
 
 
-# Many sets, or many points, make the blocks larger.
-@pytest.mark.parametrize(("S", "N"), [(1, 256), (1, 257), (1, 512), (1, 700), (1, 1100), (12, 1024), (13, 1100)])
-def test_blocks_meet_once(S, N):
+@pytest.mark.parametrize("N", [256, 257, 512, 700, 1100])
+def test_blocks_meet_once(N):
     group = torch.arange(N) % 5
-    for points in (normal(S, N, 6), normal(S, N, 6).sign(), few_directions(S, N, 100)):
+    for points in (normal(1, N, 6), normal(1, N, 6).sign(), few_directions(1, N, 100)):
         assert_exact(points, 10)
         assert_exact(points, 10, barred=(group, group))
+
+
+@pytest.mark.parametrize("N", [1024, 1025, 1100, 1600])
+def test_many_sets_answer_as_each_alone(N):
+    """Many sets make larger blocks of points, which are the tasks of threads, than one set does."""
+    group = torch.arange(N) % 5
+    for points in (normal(13, N, 6), normal(13, N, 6).sign(), few_directions(13, N, 100)):
+        for barred in (None, (group, group)):
+            alone = [ops.knn(one[None], 10, barred=barred) for one in points]
+            together = ops.knn(points, 10, barred=barred)
+            assert_same_bits(together, [torch.cat(parts) for parts in zip(*alone, strict=True)])
 
 
 def test_cells_as_far_apart_as_can_be():
