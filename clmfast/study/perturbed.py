@@ -399,7 +399,7 @@ def example_figure(runs: dict[str, Run]) -> go.Figure:
             cells={"values": columns, "align": "left", "height": 26},
         )
     )
-    return layout(figure, 110 + 42 * len(runs))
+    return layout(figure, 140 + 48 * len(runs))
 
 
 STUDY = Study("Do clusters by task survive where strings hardly tell the tasks apart?", 5, 1, configs, analyse)
