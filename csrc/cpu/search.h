@@ -94,7 +94,7 @@ float about_kth(const float* dist2, int64_t n, int64_t k);
 
 // One query beside points first, ..., first + n - 1. Who is barred has dist2 infinity.
 struct Row {
-  static constexpr int64_t MOST = 2048;  // columns
+  static constexpr int64_t MOST = 4096;  // columns
 
   const float* dist2;
   int64_t first, n;
@@ -160,18 +160,19 @@ std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, const int64_t* row,
 // The rows meet panels begin, ..., end - 1 of set s of `columns`: visit(i_row, first column, n columns, dist2).
 template <class Visit>
 void sweep(const std::vector<GridRows>& rows, const Grid& columns, int64_t begin, int64_t end, const Visit& visit) {
-  if (rows.empty()) return;
-  constexpr int64_t CACHE = 320 << 10;  // a chunk of panels stays in the second cache
+  if (rows.empty() || begin >= end) return;
+  // The longer a row, the fewer points it measures in vain: more is gained than where panels stay in the second cache.
+  constexpr int64_t CACHE = 1 << 20;
   const int64_t chunk = std::clamp<int64_t>(CACHE / std::max<int64_t>(rows[0].panel_bytes(), 1), 4, Row::MOST / PANEL);
   // Rows a power of two apart would share a few places of the first cache.
-  constexpr int64_t STRIDE = Row::MOST + PANEL;
-  std::unique_ptr<float[]> dist2(new float[GridRows::MOST * STRIDE]);
+  const int64_t stride = (std::min(chunk, end - begin) + 1) * PANEL;
+  std::unique_ptr<float[]> dist2(new float[GridRows::MOST * stride]);
   for (; begin < end; begin += chunk) {
     const int64_t n = std::min(chunk, end - begin);
     int64_t i_row = 0;
     for (const GridRows& group : rows) {
-      for (int64_t p = 0; p < n; ++p) group.dist2(columns, begin + p, &dist2[p * PANEL], STRIDE);
-      for (int64_t r = 0; r < group.size(); ++r) visit(i_row++, begin * PANEL, n * PANEL, &dist2[r * STRIDE]);
+      for (int64_t p = 0; p < n; ++p) group.dist2(columns, begin + p, &dist2[p * PANEL], stride);
+      for (int64_t r = 0; r < group.size(); ++r) visit(i_row++, begin * PANEL, n * PANEL, &dist2[r * stride]);
     }
   }
 }
