@@ -54,7 +54,8 @@ class GridRows {
   int64_t size() const { return n_; }
   int64_t panel_bytes() const { return depth_ * PANEL * PAIR * static_cast<int64_t>(sizeof(int16_t)); }
 
-  // The squared distances of their cells to those of a panel: dist2 [size, stride], of which PANEL columns are written.
+  // The squared distances of their cells to those of a panel: dist2 [MOST, stride], of which PANEL columns are written;
+  // what is written to rows from size on means nothing.
   void dist2(const Grid& other, int64_t i_panel, float* dist2, int64_t stride) const;
 
  private:

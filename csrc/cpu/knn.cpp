@@ -1,5 +1,5 @@
-// knn on the CPU. Queries meet the points in blocks. In the self form two blocks of points meet once, and both look for
-// neighbours in the same numbers.
+// knn on the CPU. Blocks of queries meet all points. In the self form a block of points meets itself first, then two
+// blocks meet once, and both look for neighbours in the same numbers.
 #include "../knn.h"
 
 #include <algorithm>
@@ -17,11 +17,11 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: many enough to reuse panels, few for many threads
 
-// Panels of a block of points that meet each other. The more points a query sees at once, the fewer it measures in vain;
-// but the blocks are what threads share out.
-int64_t block_panels_of(int64_t S, int64_t N) {
-  constexpr int64_t MOST = 16, LEAST = 8, ENOUGH = 12;  // meetings at a time
-  return S * (n_panels(N) / MOST / 2) >= ENOUGH ? MOST : LEAST;
+// Points of a block in the self form. The more a query sees at once, the fewer it measures in vain; but the blocks are what
+// threads share out.
+int64_t point_block(int64_t S, int64_t N) {
+  constexpr int64_t MOST = 16 * PANEL, LEAST = 8 * PANEL, ENOUGH = 12;  // meetings at a time
+  return S * (n_panels(N) * PANEL / MOST / 2) >= ENOUGH ? MOST : LEAST;
 }
 
 // Neighbours at dist2 <= within lie below this.
@@ -42,8 +42,7 @@ struct Searches {
   const Knn& op;
   const Grid &points, &queries;
   const Groups groups;
-  const int64_t block_panels = block_panels_of(op.S, op.N);
-  const int64_t block_size = op.is_self ? block_panels * PANEL : QUERY_BLOCK;
+  const int64_t block_size = op.is_self ? point_block(op.S, op.N) : QUERY_BLOCK;
   const int64_t n_blocks = (op.Q + block_size - 1) / block_size, stride = n_blocks * block_size;
   std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
   std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
@@ -53,7 +52,7 @@ struct Searches {
   }
   int64_t size_of(int64_t block) const { return std::min(block_size, op.Q - block * block_size); }
 
-  void begin_query(int64_t s, int64_t i) {
+  void begin(int64_t s, int64_t i) {
     Neighbour* list = op.index + (s * op.Q + i) * op.k;
     std::fill_n(list, op.k, NO_NEIGHBOUR);
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
@@ -80,7 +79,7 @@ struct Searches {
   // The queries of a block look at all points, alone.
   void search(int64_t s, int64_t block) {
     const int64_t at = block * block_size;
-    for (int64_t i = at; i < at + size_of(block); ++i) begin_query(s, i);
+    for (int64_t i = at; i < at + size_of(block); ++i) begin(s, i);
     sweep(grid_rows(queries, s, at, size_of(block)), points, 0, n_panels(op.N),
           [&](int64_t r, int64_t first, int64_t n, float* dist2) {
             look_at(s, at + r, first, n, dist2, nullptr, nobody_else);
@@ -89,10 +88,10 @@ struct Searches {
 
   // The points of a block look at each other: each at all others at once, so that its limit is low when it meets other
   // blocks. Of their numbers, which are the same both ways, half is copied.
-  void begin(int64_t s, int64_t block) {
+  void meet_itself(int64_t s, int64_t block) {
     const int64_t at = block * block_size, n = n_panels(size_of(block));
-    const int64_t row_stride = block_size + PANEL;  // no power of two, as in sweep
-    std::unique_ptr<float[]> dist2(new float[(block_size + GridRows::MOST) * row_stride]);
+    const int64_t row_stride = (n + 1) * PANEL;  // no power of two, as in sweep
+    std::unique_ptr<float[]> dist2(new float[(n * PANEL + GridRows::MOST) * row_stride]);
     int64_t r = 0;
     for (const GridRows& rows : grid_rows(points, s, at, size_of(block))) {
       for (int64_t p = r / PANEL; p < n; ++p) {
@@ -103,15 +102,15 @@ struct Searches {
       r += rows.size();
     }
     for (r = 0; r < size_of(block); ++r) {
-      begin_query(s, at + r);
+      begin(s, at + r);
       look_at(s, at + r, at, n * PANEL, &dist2[r * row_stride], nullptr, nobody_else);
     }
   }
 
   // Two blocks of points look at each other.
   void meet(int64_t s, int64_t block, int64_t other) {
-    const int64_t at = block * block_size, end = std::min((other + 1) * block_panels, n_panels(op.N));
-    sweep(grid_rows(points, s, at, size_of(block)), points, other * block_panels, end,
+    const int64_t at = block * block_size, begin_panel = other * block_size / PANEL;
+    sweep(grid_rows(points, s, at, size_of(block)), points, begin_panel, begin_panel + n_panels(size_of(other)),
           [&](int64_t r, int64_t first, int64_t n, float* dist2) {
             look_at(s, at + r, first, n, dist2, &limit[s * stride + first], [&](int64_t c, float measured) {
               Nearest& of_column = nearest[s * stride + first + c];
@@ -157,9 +156,8 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
                     op.query_group ? Groups(op.point_group, op.N) : Groups()};
   const int64_t n_blocks = searches.n_blocks;
   if (op.is_self) {
-    for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
-      searches.begin(task / n_blocks, task % n_blocks);
-    });
+    for_each(parallel_for, op.S * n_blocks,
+             [&](int64_t task) { searches.meet_itself(task / n_blocks, task % n_blocks); });
     for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
       const auto pairs = pairs_of(n_blocks, round);
       const int64_t n_pairs = static_cast<int64_t>(pairs.size());

@@ -161,9 +161,9 @@ std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, const int64_t* row,
 template <class Visit>
 void sweep(const std::vector<GridRows>& rows, const Grid& columns, int64_t begin, int64_t end, const Visit& visit) {
   if (rows.empty() || begin >= end) return;
-  // The longer a row, the fewer points it measures in vain: more is gained than where panels stay in the second cache.
-  constexpr int64_t CACHE = 1 << 20;
-  const int64_t chunk = std::clamp<int64_t>(CACHE / std::max<int64_t>(rows[0].panel_bytes(), 1), 4, Row::MOST / PANEL);
+  // The longer a row, the fewer points it measures in vain: that gains more than panels that stay in the second cache.
+  constexpr int64_t BYTES = 1 << 20;  // of the panels of a chunk
+  const int64_t chunk = std::clamp<int64_t>(BYTES / std::max<int64_t>(rows[0].panel_bytes(), 1), 4, Row::MOST / PANEL);
   // Rows a power of two apart would share a few places of the first cache.
   const int64_t stride = (std::min(chunk, end - begin) + 1) * PANEL;
   std::unique_ptr<float[]> dist2(new float[GridRows::MOST * stride]);
