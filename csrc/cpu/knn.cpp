@@ -17,8 +17,8 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: many enough to reuse panels, few for many threads
 
-// Points of a block in the self form. The more a query sees at once, the fewer it measures in vain; but threads share out
-// the blocks.
+// Points of a block in the self form. The more a query sees at once, the fewer it measures in vain; but threads share
+// the blocks out.
 int64_t point_block(int64_t S, int64_t N) {
   constexpr int64_t MOST = 16 * PANEL, LEAST = 8 * PANEL, ENOUGH = 12;  // meetings at a time
   return S * (n_panels(N) * PANEL / MOST / 2) >= ENOUGH ? MOST : LEAST;
