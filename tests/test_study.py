@@ -28,9 +28,9 @@ from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.pages import wall_seconds
-from clmfast.study.runs import choose_processes, hold, load_run, run_path, state_of, train_missing
-from clmfast.study.summary import KEPT, Summary, beside, pack, unpack
-from clmfast.study.unseen import log_odds_ratio
+from clmfast.study.runs import Wanted, choose_processes, hold, load_run, run_path, state_of, train_missing
+from clmfast.study.summary import KEPT, Summary, beside, kept_at, pack, revisited, unpack
+from clmfast.study.unseen import MISTAKES, log_odds_ratio
 
 
 def test_interval_of_a_mean():
@@ -260,11 +260,27 @@ def test_a_run_that_diverged_is_kept_and_left_out(tmp_path):
     config = changed(dataclasses.replace(quick_config(), steps=12), "train", lr=1e30)
     path = run_path(tmp_path / "runs", "base", config)
     lock = hold(tmp_path)
-    train_missing([(path, config)], 1, 1, lock, lambda *_: None)
+    train_missing([Wanted(path, config)], 1, 1, lock, lambda *_: None)
     os.close(lock)
     assert state_of(path, config) == "diverged" and load_run(path, config) is None
     shutil.rmtree(path)
     assert state_of(path, config) == "diverged" and load_run(path, config) is None
+
+
+def test_what_checkpoints_say_is_kept_when_a_run_ends(tmp_path):
+    config = dataclasses.replace(quick_config(), steps=12)
+    wanted = Wanted(run_path(tmp_path / "runs", "base", config), config, (MISTAKES,))
+    assert not wanted.is_there()
+    lock = hold(tmp_path)
+    train_missing([wanted], 1, 1, lock, lambda *_: None)
+    os.close(lock)
+    shutil.rmtree(wanted.path)
+    assert wanted.is_there()
+    counts = revisited(Summary(wanted.path), MISTAKES)["counts"]
+    assert counts.sum() == config.measure.probe_unseen * config.task.n_inputs
+    kept_at(wanted.path, MISTAKES).unlink()
+    assert not wanted.is_there(), "neither its checkpoints nor what they said: it must be trained again"
+    assert dataclasses.replace(wanted, revisits=()).is_there()
 
 
 def test_wall_time_counts_what_runs_side_by_side_once():

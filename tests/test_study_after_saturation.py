@@ -15,10 +15,20 @@ from clmfast.measure.collapse import collapse
 from clmfast.measure.probe import examples_of
 from clmfast.record import Run
 from clmfast.study import __main__ as command
-from clmfast.study.after_saturation import LENGTH, OUTPUT, VIEWS, around, configs, positive, stop_of, trace_of
+from clmfast.study.after_saturation import (
+    CHECKPOINTS,
+    LENGTH,
+    OUTPUT,
+    VIEWS,
+    around,
+    configs,
+    positive,
+    stop_of,
+    trace_of,
+)
 from clmfast.study.base import StudyError, base_config, quick_config
 from clmfast.study.revisit import model_at, tasks_of
-from clmfast.study.summary import Summary, beside
+from clmfast.study.summary import Summary, kept_at
 
 
 def a_run(picked: int, steps: int) -> SimpleNamespace:
@@ -57,7 +67,7 @@ def test_configs_are_ten_times_as_long_as_early_stopping_with_two_decays():
     assert base_config().train.weight_decay in {config.train.weight_decay for config in found.values()}
 
 
-def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
+def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     base = dataclasses.replace(quick_config(), steps=12)
     monkeypatch.setattr(command, "quick_config", lambda: base)
     assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path)]) == 0
@@ -90,6 +100,10 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     shutil.rmtree(path)
     assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path), "--draw"]) == 0
     assert json.loads((tmp_path / "claims.json").read_text()) == rows
-    beside(path, ".collapse.npz").unlink()
+    kept_at(path, CHECKPOINTS).unlink()
     with pytest.raises(StudyError, match="must have its directory with checkpoints"):
         trace_of(Summary(path))
+    # Nor does the study stop there: it trains that run again.
+    assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path)]) == 0
+    assert "1 runs are there, 1 to train" in capsys.readouterr().out
+    assert json.loads((tmp_path / "claims.json").read_text()) == rows

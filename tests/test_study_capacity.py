@@ -14,7 +14,7 @@ from clmfast.study import early_stopping
 from clmfast.study.base import BASE_LABEL, base_config, quick_config
 from clmfast.study.capacity import AXES, configs, labels_of, slope, trend
 from clmfast.study.claims import FAILS, HOLDS
-from clmfast.study.runs import each_once
+from clmfast.study.runs import Wanted, each_once
 
 
 def test_slope_is_the_change_for_each_doubling():
@@ -33,7 +33,7 @@ def test_one_thing_at_a_time():
 
 def test_runs_of_another_study_are_not_trained_again(tmp_path):
     both = [*configs(base_config()).items(), *early_stopping.configs(base_config()).items()]
-    assert len(each_once([(tmp_path / label, config) for label, config in both])) == len(configs(base_config()))
+    assert len(each_once([Wanted(tmp_path / label, config) for label, config in both])) == len(configs(base_config()))
 
 
 def numbers(rise: float, noise: float) -> dict[str, dict[int, dict[str, float]]]:

@@ -18,10 +18,13 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clmfast.config import ConfigError, RunConfig, check, closest
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
+
+if TYPE_CHECKING:
+    from clmfast.study.runs import Wanted
 
 BAD_INPUT, STOPPED = 2, 130
 
@@ -69,27 +72,25 @@ def seeds_of(text: str | None, study: Study, is_quick: bool) -> list[int]:
     return seeds
 
 
-def plan(
-    folder: Path, study: Study, seeds: list[int], base: RunConfig
-) -> dict[tuple[str, int], tuple[Path, RunConfig]]:
-    """(label, seed) -> where the run lies and what it is."""
-    from clmfast.study.runs import run_path
+def plan(folder: Path, study: Study, seeds: list[int], base: RunConfig) -> dict[tuple[str, int], Wanted]:
+    """(label, seed) -> the run that is wanted there."""
+    from clmfast.study.runs import Wanted, run_path
 
     found = {}
     for seed in seeds:
         for label, config in study.configs(dataclasses.replace(base, seed=seed)).items():
             check(config)
-            found[label, seed] = run_path(folder / "runs", label, config), config
+            found[label, seed] = Wanted(run_path(folder / "runs", label, config), config, study.revisits)
     return found
 
 
-def train(folder: Path, wanted: list[tuple[Path, RunConfig]], base: RunConfig, asked: argparse.Namespace) -> None:
+def train(folder: Path, wanted: list[Wanted], base: RunConfig, asked: argparse.Namespace) -> None:
     """Train what is missing, with as many processes and threads as do the most steps per second."""
     from clmfast.study.progress import StudyProgress
-    from clmfast.study.runs import choose_processes, each_once, hold, missing_of, train_missing
+    from clmfast.study.runs import choose_processes, each_once, hold, train_missing
 
     distinct = each_once(wanted)
-    jobs = missing_of(distinct)
+    jobs = [one for one in distinct if not one.is_there()]
     print(
         f"{len(distinct) - len(jobs)} runs are there, {len(jobs)} to train, records in {folder / 'runs'}",
         flush=True,
@@ -108,24 +109,22 @@ def train(folder: Path, wanted: list[tuple[Path, RunConfig]], base: RunConfig, a
     elif not asked.quick:
         choice = choose_processes(base, lock)
     print(f"{choice['processes']} processes of {choice['threads']} threads ({choice['reason']})", flush=True)
-    with StudyProgress(len(jobs), sum(config.steps for _, config in jobs)) as progress:
+    with StudyProgress(len(jobs), sum(job.config.steps for job in jobs)) as progress:
         train_missing(jobs, choice["processes"], choice["threads"], lock, progress.update)
     os.close(lock)
 
 
-def read(
-    planned: dict[tuple[str, int], tuple[Path, RunConfig]],
-) -> tuple[Runs, list[str]]:
+def read(planned: dict[tuple[str, int], Wanted]) -> tuple[Runs, list[str]]:
     """(runs by label and seed, names of those that diverged)."""
     from clmfast.study.runs import load_run
 
     runs: dict[str, dict[int, Any]] = {}
     diverged = []
-    for (label, seed), (path, config) in planned.items():
-        run = load_run(path, config)
+    for (label, seed), wanted in planned.items():
+        run = load_run(wanted.path, wanted.config)
         of_label = runs.setdefault(label, {})
         if run is None:
-            diverged.append(path.name)
+            diverged.append(wanted.path.name)
         else:
             of_label[seed] = run
     if empty := [label for label, of_seed in runs.items() if not of_seed]:

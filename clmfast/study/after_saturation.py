@@ -32,7 +32,7 @@ from clmfast.measure.controls import letter_counts
 from clmfast.measure.probe import Probe
 from clmfast.plot import GREY, layout
 from clmfast.record import Run
-from clmfast.study.base import Runs, Section, Study, changed
+from clmfast.study.base import Revisit, Runs, Section, Study, changed
 from clmfast.study.claims import Claim, claim
 from clmfast.study.figures import (
     COLOURS,
@@ -137,7 +137,7 @@ def _numbers(found: Collapse) -> list[float]:
 
 def trace_of(run: Run) -> Trace:
     """Neural collapse at every checkpoint of a run."""
-    return Trace(**revisited(run, "collapse", lambda run: collapse_at_checkpoints(run)._asdict()))
+    return Trace(**revisited(run, CHECKPOINTS))
 
 
 def collapse_at_checkpoints(run: Run) -> Trace:
@@ -170,6 +170,9 @@ def collapse_at_checkpoints(run: Run) -> Trace:
         counts = letter_counts(tasks, probe_set.train, view.readout == TOP)
         letters.append(_numbers(collapse(counts, probe_set.train_labels[view.kind])))
     return Trace(np.array(steps), values, shuffled, np.array(letters))
+
+
+CHECKPOINTS = Revisit("collapse", lambda run: collapse_at_checkpoints(run)._asdict())
 
 
 def collapse_around(run: Run, view: str, measure: str) -> tuple[float, float]:
@@ -375,5 +378,10 @@ def add_collapse(figure: go.Figure, group: Sequence[Run], i: int, row: int, col:
 
 
 STUDY = Study(
-    "Long after early stopping: do clusters by task stay, or dissolve into collapse by output?", 5, 1, configs, analyse
+    "Long after early stopping: do clusters by task stay, or dissolve into collapse by output?",
+    5,
+    1,
+    configs,
+    analyse,
+    (CHECKPOINTS,),
 )

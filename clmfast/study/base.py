@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from clmfast.config import UNSEEN_SPLITS, MeasureConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from numpy.typing import NDArray
 
     from clmfast.record import Run
     from clmfast.study.claims import Claim
@@ -21,6 +22,13 @@ Runs = Mapping[str, Mapping[int, "Run"]]  # label of a configuration -> seed -> 
 
 class StudyError(ValueError):
     """What a caller can get wrong, or what lies in the way: one line."""
+
+
+class Revisit(NamedTuple):
+    """What a study reads from a run's checkpoints. It is kept under its name, and so outlives them."""
+
+    name: str
+    read: Callable[[Run], Mapping[str, NDArray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Study:
     n_quick_seeds: int  # the same for --quick
     configs: Callable[[RunConfig], dict[str, RunConfig]]
     analyse: Callable[[Runs], tuple[list[Claim], list[Section]]]
+    revisits: tuple[Revisit, ...] = ()
 
 
 def changed(config: RunConfig, section: str, **values: object) -> RunConfig:

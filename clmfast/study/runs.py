@@ -2,7 +2,7 @@
 
 A run directory belongs to one configuration, whatever study asked for it. The number of threads is no part of that: it
 is chosen by a measurement and may be another one after a restart. When a run ends, its summary is written beside it
-(summary.py); with that file there, the directory may be moved away.
+(summary.py), and so is what studies read from its checkpoints; with these files there, the directory may be moved away.
 """
 
 from __future__ import annotations
@@ -30,14 +30,36 @@ import numpy as np
 from clmfast.config import ConfigError, RunConfig, from_file, to_dict
 from clmfast.files import write_json
 from clmfast.record import NotARun, Run
-from clmfast.study.base import StudyError, changed
-from clmfast.study.summary import Summary, beside, write_summary
+from clmfast.study.base import Revisit, StudyError, changed
+from clmfast.study.summary import Summary, beside, kept_at, revisited, write_summary
 
 DIVERGED = 3  # exit code of clmfast.run
 ENDED = ("finished", "diverged")
 MEASURED_STEPS = 30
 RUN_NAME = re.compile(r".*-seed\d+-[0-9a-f]{10}")  # of a directory and of all files beside it
 HALF_MADE = {"steps.npy", "timing.npy", "per_task.npy", ".config.json.part"}  # what a run writes before its config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A run that studies ask for: where it lies, what it is, and what they read from its checkpoints."""
+
+    path: Path
+    config: RunConfig
+    revisits: tuple[Revisit, ...] = ()
+
+    def is_there(self) -> bool:
+        """Has it ended, with all that is asked for still to be had?"""
+        state = state_of(self.path, self.config)
+        has_all = all(kept_at(self.path, what).exists() for what in self.revisits)
+        return state == "diverged" or (state == "finished" and (has_all or (self.path / "checkpoints").exists()))
+
+    def keep(self) -> None:
+        """Write beside the directory of a run that has ended what is to outlive it."""
+        write_summary(Run(self.path))
+        if state_of(self.path, self.config) == "finished":
+            for what in self.revisits:
+                revisited(Summary(self.path), what)
 
 
 def identity(config: RunConfig) -> RunConfig:
@@ -140,8 +162,9 @@ def hold(folder: Path) -> int:
 class Job:
     """One run of clmfast in a process of its own; its output goes to NAME.log beside its directory."""
 
-    def __init__(self, path: Path, config: RunConfig, lock: int) -> None:
-        self.path, self.config = path, config
+    def __init__(self, wanted: Wanted, threads: int, lock: int) -> None:
+        self.wanted = wanted
+        self.path, self.config = path, config = wanted.path, dataclasses.replace(wanted.config, threads=threads)
         command = [sys.executable, "-m", "clmfast.run"]
         if state_of(path, config) == "started":
             command += ["--resume", str(path)]
@@ -175,13 +198,13 @@ class Job:
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
         if state_of(self.path, self.config) in ENDED:  # and not ended by a Ctrl-C from elsewhere
-            write_summary(Run(self.path))
+            self.wanted.keep()
             shutil.rmtree(self.path / "resume", ignore_errors=True)
         return True
 
 
 def train_missing(
-    jobs: list[tuple[Path, RunConfig]], n_processes: int, threads: int, lock: int, show: Callable[[int, int], None]
+    jobs: list[Wanted], n_processes: int, threads: int, lock: int, show: Callable[[int, int], None]
 ) -> None:
     """Train the runs, n_processes at a time; `show(finished runs, steps done)` is told now and then."""
     waiting, at_work = list(jobs), list[Job]()
@@ -189,8 +212,7 @@ def train_missing(
     try:
         while waiting or at_work:
             while waiting and len(at_work) < n_processes:
-                path, config = waiting.pop(0)
-                at_work.append(Job(path, dataclasses.replace(config, threads=threads), lock))
+                at_work.append(Job(waiting.pop(0), threads, lock))
             time.sleep(0.2)
             for job in [job for job in at_work if job.finished()]:
                 at_work.remove(job)
@@ -216,23 +238,20 @@ def choose_processes(config: RunConfig, lock: int) -> dict[str, Any]:
     for n_processes, threads in candidates:
         with tempfile.TemporaryDirectory() as folder:
             short = dataclasses.replace(changed(config, "measure", probe_every=0), steps=MEASURED_STEPS, resume_every=0)
-            jobs = [(Path(folder) / str(i), short) for i in range(n_processes)]
+            jobs = [Wanted(Path(folder) / str(i), short) for i in range(n_processes)]
             train_missing(jobs, n_processes, threads, lock, lambda *_: None)
-            ms = [sum(float(np.median(t)) for t in Run(path).timing.values()) for path, _ in jobs]
+            ms = [sum(float(np.median(t)) for t in Run(job.path).timing.values()) for job in jobs]
         speed[n_processes, threads] = 1000 * sum(1 / one for one in ms)
     best = max(speed, key=lambda candidate: speed[candidate])
     told = ", ".join(f"{p} x {t} threads {s:.1f} steps/s" for (p, t), s in speed.items())
     return {"processes": best[0], "threads": best[1], "reason": f"measured over {MEASURED_STEPS} steps: {told}"}
 
 
-def each_once(wanted: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+def each_once(wanted: Iterable[Wanted]) -> list[Wanted]:
     """Every configuration once, at the first of its paths: studies share their runs under different labels."""
-    found: dict[RunConfig, tuple[Path, RunConfig]] = {}
-    for path, config in wanted:
-        found.setdefault(identity(config), (path, config))
+    found: dict[RunConfig, Wanted] = {}
+    for one in wanted:
+        first = found.setdefault(identity(one.config), one)
+        revisits = tuple(dict.fromkeys((*first.revisits, *one.revisits)))
+        found[identity(one.config)] = dataclasses.replace(first, revisits=revisits)
     return list(found.values())
-
-
-def missing_of(distinct: Iterable[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
-    """Those that have not ended."""
-    return [(p, c) for p, c in distinct if state_of(p, c) not in ENDED]

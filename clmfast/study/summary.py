@@ -3,7 +3,7 @@
 Studies read this file alone, also where the directory still is, so that a page drawn from committed files is the same
 page. It holds config, events, controls, machine and versions; the measures in KEPT, every step and layer, in
 thousandths; the neighbour purity of each task in the layer that clusters most; the totals of the timings. A default run
-takes some 70 kB. What a study reads from checkpoints has a file of its own, NAME.WHAT.npz.
+takes some 70 kB. What a study reads from checkpoints has a file of its own, NAME.WHAT.npz, written at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, best_layer
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, Column
 from clmfast.record import NotARun, Run
+from clmfast.study.base import Revisit
 
 KEPT = ("accuracy", *(f"ari_{kind}" for kind in LABEL_KINDS), "knn_accuracy", "cross_grammar_knn_accuracy")
 META = ("measurement_version", "versions", "machine", "threads", "n_layers", "n_tasks", "readouts")
@@ -110,10 +111,14 @@ class Summary(Run):
             self.per_task[:, int(arrays["per_task_layer"]), self.readouts.index(HEADLINE_READOUT)] = of_task
 
 
-def revisited(run: Run, what: str, make: Callable[[Run], Mapping[str, NDArray]]) -> dict[str, NDArray]:
-    """`make(run)`, which reads checkpoints, or what it gave before."""
-    path = beside(run.path, f".{what}.npz")
+def kept_at(path: Path, what: Revisit) -> Path:
+    return beside(path, f".{what.name}.npz")
+
+
+def revisited(run: Run, what: Revisit) -> dict[str, NDArray]:
+    """What the checkpoints of a run say, or said when they were there."""
+    path = kept_at(run.path, what)
     if not path.exists():
-        write_arrays(path, make(run))
+        write_arrays(path, what.read(run))
     with np.load(path) as file:
         return dict(file)

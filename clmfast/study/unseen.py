@@ -20,7 +20,7 @@ from clmfast.measure.neighbours import majority_vote
 from clmfast.measure.probe import Probe
 from clmfast.plot import layout
 from clmfast.record import Run
-from clmfast.study.base import BASE_LABEL, Runs, Section, Study
+from clmfast.study.base import BASE_LABEL, Revisit, Runs, Section, Study
 from clmfast.study.claims import Claim, claim
 from clmfast.study.emergence import configs, rank_correlation
 from clmfast.study.figures import COLOURS, CONTROL_TEXT, CONTROLS, GREY, control_of, curves, final_layers
@@ -72,6 +72,9 @@ def mistakes_and_votes(run: Run) -> dict[str, np.ndarray]:
     return {"counts": np.array(counts)}
 
 
+MISTAKES = Revisit("mistakes", mistakes_and_votes)
+
+
 def log_odds_ratio(table: np.ndarray) -> float:
     """ln of the odds of a wrong output after a wrong vote over those after a right one; half a count is added to every
     cell (Haldane 1956, Anscombe 1956), so that an empty one gives a number."""
@@ -101,7 +104,7 @@ def analyse(runs: Runs) -> tuple[list[Claim], list[Section]]:
             "rank correlation over seeds", [early[:, at], final], "no order", 0.0, statistic=rank_correlation,
         )
     )  # fmt: skip
-    tables = np.stack([revisited(run, "mistakes", mistakes_and_votes)["counts"] for run in base])
+    tables = np.stack([revisited(run, MISTAKES)["counts"] for run in base])
     claims.append(
         claim(
             "The model's mistakes are the examples whose neighbours have the wrong task",
@@ -174,4 +177,4 @@ def foretelling_figure(runs: list[Run], final: np.ndarray) -> go.Figure:
     return layout(figure, 400)
 
 
-STUDY = Study("Do unseen examples fall among training examples of their task?", 10, 5, configs, analyse)
+STUDY = Study("Do unseen examples fall among training examples of their task?", 10, 5, configs, analyse, (MISTAKES,))
