@@ -18,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from benchmarks.results import FOLDER
 
@@ -109,8 +109,18 @@ def draw_scaling(result: Result, path: Path) -> None:
             points = sorted(
                 (c["curve"][1], c["contenders"][name]["median_ms"]) for c in contests if name in c["contenders"]
             )
-            axes.plot(*zip(*points, strict=True), "o-", label=name, lw=2.2 if name == ours_of(contests[0]) else 1, ms=3)
-        axes.set(xscale="log", yscale="log", xlabel=along, ylabel="ms", title=suite)
+            is_ours = name == ours_of(contests[0])
+            axes.plot(
+                *zip(*points, strict=True), "o-", label=name, ms=3,
+                lw=2.2 if is_ours else 1, color=OURS if is_ours else None,
+            )  # fmt: skip
+        same = {name: v for name, v in contests[0]["case"].items() if v and all(c["case"][name] == v for c in contests)}
+        fixed = ", ".join(f"{name} = {value}" for name, value in same.items())
+        axes.set(xscale="log", yscale="log", xlabel=along, ylabel="ms")
+        axes.set_title(f"{suite} against {along}\n{fixed}", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=6)
     save(figure, path, result)
 
