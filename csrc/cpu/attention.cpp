@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "isa.h"
 #include "vector.h"
@@ -18,7 +19,8 @@ namespace {
 
 constexpr int64_t ROWS = 4;      // of a register tile: with two vectors it keeps both multipliers busy
 constexpr int64_t QUERIES = 32;  // of a block
-constexpr int64_t FEW = 16;      // rows that are read where they stand
+constexpr int64_t FEW = 16;      // rows that are read where they stand, again and again
+constexpr int64_t MANY = std::numeric_limits<int64_t>::max();  // the same, where they are read once
 constexpr int64_t LINE = 64;     // bytes that memory moves as one
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -94,6 +96,7 @@ struct Tiles {
   static constexpr int64_t N = BYTES / sizeof(T), PANEL = 2 * N;
   typedef T Lanes __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
   typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  typedef T Eight __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
   typedef int32_t Whole __attribute__((vector_size(N * sizeof(int32_t)), aligned(4), may_alias));
 
   CLMFAST_BODY static Lanes get(const T* from) { return *reinterpret_cast<const Lanes*>(from); }
@@ -172,8 +175,8 @@ struct Tiles {
   // A head of the keys' rows, `padded` numbers each that may be read: the rows themselves where they are few, one after
   // another and fill their vectors, else copies in `to`. (Many rows a power of two apart share too few cache sets.)
   CLMFAST_BODY static Rows gather(const T* from, int64_t stride, const Keys& keys, int64_t width, int64_t padded,
-                                  T* to) {
-    if (keys.n_prefix == 0 && keys.n <= FEW && width == padded) {
+                                  T* to, int64_t most = FEW) {
+    if (keys.n_prefix == 0 && keys.n <= most && width == padded) {
       from += keys.begin * stride;
       for (int64_t key = 0; key < keys.n; ++key) prefetch_next(from + key * stride, width);
       return {from, stride};
@@ -183,26 +186,47 @@ struct Tiles {
     return {to, padded};
   }
 
+  // In every four lanes: two of x and two of y in turns, the lower two or the higher ones.
+  template <int... I>
+  CLMFAST_BODY static Lanes lower_in_turns(Lanes x, Lanes y, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * static_cast<int>(N))...);
+  }
+  template <int... I>
+  CLMFAST_BODY static Lanes higher_in_turns(Lanes x, Lanes y, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(x, y, (I / 4 * 4 + 2 + I % 4 / 2 + I % 2 * static_cast<int>(N))...);
+  }
+
+  CLMFAST_BODY static Four four_at(const T* from) { return *reinterpret_cast<const Four*>(from); }
+  CLMFAST_BODY static Eight eight_at(const T* x, const T* y) {
+    return __builtin_shufflevector(four_at(x), four_at(y), 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+
+  // Four numbers of each row, one after another.
+  CLMFAST_BODY static Lanes side_by_side(const T* const (&row)[N / 4], int64_t w) {
+    if constexpr (N == 4) return four_at(row[0] + w);
+    else if constexpr (N == 8) return eight_at(row[0] + w, row[1] + w);
+    else
+      return __builtin_shufflevector(eight_at(row[0] + w, row[1] + w), eight_at(row[2] + w, row[3] + w), 0, 1, 2, 3, 4,
+                                     5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+
   // The keys of `rows` [n, padded] side by side, PANEL to a panel: key j's coordinate w at
   // to[(j - j % PANEL) padded + w PANEL + j % PANEL]. The last vector is filled up with the last key.
   CLMFAST_BODY static void transpose(Rows rows, int64_t n, int64_t padded, T* to) {
-    for (int64_t key = 0; key < round_up(n, N); key += 4) {
-      const T* row[4];
-      for (int64_t i = 0; i < 4; ++i) row[i] = rows.at + std::min(key + i, n - 1) * rows.stride;
+    constexpr auto EACH = std::make_integer_sequence<int, N>();
+    for (int64_t key = 0; key < n; key += N) {
+      const T* row[4][N / 4];  // [i]: every fourth one from i on
+      for (int64_t i = 0; i < N; ++i) row[i % 4][i / 4] = rows.at + std::min(key + i, n - 1) * rows.stride;
       T* column = to + key / PANEL * PANEL * padded + key % PANEL;
-      for (int64_t w = 0; w < padded; w += 4) {
-        Four x[4];
-        for (int64_t i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Four*>(row[i] + w);
-        const Four a = __builtin_shufflevector(x[0], x[2], 0, 4, 1, 5);
-        const Four b = __builtin_shufflevector(x[0], x[2], 2, 6, 3, 7);
-        const Four c = __builtin_shufflevector(x[1], x[3], 0, 4, 1, 5);
-        const Four d = __builtin_shufflevector(x[1], x[3], 2, 6, 3, 7);
-        Four* at[4];
-        for (int64_t i = 0; i < 4; ++i) at[i] = reinterpret_cast<Four*>(column + (w + i) * PANEL);
-        *at[0] = __builtin_shufflevector(a, c, 0, 4, 1, 5);
-        *at[1] = __builtin_shufflevector(a, c, 2, 6, 3, 7);
-        *at[2] = __builtin_shufflevector(b, d, 0, 4, 1, 5);
-        *at[3] = __builtin_shufflevector(b, d, 2, 6, 3, 7);
+      for (int64_t w = 0; w < padded; w += 4, column += 4 * PANEL) {
+        const Lanes x0 = side_by_side(row[0], w), x1 = side_by_side(row[1], w), x2 = side_by_side(row[2], w),
+                    x3 = side_by_side(row[3], w);
+        const Lanes a = lower_in_turns(x0, x2, EACH), b = higher_in_turns(x0, x2, EACH);
+        const Lanes c = lower_in_turns(x1, x3, EACH), d = higher_in_turns(x1, x3, EACH);
+        put(column, lower_in_turns(a, c, EACH));
+        put(column + PANEL, higher_in_turns(a, c, EACH));
+        put(column + 2 * PANEL, lower_in_turns(b, d, EACH));
+        put(column + 3 * PANEL, higher_in_turns(b, d, EACH));
       }
     }
   }
@@ -365,7 +389,7 @@ struct Tiles {
     T *q_copies = scratch.take<T>(n_queries), *weight = scratch.take<T>(n_scores);
 
     for (int64_t h = 0; h < H; ++h) {
-      transpose(gather(op.k + h * W, op.kv_stride, keys, W, padded, row_copies), keys.n, padded, packed);
+      transpose(gather(op.k + h * W, op.kv_stride, keys, W, padded, row_copies, MANY), keys.n, padded, packed);
       const Rows v = gather(op.v + h * W, op.kv_stride, keys, W, padded, row_copies);
       for (int64_t first = s.query_begin; first < s.query_end; first += QUERIES) {
         const Block block(op, s, keys, first);
@@ -398,7 +422,7 @@ struct Tiles {
     Span* sees = scratch.take<Span>(keys.n);
 
     for (int64_t h = 0; h < H; ++h) {
-      transpose(gather(op.v + h * W, op.kv_stride, keys, W, padded, row_copies), keys.n, padded, value);
+      transpose(gather(op.v + h * W, op.kv_stride, keys, W, padded, row_copies, MANY), keys.n, padded, value);
       const Rows k = gather(op.k + h * W, op.kv_stride, keys, W, padded, row_copies);
       transpose(k, keys.n, padded, key);
       int64_t n_known = 0;  // keys that have a gradient by now
