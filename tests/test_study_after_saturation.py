@@ -16,9 +16,9 @@ from clmfast.measure.probe import examples_of
 from clmfast.record import Run
 from clmfast.study import __main__ as command
 from clmfast.study.after_saturation import (
-    CHECKPOINTS,
     LENGTH,
     OUTPUT,
+    TRACE,
     VIEWS,
     around,
     configs,
@@ -100,7 +100,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     shutil.rmtree(path)
     assert command.main(["after_saturation", "--quick", "--seeds", "0..0", "--out", str(tmp_path), "--draw"]) == 0
     assert json.loads((tmp_path / "claims.json").read_text()) == rows
-    kept_at(path, CHECKPOINTS).unlink()
+    kept_at(path, TRACE).unlink()
     with pytest.raises(StudyError, match="must have its directory with checkpoints"):
         trace_of(Summary(path))
     # Nor does the study stop there: it trains that run again.

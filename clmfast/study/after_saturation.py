@@ -137,7 +137,7 @@ def _numbers(found: Collapse) -> list[float]:
 
 def trace_of(run: Run) -> Trace:
     """Neural collapse at every checkpoint of a run."""
-    return Trace(**revisited(run, CHECKPOINTS))
+    return Trace(**revisited(run, TRACE))
 
 
 def collapse_at_checkpoints(run: Run) -> Trace:
@@ -172,7 +172,7 @@ def collapse_at_checkpoints(run: Run) -> Trace:
     return Trace(np.array(steps), values, shuffled, np.array(letters))
 
 
-CHECKPOINTS = Revisit("collapse", lambda run: collapse_at_checkpoints(run)._asdict())
+TRACE = Revisit("collapse", lambda run: collapse_at_checkpoints(run)._asdict())
 
 
 def collapse_around(run: Run, view: str, measure: str) -> tuple[float, float]:
@@ -383,5 +383,5 @@ STUDY = Study(
     1,
     configs,
     analyse,
-    (CHECKPOINTS,),
+    (TRACE,),
 )

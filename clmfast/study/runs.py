@@ -56,10 +56,10 @@ class Wanted:
 
     def keep(self) -> None:
         """Write beside the directory of a run that has ended what is to outlive it."""
-        write_summary(Run(self.path))
-        if state_of(self.path, self.config) == "finished":
+        run = load_run(self.path, self.config)
+        if run is not None:
             for what in self.revisits:
-                revisited(Summary(self.path), what)
+                revisited(run, what)
 
 
 def identity(config: RunConfig) -> RunConfig:
@@ -131,15 +131,14 @@ def _has(run: Run, event: str) -> bool:
 
 
 def load_run(path: Path, config: RunConfig) -> Run | None:
-    """The summary of a finished run, None for one that diverged; StudyError if it is not there."""
+    """The summary of a finished run, None for one that diverged, written if it is not there yet; StudyError if the run
+    has not ended."""
     state = state_of(path, config)
-    if state == "diverged":
-        return None
-    if state != "finished":
+    if state not in ENDED:
         raise StudyError(f"{path} must be a finished run, it is {state}: run the study without --draw")
     if not beside(path, ".npz").exists():
         write_summary(Run(path))
-    return Summary(path)
+    return Summary(path) if state == "finished" else None
 
 
 def hold(folder: Path) -> int:

@@ -186,14 +186,10 @@ struct Tiles {
     return {to, padded};
   }
 
-  // In every four lanes: two of x and two of y in turns, the lower two or the higher ones.
-  template <int... I>
-  CLMFAST_BODY static Lanes lower_in_turns(Lanes x, Lanes y, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(x, y, (I / 4 * 4 + I % 4 / 2 + I % 2 * static_cast<int>(N))...);
-  }
-  template <int... I>
-  CLMFAST_BODY static Lanes higher_in_turns(Lanes x, Lanes y, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(x, y, (I / 4 * 4 + 2 + I % 4 / 2 + I % 2 * static_cast<int>(N))...);
+  // In every four lanes: two of x and two of y in turns, begun at the third if HIGH.
+  template <bool HIGH, int... I>
+  CLMFAST_BODY static Lanes in_turns(Lanes x, Lanes y, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(x, y, (I / 4 * 4 + 2 * HIGH + I % 4 / 2 + I % 2 * static_cast<int>(N))...);
   }
 
   CLMFAST_BODY static Four four_at(const T* from) { return *reinterpret_cast<const Four*>(from); }
@@ -221,12 +217,12 @@ struct Tiles {
       for (int64_t w = 0; w < padded; w += 4, column += 4 * PANEL) {
         const Lanes x0 = side_by_side(row[0], w), x1 = side_by_side(row[1], w), x2 = side_by_side(row[2], w),
                     x3 = side_by_side(row[3], w);
-        const Lanes a = lower_in_turns(x0, x2, EACH), b = higher_in_turns(x0, x2, EACH);
-        const Lanes c = lower_in_turns(x1, x3, EACH), d = higher_in_turns(x1, x3, EACH);
-        put(column, lower_in_turns(a, c, EACH));
-        put(column + PANEL, higher_in_turns(a, c, EACH));
-        put(column + 2 * PANEL, lower_in_turns(b, d, EACH));
-        put(column + 3 * PANEL, higher_in_turns(b, d, EACH));
+        const Lanes a = in_turns<false>(x0, x2, EACH), b = in_turns<true>(x0, x2, EACH);
+        const Lanes c = in_turns<false>(x1, x3, EACH), d = in_turns<true>(x1, x3, EACH);
+        put(column, in_turns<false>(a, c, EACH));
+        put(column + PANEL, in_turns<true>(a, c, EACH));
+        put(column + 2 * PANEL, in_turns<false>(b, d, EACH));
+        put(column + 3 * PANEL, in_turns<true>(b, d, EACH));
       }
     }
   }
