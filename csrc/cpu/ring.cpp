@@ -6,6 +6,7 @@
 #include "../ring.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <utility>
@@ -42,6 +43,23 @@ struct Arrival {
   int64_t view, query;
   Neighbour point;
 };
+
+// Those of `rows` [n] that are the same point, kind by kind, both ascending: states that nothing sets apart yet, as those
+// of one token at one place in layer 0. What is known of one is known of all.
+std::vector<std::vector<int64_t>> kinds_of(const int64_t* rows, int64_t n, const float* points, int64_t D,
+                                           const int32_t* norm2) {
+  std::vector<std::vector<int64_t>> kinds;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = rows[i];
+    const auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const std::vector<int64_t>& kind) {
+      const int64_t other = kind[0];
+      return norm2[row] == norm2[other] && std::memcmp(points + row * D, points + other * D, D * sizeof *points) == 0;
+    });
+    if (kind == kinds.end()) kinds.push_back({row});
+    else kind->push_back(row);
+  }
+  return kinds;
+}
 
 // Puts the point in its place; what falls off the end of a full list is the new bound.
 void insert(Neighbour* list, int64_t length, Neighbour& bound, Neighbour point) {
@@ -92,6 +110,23 @@ struct Update {
     return is_arrival;
   }
 
+  // The rows of a set, kind by kind, meet all columns: visit(row, first column, n columns, dist2, known) for every row;
+  // `known` as of Row.
+  template <class Visit>
+  void sweep_kinds(const Grid& grid, int64_t s, const std::vector<std::vector<int64_t>>& kinds, const Grid& columns,
+                   int64_t n_columns, const Visit& visit) const {
+    std::vector<int64_t> first_of;
+    for (const std::vector<int64_t>& kind : kinds) first_of.push_back(kind[0]);
+    const int64_t n_kinds = static_cast<int64_t>(kinds.size());
+    float known[Row::MOST];
+    sweep(grid_rows(grid, s, first_of.data(), n_kinds), columns, 0, n_panels(n_columns),
+          [&](int64_t i, int64_t first, int64_t n, float* dist2) {
+            const bool is_asked_again = kinds[i].size() > 1 || op.V > 1;
+            if (is_asked_again) std::fill_n(known, n, -1.0f);
+            for (int64_t row : kinds[i]) visit(row, first, n, dist2, is_asked_again ? known : nullptr);
+          });
+  }
+
   // The queries `rows` [n] look for their neighbours, and write their lists. With `arrivals`, these rows are new points
   // as well, and the queries that stay look for neighbours among them.
   // Returns how many points it measured in vain.
@@ -105,26 +140,27 @@ struct Update {
       }
     }
     std::vector<std::pair<int64_t, float>> barred;  // column, and what stood there
-    sweep(grid_rows(queries, s, rows, n), points, 0, n_panels(op.points.n),
-          [&](int64_t r, int64_t first, int64_t n_columns, float* dist2) {
-            const int64_t q = rows[r];
-            auto bar = [&](int64_t i) {
-              barred.emplace_back(i - first, dist2[i - first]);
-              dist2[i - first] = INF;
-            };
-            for (int64_t v = 0; v < op.V; ++v) {
-              if (op.is_self && first <= q && q < first + n_columns) bar(q);
-              point_groups[v].for_members(op.query_group[v * Q + q], first, n_columns, bar);
-              n_wasted += look(
-                  {dist2, first, n_columns, queries.rest_of(s)[q], points.rest_of(s) + first,
-                   arrivals ? &limit[s * n_panels(Q) * PANEL + first] : nullptr, query(s, q), point(s, 0), D},
-                  op.length, nearest[r * op.V + v], [&](int64_t c, float measured) {
-                    return arrivals && !changed_queries.has(first + c) &&
-                           note(v, s, first + c, neighbour(measured, q), *arrivals);
-                  });
-              for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
-            }
-          });
+    sweep_kinds(
+        queries, s, kinds_of(rows, n, query(s, 0), D, queries.norm2_of(s)), points, op.points.n,
+        [&](int64_t q, int64_t first, int64_t n_columns, float* dist2, float* known) {
+          const int64_t i = std::lower_bound(rows, rows + n, q) - rows;
+          auto bar = [&](int64_t i) {
+            barred.emplace_back(i - first, dist2[i - first]);
+            dist2[i - first] = INF;
+          };
+          for (int64_t v = 0; v < op.V; ++v) {
+            if (op.is_self && first <= q && q < first + n_columns) bar(q);
+            point_groups[v].for_members(op.query_group[v * Q + q], first, n_columns, bar);
+            n_wasted += look(
+                {dist2, first, n_columns, queries.rest_of(s)[q], points.rest_of(s) + first,
+                 arrivals ? &limit[s * n_panels(Q) * PANEL + first] : nullptr, query(s, q), point(s, 0), D, known},
+                op.length, nearest[i * op.V + v], [&](int64_t c, float measured) {
+                  return arrivals && !changed_queries.has(first + c) &&
+                         note(v, s, first + c, neighbour(measured, q), *arrivals);
+                });
+            for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
+          }
+        });
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t v = 0; v < op.V; ++v) {
         // A list that is not full holds every candidate there is.
@@ -139,18 +175,17 @@ struct Update {
   int64_t meet_queries(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>& arrivals) const {
     int64_t n_wasted = 0;
     Nearest nobody;
-    sweep(grid_rows(points, s, rows, n), queries, 0, n_panels(op.queries.n),
-          [&](int64_t r, int64_t first, int64_t n_columns, float* dist2) {
-            n_wasted += look(
-                {dist2, first, n_columns, points.rest_of(s)[rows[r]], queries.rest_of(s) + first,
-                 &limit[s * n_panels(Q) * PANEL + first], point(s, rows[r]), query(s, 0), D},
-                0, nobody, [&](int64_t c, float measured) {
-                  bool is_taken = false;
-                  for (int64_t v = 0; v < op.V; ++v)
-                    is_taken |= note(v, s, first + c, neighbour(measured, rows[r]), arrivals);
-                  return is_taken;
+    sweep_kinds(points, s, kinds_of(rows, n, point(s, 0), D, points.norm2_of(s)), queries, op.queries.n,
+                [&](int64_t i, int64_t first, int64_t n_columns, float* dist2, float* known) {
+                  n_wasted += look({dist2, first, n_columns, points.rest_of(s)[i], queries.rest_of(s) + first,
+                                    &limit[s * n_panels(Q) * PANEL + first], point(s, i), query(s, 0), D, known},
+                                   0, nobody, [&](int64_t c, float measured) {
+                                     bool is_taken = false;
+                                     for (int64_t v = 0; v < op.V; ++v)
+                                       is_taken |= note(v, s, first + c, neighbour(measured, i), arrivals);
+                                     return is_taken;
+                                   });
                 });
-          });
     return n_wasted;
   }
 

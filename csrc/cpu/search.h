@@ -103,6 +103,7 @@ struct Row {
   const float* column_limit;  // [n] as the points, too, look for neighbours; null: they don't
   const float *query, *points;
   int64_t D;
+  float* known = nullptr;  // [n] the dist2 that were measured before, or -1; null: nobody asks again
 };
 
 // Rows that are measured lie anywhere: memory is asked for them ahead of time.
@@ -127,14 +128,19 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
         column[n++] = static_cast<int32_t>(p * PANEL + __builtin_ctz(left));
     for (int64_t i = 0; i < n; ++i) {
       const int64_t c = column[i];
-      if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
+      if (i + 2 < n && !(row.known && row.known[column[i + 2]] >= 0))
+        fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
       if (row.dist2[c] <= done) continue;
       // The limit may have come down since the bits were made.
       float reach = nearest.may_take(row.first + c) ? nearest.limit() : -std::numeric_limits<float>::infinity();
       if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
       reach += row.rest + row.column_rest[c];
       if (!(reach > 0 && row.dist2[c] < reach * reach) && !(row.dist2[c] <= up_to)) continue;
-      const float dist2 = static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+      float dist2 = row.known ? row.known[c] : -1;
+      if (dist2 < 0) {
+        dist2 = static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+        if (row.known) row.known[c] = dist2;
+      }
       const bool is_taken = nearest.take(neighbour(dist2, row.first + c));
       n_wasted += !(found(c, dist2) || is_taken);
     }
