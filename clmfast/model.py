@@ -7,8 +7,8 @@ a `tap(layer, x)` that it was given, after the embedding (layer 0) and after eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,11 +27,10 @@ the kept rows alone, [R, D]."""
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """The weights of x + attention(norm(x)), then x + mlp(norm(x)); ops.transformer_blocks runs through them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
         self.norm_attention = nn.LayerNorm(config.width)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.attention_out = nn.Linear(config.width, config.width)
@@ -39,11 +38,10 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
         self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
 
-    def forward(self, x: Tensor, offset: Tensor, **options: Any) -> Tensor:
-        """x [n, D] -> [R, D]; arguments as of ops.attention_block."""
+    def weights(self) -> tuple[ops.BlockWeights, ops.BlockWeights]:
+        """Those of attention and of the MLP."""
         of_attention = _weights(self.norm_attention, self.qkv, self.attention_out)
-        x = ops.attention_block(x, of_attention, self.n_heads, offset, **options)
-        return ops.mlp_block(x, _weights(self.norm_mlp, self.mlp_in, self.mlp_out))
+        return of_attention, _weights(self.norm_mlp, self.mlp_in, self.mlp_out)
 
 
 def _weights(norm: nn.LayerNorm, linear_in: nn.Linear, linear_out: nn.Linear) -> ops.BlockWeights:
@@ -137,15 +135,16 @@ class Transformer(nn.Module):
         elif kept is not None:
             wanted = kept
         x = F.embedding(tokens, self.token_embedding.weight) + F.embedding(position, self.position_embedding.weight)
+        *states, y = ops.transformer_blocks(
+            x, [block.weights() for block in cast("Iterable[Block]", self.blocks)], self.config.n_heads, offset,
+            asking=asking, kept=wanted, prefix=prefix, source=source, max_length=self.max_length,
+        )  # fmt: skip
+        y = _rows(y, result)
         if tap is not None:
-            tap(0, _rows(x.detach(), source))
-        last = len(self.blocks)
-        for layer, block in enumerate(self.blocks, start=1):
-            asked = wanted if layer == last else asking
-            x = block(x, offset, kept=asked, prefix=prefix, source=source, max_length=self.max_length)
-            if tap is not None:
-                tap(layer, _rows(x.detach(), result if layer == last else source))
-        return _rows(x, result)
+            for layer, state in enumerate((x, *states)):
+                tap(layer, _rows(state.detach(), source))
+            tap(len(self.blocks), y.detach())
+        return y
 
     def logits(self, states: Tensor) -> Tensor:
         """[R, D] -> [R, V]."""

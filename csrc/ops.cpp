@@ -884,6 +884,62 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
   return grads;
 }
 
+// ---- blocks, one after the other: each half hands its result to the next
+
+constexpr size_t N_WEIGHTS = 6, N_SAVED = 11;  // of a half; of a block: attention's six, what lies between, mlp's four
+
+void require_blocks(const std::vector<Tensor>& weights) {
+  require(!weights.empty() && weights.size() % (2 * N_WEIGHTS) == 0, "transformer_blocks: weights must be ",
+          2 * N_WEIGHTS, " for each of one or more blocks, got ", weights.size());
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> transformer_blocks(
+    const Tensor& x, std::vector<Tensor> weights, int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
+    const MaybeTensor& kept, const MaybeTensor& prefix, const MaybeTensor& source, bool save) {
+  require_blocks(weights);
+  Tensor y = x;
+  std::vector<Tensor> states, saved;
+  for (auto w = weights.begin(); w != weights.end(); w += 2 * N_WEIGHTS) {
+    const bool is_last = w + 2 * N_WEIGHTS == weights.end();
+    auto [between, mean, rstd, q, kv, mixed, lse] = attention_block(
+        y, w[0], w[1], w[2], w[3], w[4], w[5], n_heads, offset, is_last ? kept : asking, prefix, source, save);
+    auto [z, mlp_mean, mlp_rstd, hidden, slope] =
+        mlp_block(between, w[6], w[7], w[8], w[9], w[10], w[11], save);
+    if (save) saved.insert(saved.end(), {mean, rstd, q, kv, mixed, lse, between, mlp_mean, mlp_rstd, hidden, slope});
+    if (!is_last) states.push_back(z);
+    y = z;
+  }
+  return {y, states, saved};
+}
+
+// Gradients of x and of the weights, in that order.
+std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weights,
+                                                std::vector<Tensor> states, std::vector<Tensor> saved,
+                                                int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
+                                                const MaybeTensor& kept, const MaybeTensor& source) {
+  require_blocks(weights);
+  const size_t n_blocks = weights.size() / (2 * N_WEIGHTS);
+  require(states.size() == n_blocks - 1 && saved.size() == n_blocks * N_SAVED,
+          "transformer_blocks_backward: states and saved must be those of the forward pass");
+  std::vector<Tensor> grads(1 + weights.size());
+  grads[0] = grad_y;
+  auto take = [&](size_t first, Grads half) {
+    std::tie(grads[0], grads[first], grads[first + 1], grads[first + 2], grads[first + 3], grads[first + 4],
+             grads[first + 5]) = std::move(half);
+  };
+  for (size_t block = n_blocks; block-- > 0;) {
+    const Tensor* w = &weights[block * 2 * N_WEIGHTS];
+    const Tensor* of = &saved[block * N_SAVED];
+    const size_t first = 1 + block * 2 * N_WEIGHTS;
+    take(first + N_WEIGHTS,
+         mlp_block_backward(grads[0], of[6], w[6], w[7], w[8], w[9], w[10], w[11], of[7], of[8], of[9], of[10]));
+    take(first, attention_block_backward(grads[0], block ? states[block - 1] : x, w[0], w[1], w[2], w[3], w[4], w[5],
+                                         n_heads, offset, block + 1 == n_blocks ? kept : asking, source, of[0], of[1],
+                                         of[2], of[3], of[4], of[5]));
+  }
+  return grads;
+}
+
 // What CPU and GPU both have.
 template <class Library>
 void implement_measures(Library& m) {
@@ -920,6 +976,12 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "Tensor mean, Tensor rstd, Tensor q, Tensor kv, Tensor mixed, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(
+      "transformer_blocks(Tensor x, Tensor[] weights, int n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? "
+      "prefix, Tensor? source, bool save) -> (Tensor y, Tensor[] states, Tensor[] saved)");
+  m.def(
+      "transformer_blocks_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor[] states, Tensor[] saved, int "
+      "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source) -> Tensor[]");
+  m.def(
       "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
@@ -955,6 +1017,8 @@ STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   m.impl("mlp_block_backward", TORCH_BOX(&clmfast::mlp_block_backward));
   m.impl("attention_block", TORCH_BOX(&clmfast::attention_block));
   m.impl("attention_block_backward", TORCH_BOX(&clmfast::attention_block_backward));
+  m.impl("transformer_blocks", TORCH_BOX(&clmfast::transformer_blocks));
+  m.impl("transformer_blocks_backward", TORCH_BOX(&clmfast::transformer_blocks_backward));
 }
 
 #ifdef CLMFAST_CUDA

@@ -1,4 +1,5 @@
-"""ops.mlp_block and ops.attention_block: the fused CPU ops against the composition of torch's operations in float64."""
+"""ops.mlp_block, ops.attention_block and ops.transformer_blocks: the fused CPU ops against the composition of torch's
+operations in float64."""
 
 from __future__ import annotations
 
@@ -204,6 +205,96 @@ torch.save([t for kind in ("mlp", "attention", "kept") for t in run(*example(kin
         assert (a - b).abs().max() <= 3e-6 * max(1e-2, a.abs().max())
 
 
+# ---- blocks, one after the other
+
+# Sequences of 20, 9 and 15 tokens in 24 rows: the second begins as the first, the third parts from it after 11.
+SHARED = {
+    "offset": torch.tensor([0, 20, 29, 44]),
+    "source": torch.cat([torch.arange(20), torch.arange(9), torch.arange(11), torch.arange(20, 24)]),
+    "asking": torch.cat([torch.arange(20), torch.arange(40, 44)]),
+    "kept": torch.tensor([3, 19, 43]),
+}
+ALONE = {"offset": torch.tensor([0, 5, 16, 16, 24]), "kept": torch.tensor([4, 15, 23])}
+ALL = {"offset": torch.tensor([0, 5, 16, 16, 24])}
+
+
+def make_blocks(n_blocks, D=33, F=70):
+    return [(make_weights(D, 3 * D, D, seed), make_weights(D, F, F, seed + 50)) for seed in range(n_blocks)]
+
+
+def run_blocks(blocks, x, weights, grad_y):
+    """[states, y, gradient of x, gradients of the weights]"""
+    x = x.detach().clone().requires_grad_()
+    weights = [tuple(ops.BlockWeights(*(w.clone().requires_grad_() for w in half)) for half in of) for of in weights]
+    *states, y = blocks(x, weights)
+    y.backward(grad_y)
+    return [*states, y.detach(), x.grad, *(w.grad for of in weights for half in of for w in half)]
+
+
+def one_by_one(x, weights, offset, asking=None, kept=None, **options):
+    """The blocks as a loop over their halves."""
+    states = []
+    for i, (of_attention, of_mlp) in enumerate(weights, start=1):
+        wanted = kept if i == len(weights) else asking
+        x = ops.mlp_block(ops.attention_block(x, of_attention, 3, offset, kept=wanted, **options), of_mlp)
+        states.append(x)
+    return [*(state.detach() for state in states[:-1]), x]
+
+
+@pytest.mark.parametrize("options", [SHARED, ALONE, ALL], ids=["shared", "alone", "all"])
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_blocks_are_their_halves_one_after_the_other(options, n_blocks):
+    generator = torch.Generator().manual_seed(4)
+    x, weights = torch.randn(24, 33, generator=generator), make_blocks(n_blocks)
+    n_out = len(options["kept"]) if "kept" in options else 24
+    grad_y = torch.randn(n_out, 33, generator=generator)
+    with outputs_full_of_nan():
+        ours = run_blocks(lambda x, w: ops.transformer_blocks(x, w, 3, **options), x, weights, grad_y)
+    assert_same_bits(ours, run_blocks(lambda x, w: one_by_one(x, w, **options), x, weights, grad_y))
+    assert not any(state.requires_grad for state in ours)
+    with torch.no_grad():
+        assert_same_bits(ops.transformer_blocks(x, weights, 3, **options), ours[:n_blocks])
+    double = [tuple(ops.BlockWeights(*(w.double() for w in half)) for half in of) for of in weights]
+    exact = run_blocks(lambda x, w: ops.transformer_blocks(x, w, 3, **options), x.double(), double, grad_y.double())
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_blocks_with_a_prefix():
+    """Sequences 1 and 3 continue 0."""
+    x, weights = torch.randn(24, 33, generator=torch.Generator().manual_seed(5)), make_blocks(2)
+    options = {"offset": torch.tensor([0, 10, 13, 18, 24]), "prefix": torch.tensor([-1, 0, -1, 0])}
+    with torch.no_grad():
+        assert_same_bits(ops.transformer_blocks(x, weights, 3, **options), one_by_one(x, weights, **options))
+
+
+def test_compiled_blocks():
+    x, weights = torch.randn(24, 33, generator=torch.Generator().manual_seed(6)), make_blocks(2)
+
+    def blocks(x, weights):
+        return ops.transformer_blocks(x, weights, 3, **SHARED)
+
+    compiled = torch.compile(blocks, fullgraph=True)
+    grad_y = torch.ones(len(SHARED["kept"]), 33)
+    assert_same_bits(run_blocks(compiled, x, weights, grad_y), run_blocks(blocks, x, weights, grad_y))
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_opcheck_of_blocks(save):
+    op = torch.ops.clmfast.transformer_blocks.default
+    weights = [w for of in make_blocks(2) for half in of for w in half]
+    wanted = (SHARED["asking"], SHARED["kept"], None, SHARED["source"])
+    arguments = (torch.ones(24, 33), weights, 3, SHARED["offset"], *wanted, save)
+    torch.library.opcheck(op, arguments)
+    if not save:
+        return
+    y, states, saved = op(*arguments)
+    backward = (torch.ones_like(y), *arguments[:2], states, saved, *arguments[2:5], SHARED["kept"], SHARED["source"])
+    torch.library.opcheck(torch.ops.clmfast.transformer_blocks_backward.default, backward)
+    with pytest.raises(ValueError, match="states and saved must be those of the forward pass"):
+        torch.ops.clmfast.transformer_blocks_backward(*backward[:3], [], *backward[4:])
+
+
 def test_opcheck():
     for kind in ("mlp", "attention"):
         _, x, weights, _ = example(kind, (8, 1, 5))
@@ -273,6 +364,16 @@ X, W_MLP, W_ATTENTION = torch.zeros(4, 8), make_weights(8, 12, 12), make_weights
         (
             lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 4]), prefix=torch.tensor([1])),
             "attention_block: prefix must be -1 or a sequence below 1, got 1",
+        ),
+        (
+            lambda: ops.transformer_blocks(X, [], 2, torch.tensor([0, 4])),
+            "transformer_blocks: weights must be 12 for each of one or more blocks, got 0",
+        ),
+        (
+            lambda: ops.transformer_blocks(
+                X.clone().requires_grad_(), [(W_ATTENTION, W_MLP)], 2, torch.tensor([0, 4]), prefix=torch.tensor([-1])
+            ),
+            "transformer_blocks: prefix is for passes without gradient",
         ),
         (
             lambda: ops.attention_block(

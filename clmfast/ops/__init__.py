@@ -1,6 +1,6 @@
 """The ops: one contract, one Python function and one reference (reference.py) each.
 
-In what measures, the set axis comes first, `[S, N, D]`, and all sets are one call; attention and the halves of a block
+In what measures, the set axis comes first, `[S, N, D]`, and all sets are one call; attention and Transformer blocks
 take tokens. All are compiled from csrc/; wrong arguments are refused there, once, and arrive as ValueError. Results do
 not depend on the number of threads, bit for bit.
 """
@@ -18,7 +18,7 @@ if not _LIBRARY.is_file():
 torch.ops.load_library(_LIBRARY)
 
 from clmfast.ops.attention import attention, packed_attention  # noqa: E402  the library comes first: these modules add to what it registers
-from clmfast.ops.block import BlockWeights, attention_block, mlp_block  # noqa: E402
+from clmfast.ops.block import BlockWeights, attention_block, mlp_block, transformer_blocks  # noqa: E402
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
@@ -46,4 +46,5 @@ __all__ = [
     "ring_knn",
     "ring_to_grid",
     "separation",
+    "transformer_blocks",
 ]

@@ -1,4 +1,5 @@
-"""The two halves of a pre-norm Transformer block on packed tokens, each with its normalisation and its residual.
+"""The two halves of a pre-norm Transformer block on packed tokens, each with its normalisation and its residual, and
+whole blocks, one after the other.
 
     mlp_block        x + W_out gelu(W_in norm(x) + b_in) + b_out
     attention_block  x + W_out attention(W_qkv norm(x) + b_qkv) + b_out
@@ -8,10 +9,12 @@ fused op (its contract is csrc/block.h); on other devices and in other dtypes it
 `ops.packed_attention`, which the fused op is tested against. gelu is the tanh form; norm's epsilon is 1e-5.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clmfast.ops.attention import packed_attention
@@ -59,10 +62,9 @@ def attention_block(
     share rows. offset and kept then count tokens. Needs kept, with source[kept] ascending; not together with prefix.
     max_length: no sequence is longer, its prefix included. With it nothing waits for the device; it changes no value.
     """
-    if prefix is not None and _wants_grad(x, weights):
-        raise ValueError("attention_block: prefix is for passes without gradient")
+    wants_grad = _wants_grad(x, weights)
+    _refuse_gradient("attention_block", prefix, wants_grad)
     if _is_fused(x):
-        wants_grad = _wants_grad(x, weights)
         arguments = (n_heads, offset, kept, prefix, source, wants_grad)
         return torch.ops.clmfast.attention_block.default(x, *weights, *arguments)[0]
     w = weights
@@ -78,12 +80,91 @@ def attention_block(
     return x + F.linear(mixed, w.out_weight, w.out_bias)
 
 
+def transformer_blocks(
+    x: Tensor,
+    weights: Sequence[tuple[BlockWeights, BlockWeights]],
+    n_heads: int,
+    offset: Tensor,
+    *,
+    asking: Tensor | None = None,
+    kept: Tensor | None = None,
+    prefix: Tensor | None = None,
+    source: Tensor | None = None,
+    max_length: int | None = None,
+) -> list[Tensor]:
+    """x [n, D] -> the residual stream after each block: [n, D] each, [R, D] after the last. Differentiable once, and
+    the last alone.
+
+    weights: of each block, attention's and mlp's. kept [R]: the tokens that are wanted of the last block. asking [n],
+    with source: the tokens that the rows are, which all other blocks compute. Everything else is as for
+    `attention_block`. One call, because what Python and autograd add to each half's would be a tenth of a step.
+    """
+    if _is_fused(x):
+        flat = [w for halves in weights for half in halves for w in half]
+        wants_grad = _wants_grad(x, flat)
+        _refuse_gradient("transformer_blocks", prefix, wants_grad)
+        if wants_grad:
+            y, *states = _Blocks.apply(x, n_heads, offset, asking, kept, source, *flat)
+        else:
+            arguments = (n_heads, offset, asking, kept, prefix, source, False)
+            y, states, _ = torch.ops.clmfast.transformer_blocks.default(x, flat, *arguments)
+        return [*states, y]
+    states = []
+    for i, (of_attention, of_mlp) in enumerate(weights, start=1):
+        between = attention_block(
+            x, of_attention, n_heads, offset,
+            kept=kept if i == len(weights) else asking, prefix=prefix, source=source, max_length=max_length,
+        )  # fmt: skip
+        x = mlp_block(between, of_mlp)
+        states.append(x)
+    return [*(state.detach() for state in states[:-1]), x]
+
+
+class _Blocks(torch.autograd.Function):
+    """Not register_autograd: that walks through lists of tensors one by one in Python, in every pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        n_heads: int,
+        offset: Tensor,
+        asking: Tensor | None,
+        kept: Tensor | None,
+        source: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        arguments = (n_heads, offset, asking, kept, None, source, True)
+        y, states, saved = torch.ops.clmfast.transformer_blocks.default(x, weights, *arguments)
+        ctx.n_heads, ctx.n_weights, ctx.n_states = n_heads, len(weights), len(states)
+        ctx.save_for_backward(x, offset, asking, kept, source, *weights, *states, *saved)
+        ctx.mark_non_differentiable(*states)
+        ctx.set_materialize_grads(False)
+        return (y, *states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, offset, asking, kept, source, *rest = ctx.saved_tensors
+        weights, rest = rest[: ctx.n_weights], rest[ctx.n_weights :]
+        states, saved = rest[: ctx.n_states], rest[ctx.n_states :]
+        grad_x, *grads = torch.ops.clmfast.transformer_blocks_backward.default(
+            grad_y, x, weights, states, saved, ctx.n_heads, offset, asking, kept, source
+        )
+        return grad_x, None, None, None, None, None, *grads
+
+
 def _is_fused(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _wants_grad(x: Tensor, weights: BlockWeights) -> bool:
+def _wants_grad(x: Tensor, weights: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+
+
+def _refuse_gradient(op: str, prefix: Tensor | None, wants_grad: bool) -> None:
+    if prefix is not None and wants_grad:
+        raise ValueError(f"{op}: prefix is for passes without gradient")
 
 
 def _norm(x: Tensor, w: BlockWeights) -> Tensor:
@@ -117,6 +198,35 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     R = n_tokens if kept is None else len(kept)
     shapes = ((R, D), (n,), (n,), (R, D), (n_tokens, 2, D), (R, D), (R, n_heads))
     return tuple(x.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("clmfast::transformer_blocks")
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    n_heads: int,
+    offset: Tensor,
+    asking: Tensor | None,
+    kept: Tensor | None,
+    prefix: Tensor | None,
+    source: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    states, saved = [], []
+    for first in range(0, len(weights), 2 * N_WEIGHTS):
+        middle, last = first + N_WEIGHTS, first + 2 * N_WEIGHTS
+        wanted = kept if last == len(weights) else asking
+        arguments = (n_heads, offset, wanted, prefix, source, save)
+        between, *of_attention = torch.ops.clmfast.attention_block(x, *weights[first:middle], *arguments)
+        x, *of_mlp = torch.ops.clmfast.mlp_block(between, *weights[middle:last], save)
+        states.append(x)
+        saved += [*of_attention, between, *of_mlp] if save else []
+    return x, states[:-1], saved
+
+
+@torch.library.register_fake("clmfast::transformer_blocks_backward")
+def _(grad_y: Tensor, x: Tensor, weights: list[Tensor], *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *weights)]
 
 
 @torch.library.register_fake("clmfast::mlp_block_backward")
