@@ -1,4 +1,4 @@
-// The halves of a block on the CPU. A task takes ROWS rows through the whole half while they are in the cache.
+// The halves of a block on the CPU. A task takes some rows through the whole half while they are in the cache.
 #include "fused.h"
 
 #include "../block.h"
@@ -19,6 +19,23 @@ constexpr int64_t GRAD_ROWS = 64, GRAD_COLUMNS = 128;  // the part of a weight w
 static_assert(PANEL == HIDDEN_PANEL);
 
 int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
+
+// n rows in an even number of tasks of the same size, at most ROWS, so that two threads end together. Sums over tasks are
+// part of a result, so the number of threads does not matter. (Multiples of eight: slower, as every task reads all
+// weights.)
+class RowTasks {
+ public:
+  explicit RowTasks(int64_t n) : n_(n) {
+    n_tasks_ = std::min(n, 2 * clmfast::n_tasks(n, 2 * ROWS));
+  }
+
+  int64_t n_tasks() const { return n_tasks_; }
+  int64_t first(int64_t task) const { return task * n_ / n_tasks_; }
+  int64_t n_rows(int64_t task) const { return first(task + 1) - first(task); }
+
+ private:
+  int64_t n_, n_tasks_;
+};
 
 // ---- pieces, each compiled for every instruction set
 
@@ -254,8 +271,9 @@ void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, Parallel
   const int64_t D = w.D, F = w.F;
   Panels in = forward_panels(w.in_weight, F, D), out = forward_panels(w.out_weight, D, F);
   pack(parallel_for, in, out);
-  for_each(parallel_for, n_tasks(op.n, ROWS), [&](int64_t task) {
-    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+  const RowTasks rows(op.n);
+  for_each(parallel_for, rows.n_tasks(), [&](int64_t task) {
+    const int64_t first = rows.first(task), n = rows.n_rows(task);
     const float* x = op.x + first * D;
     float* to = y + first * D;
     auto normed = scratch(n * D), hidden = scratch(n * F);
@@ -272,13 +290,14 @@ void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, Parallel
 void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const float* grad_y, float* grad_x,
                             const BlockGrads& grads, ParallelFor parallel_for) {
   const BlockWeights& w = op.weights;
-  const int64_t D = w.D, F = w.F, tasks = n_tasks(op.n, ROWS);
+  const int64_t D = w.D, F = w.F;
+  const RowTasks rows(op.n);
   Panels in = backward_panels(w.in_weight, F, D), out = backward_panels(w.out_weight, D, F);
   pack(parallel_for, in, out);
   Scratch normed_columns(op.n, D), grad_z_columns(op.n, F), grad_y_columns(op.n, D);
-  NormGrads norm_grads(tasks, D);
-  for_each(parallel_for, tasks, [&](int64_t task) {
-    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+  NormGrads norm_grads(rows.n_tasks(), D);
+  for_each(parallel_for, rows.n_tasks(), [&](int64_t task) {
+    const int64_t first = rows.first(task), n = rows.n_rows(task);
     auto grad_z = scratch(n * F), grad_normed = scratch(n * D), normed = scratch(n * D);
     multiply(grad_y + first * D, D, n, out, {}, grad_z.get(), F);
     scale_by(grad_z.get(), saved.slope + first * F, n * F);
@@ -400,25 +419,28 @@ class TokensOfRow {
 
 void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSaved& saved, ParallelFor parallel_for) {
   const BlockWeights& w = op.weights;
-  const int64_t D = w.D, tasks = n_tasks(op.n, ROWS), query_tasks = n_tasks(op.R, ROWS);
+  const int64_t D = w.D;
+  const RowTasks rows(op.n), asking_rows(op.R);
   Panels in_q = forward_panels(w.in_weight, D, D), in_kv = forward_panels(w.in_weight + D * D, 2 * D, D);
   Panels out = forward_panels(w.out_weight, D, D);
   const Sequences sequences(op);
   const Asking asking(op);
   pack(parallel_for, in_q, in_kv);
   // The output's panels are packed beside the first products.
-  for_each(parallel_for, tasks + (asking.is_all ? 0 : query_tasks) + out.n_panels(), [&](int64_t task) {
-    if (task < tasks) {
-      const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+  const int64_t n_asking_tasks = asking.is_all ? 0 : asking_rows.n_tasks();
+  for_each(parallel_for, rows.n_tasks() + n_asking_tasks + out.n_panels(), [&](int64_t task) {
+    if (task < rows.n_tasks()) {
+      const int64_t first = rows.first(task), n = rows.n_rows(task);
       auto normed = scratch(n * D);
       norm_rows(op.x + first * D, n, D, w.norm_weight, w.norm_bias, normed.get(),
                 saved.mean ? saved.mean + first : nullptr, saved.rstd ? saved.rstd + first : nullptr);
       multiply(normed.get(), D, n, in_kv, {w.in_bias + D}, saved.kv + first * 2 * D, 2 * D);
       if (asking.is_all) multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
-    } else if ((task -= tasks) < out.n_panels()) {
+    } else if ((task -= rows.n_tasks()) < out.n_panels()) {
       out.pack(task);
     } else {
-      const int64_t first = (task - out.n_panels()) * ROWS, n = std::min(ROWS, op.R - first);
+      task -= out.n_panels();
+      const int64_t first = asking_rows.first(task), n = asking_rows.n_rows(task);
       auto normed = scratch(n * D);
       for (int64_t i = 0; i < n; ++i)
         std::memcpy(&normed[i * D], op.x + asking[first + i] * D, D * sizeof(float));
@@ -443,7 +465,8 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
 void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved& saved, const float* grad_y,
                                   float* grad_x, const BlockGrads& grads, ParallelFor parallel_for) {
   const BlockWeights& w = op.weights;
-  const int64_t D = w.D, tasks = n_tasks(op.n, ROWS);
+  const int64_t D = w.D;
+  const RowTasks rows(op.n);
   Panels in_q = backward_panels(w.in_weight, D, D), in_kv = backward_panels(w.in_weight + D * D, 2 * D, D);
   Panels out = backward_panels(w.out_weight, D, D);
   const Sequences sequences(op);
@@ -472,9 +495,9 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
     mixed_columns.put(first, n, saved.mixed + first * D, D);
     grad_q_columns.put(first, n, &grad_q[first * D], D);
   });
-  NormGrads norm_grads(tasks, D);
-  for_each(parallel_for, tasks, [&](int64_t task) {
-    const int64_t first = task * ROWS, n = std::min(ROWS, op.n - first);
+  NormGrads norm_grads(rows.n_tasks(), D);
+  for_each(parallel_for, rows.n_tasks(), [&](int64_t task) {
+    const int64_t first = rows.first(task), n = rows.n_rows(task);
     auto grad_normed = scratch(n * D), normed = scratch(n * D);
     float* to = grad_x + first * D;
     const float* beside = grad_y + first * D;

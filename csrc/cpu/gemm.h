@@ -11,7 +11,7 @@
 namespace clmfast {
 
 constexpr int64_t PANEL = 16;  // columns that lie together
-constexpr int64_t ROWS = 48;   // rows of one task: their activations stay in the second cache
+constexpr int64_t ROWS = 48;   // rows of one task at most: their activations stay in the second cache
 
 // The right factor [K, N] of a product, laid out in panels [K, PANEL] that are read front to back; columns beyond N are
 // zero.
