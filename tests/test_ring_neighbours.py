@@ -38,6 +38,9 @@ class TwoRings:
         if self.kind == "turning":  # in few directions, which change: grids are turned, and go stale
             directions = torch.randn(5, shape[-1], generator=torch.Generator().manual_seed(step // 6))
             x = x[..., :5] @ directions + 0.01 * x
+        if self.kind == "copies":  # of four points that hardly move from step to step, as states of layer 0
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))[:, torch.arange(shape[1]) % 4]
+            x = x + 1e-6 * step
         if self.kind == "drifting":
             x = x / (1 + step) + step  # everything old is far away and thinly spread: lists run dry
         if self.kind == "growing":
@@ -64,7 +67,7 @@ class TwoRings:
         return views
 
 
-KINDS = ["gaussian", "ties", "turning", "drifting", "growing", "shrinking", "non-finite"]
+KINDS = ["gaussian", "ties", "copies", "turning", "drifting", "growing", "shrinking", "non-finite"]
 
 
 def assert_equals_knn(index, points, queries, barred):

@@ -20,8 +20,8 @@ static_assert(PANEL == HIDDEN_PANEL);
 
 int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
 
-// n rows in an even number of tasks of the same size, at most ROWS, so that two threads end together. Sums over tasks are
-// part of a result, so the number of threads does not matter. (Multiples of eight: slower, as every task reads all
+// n rows in an even number of tasks of the same size, at most ROWS, so that two threads end together. Sums over tasks
+// are part of a result, so the number of threads does not matter. (Multiples of eight: slower, as every task reads all
 // weights.)
 class RowTasks {
  public:

@@ -12,7 +12,7 @@
 namespace clmfast {
 namespace {
 
-constexpr int64_t DEPTH = 256;    // whole panels of the summed index, at a time: a panel that deep is half of the first cache
+constexpr int64_t DEPTH = 256;    // of the summed index, at a time, whole panels; one of b is half of the first cache
 constexpr int64_t DEPTH_T = 192;  // the same where both factors are panels; best of 128..384 at T=1392, Zen 3
 
 // How the left factor lies: the K numbers of a row side by side, the rows of one k, or rows of PANEL numbers.

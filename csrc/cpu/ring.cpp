@@ -44,8 +44,8 @@ struct Arrival {
   Neighbour point;
 };
 
-// Those of `rows` [n] that are the same point, kind by kind, both ascending: states that nothing sets apart yet, as those
-// of one token at one place in layer 0. What is known of one is known of all.
+// Those of `rows` [n] that are the same point, kind by kind, both ascending: states that nothing sets apart yet, as
+// those of one token at one place in layer 0. What is known of one is known of all.
 std::vector<std::vector<int64_t>> kinds_of(const int64_t* rows, int64_t n, const float* points, int64_t D,
                                            const int32_t* norm2) {
   std::vector<std::vector<int64_t>> kinds;

@@ -136,13 +136,13 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
       if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
       reach += row.rest + row.column_rest[c];
       if (!(reach > 0 && row.dist2[c] < reach * reach) && !(row.dist2[c] <= up_to)) continue;
-      float dist2 = row.known ? row.known[c] : -1;
-      if (dist2 < 0) {
-        dist2 = static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
-        if (row.known) row.known[c] = dist2;
-      }
-      const bool is_taken = nearest.take(neighbour(dist2, row.first + c));
-      n_wasted += !(found(c, dist2) || is_taken);
+      const bool is_known = row.known && row.known[c] >= 0;
+      const float dist2 = is_known ? row.known[c]
+                                   : static_cast<float>(
+                                         pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+      if (row.known) row.known[c] = dist2;
+      const bool is_taken = nearest.take(neighbour(dist2, row.first + c)), is_found = found(c, dist2);
+      n_wasted += !(is_known || is_taken || is_found);
     }
     done = up_to;
   };
