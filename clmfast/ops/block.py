@@ -138,9 +138,9 @@ class _Blocks(torch.autograd.Function):
         y, states, saved = torch.ops.clmfast.transformer_blocks.default(x, weights, *arguments)
         ctx.n_heads, ctx.n_weights, ctx.n_states = n_heads, len(weights), len(states)
         ctx.save_for_backward(x, offset, asking, kept, source, *weights, *states, *saved)
-        ctx.mark_non_differentiable(*states)
-        ctx.set_materialize_grads(False)
-        return (y, *states)
+        output = (y, *states)
+        _only_y(ctx, output)
+        return output
 
     @staticmethod
     @once_differentiable

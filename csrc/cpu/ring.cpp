@@ -44,19 +44,19 @@ struct Arrival {
   Neighbour point;
 };
 
-// Those of `rows` [n] that are the same point, kind by kind, both ascending: states that nothing sets apart yet, as
-// those of one token at one place in layer 0. What is known of one is known of all.
+// Which of `rows` [n] are the same point, as places in `rows`, kind by kind, both ascending: states that nothing sets
+// apart yet, as those of one token at one place in layer 0. What is known of one is known of all.
 std::vector<std::vector<int64_t>> kinds_of(const int64_t* rows, int64_t n, const float* points, int64_t D,
                                            const int32_t* norm2) {
   std::vector<std::vector<int64_t>> kinds;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = rows[i];
     const auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const std::vector<int64_t>& kind) {
-      const int64_t other = kind[0];
+      const int64_t other = rows[kind[0]];
       return norm2[row] == norm2[other] && std::memcmp(points + row * D, points + other * D, D * sizeof *points) == 0;
     });
-    if (kind == kinds.end()) kinds.push_back({row});
-    else kind->push_back(row);
+    if (kind == kinds.end()) kinds.push_back({i});
+    else kind->push_back(i);
   }
   return kinds;
 }
@@ -110,20 +110,20 @@ struct Update {
     return is_arrival;
   }
 
-  // The rows of a set, kind by kind, meet all columns: visit(row, first column, n columns, dist2, known) for every row;
-  // `known` as of Row.
+  // `rows` [n] of a set's points [., D], kind by kind, meet all columns:
+  // visit(i, first column, n columns, dist2, known) for every i < n; `known` as of Row.
   template <class Visit>
-  void sweep_kinds(const Grid& grid, int64_t s, const std::vector<std::vector<int64_t>>& kinds, const Grid& columns,
-                   int64_t n_columns, const Visit& visit) const {
+  void sweep_kinds(const Grid& grid, int64_t s, const float* points, const int64_t* rows, int64_t n,
+                   const Grid& columns, int64_t n_columns, const Visit& visit) const {
+    const std::vector<std::vector<int64_t>> kinds = kinds_of(rows, n, points, D, grid.norm2_of(s));
     std::vector<int64_t> first_of;
-    for (const std::vector<int64_t>& kind : kinds) first_of.push_back(kind[0]);
-    const int64_t n_kinds = static_cast<int64_t>(kinds.size());
+    for (const std::vector<int64_t>& kind : kinds) first_of.push_back(rows[kind[0]]);
     float known[Row::MOST];
-    sweep(grid_rows(grid, s, first_of.data(), n_kinds), columns, 0, n_panels(n_columns),
-          [&](int64_t i, int64_t first, int64_t n, float* dist2) {
-            const bool is_asked_again = kinds[i].size() > 1 || op.V > 1;
-            if (is_asked_again) std::fill_n(known, n, -1.0f);
-            for (int64_t row : kinds[i]) visit(row, first, n, dist2, is_asked_again ? known : nullptr);
+    sweep(grid_rows(grid, s, first_of.data(), static_cast<int64_t>(kinds.size())), columns, 0, n_panels(n_columns),
+          [&](int64_t i_kind, int64_t first, int64_t n_met, float* dist2) {
+            const bool is_asked_again = kinds[i_kind].size() > 1 || op.V > 1;
+            if (is_asked_again) std::fill_n(known, n_met, -1.0f);
+            for (int64_t i : kinds[i_kind]) visit(i, first, n_met, dist2, is_asked_again ? known : nullptr);
           });
   }
 
@@ -141,12 +141,12 @@ struct Update {
     }
     std::vector<std::pair<int64_t, float>> barred;  // column, and what stood there
     sweep_kinds(
-        queries, s, kinds_of(rows, n, query(s, 0), D, queries.norm2_of(s)), points, op.points.n,
-        [&](int64_t q, int64_t first, int64_t n_columns, float* dist2, float* known) {
-          const int64_t i = std::lower_bound(rows, rows + n, q) - rows;
-          auto bar = [&](int64_t i) {
-            barred.emplace_back(i - first, dist2[i - first]);
-            dist2[i - first] = INF;
+        queries, s, query(s, 0), rows, n, points, op.points.n,
+        [&](int64_t i, int64_t first, int64_t n_columns, float* dist2, float* known) {
+          const int64_t q = rows[i];
+          auto bar = [&](int64_t column) {
+            barred.emplace_back(column - first, dist2[column - first]);
+            dist2[column - first] = INF;
           };
           for (int64_t v = 0; v < op.V; ++v) {
             if (op.is_self && first <= q && q < first + n_columns) bar(q);
@@ -175,14 +175,15 @@ struct Update {
   int64_t meet_queries(int64_t s, const int64_t* rows, int64_t n, std::vector<Arrival>& arrivals) const {
     int64_t n_wasted = 0;
     Nearest nobody;
-    sweep_kinds(points, s, kinds_of(rows, n, point(s, 0), D, points.norm2_of(s)), queries, op.queries.n,
+    sweep_kinds(points, s, point(s, 0), rows, n, queries, op.queries.n,
                 [&](int64_t i, int64_t first, int64_t n_columns, float* dist2, float* known) {
-                  n_wasted += look({dist2, first, n_columns, points.rest_of(s)[i], queries.rest_of(s) + first,
-                                    &limit[s * n_panels(Q) * PANEL + first], point(s, i), query(s, 0), D, known},
+                  const int64_t row = rows[i];
+                  n_wasted += look({dist2, first, n_columns, points.rest_of(s)[row], queries.rest_of(s) + first,
+                                    &limit[s * n_panels(Q) * PANEL + first], point(s, row), query(s, 0), D, known},
                                    0, nobody, [&](int64_t c, float measured) {
                                      bool is_taken = false;
                                      for (int64_t v = 0; v < op.V; ++v)
-                                       is_taken |= note(v, s, first + c, neighbour(measured, i), arrivals);
+                                       is_taken |= note(v, s, first + c, neighbour(measured, row), arrivals);
                                      return is_taken;
                                    });
                 });
