@@ -43,7 +43,7 @@ struct MlpBlock {
 struct MlpSaved {
   float *mean, *rstd;  // [n]
   float* hidden;       // [., n, HIDDEN_PANEL] gelu(z), HIDDEN_PANEL columns side by side; zeros beyond F
-  float* slope;        // gelu'(z), likewise
+  float *slope;        // [n, F] gelu'(z)
 };
 
 void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, ParallelFor parallel_for);

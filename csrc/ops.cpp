@@ -754,7 +754,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
   Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
   const int64_t padded_F = (op.weights.F + HIDDEN_PANEL - 1) / HIDDEN_PANEL * HIDDEN_PANEL;
   Tensor hidden = empty(x, {n, padded_F}, ScalarType::Float);  // the op's own layout inside
-  Tensor slope = empty(x, {n, padded_F}, ScalarType::Float);
+  Tensor slope = empty(x, {n, op.weights.F}, ScalarType::Float);
   mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
                 parallel_for);
   return {y, mean, rstd, hidden, slope};

@@ -186,8 +186,8 @@ HIDDEN_PANEL = 16  # as in csrc/block.h
 
 @torch.library.register_fake("clmfast::mlp_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    n, n_hidden = len(x) if rest[-1] else 0, -(-len(rest[2]) // HIDDEN_PANEL) * HIDDEN_PANEL
-    shapes = (x.shape, (n,), (n,), (n, n_hidden), (n, n_hidden))
+    n, n_hidden = len(x) if rest[-1] else 0, len(rest[2])
+    shapes = (x.shape, (n,), (n,), (n, -(-n_hidden // HIDDEN_PANEL) * HIDDEN_PANEL), (n, n_hidden))
     return tuple(x.new_empty(shape) for shape in shapes)
 
 

@@ -276,17 +276,14 @@ void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, Parallel
     const int64_t first = rows.first(task), n = rows.n_rows(task);
     const float* x = op.x + first * D;
     float* to = y + first * D;
-    auto normed = scratch(n * D), own = scratch(saved.hidden ? 0 : Columns::size(n, F));
-    const Columns hidden = saved.hidden ? Columns(saved.hidden, op.n, F) : Columns(own.get(), n, F);
-    const int64_t row = saved.hidden ? first : 0;
+    auto normed = scratch(n * D), hidden = scratch(n * F);
     norm_rows(x, n, D, w.norm_weight, w.norm_bias, normed.get(), saved.mean ? saved.mean + first : nullptr,
               saved.rstd ? saved.rstd + first : nullptr);
-    multiply(normed.get(), D, n, in, {w.in_bias}, hidden.rows(row));
-    for (int64_t i = 0; i < hidden.n_panels(); ++i)
-      gelu(hidden.panel(i) + row * PANEL, n * PANEL,
-           saved.slope ? Columns(saved.slope, op.n, F).panel(i) + row * PANEL : nullptr);
+    multiply(normed.get(), D, n, in, {w.in_bias}, hidden.get(), F);
+    gelu(hidden.get(), n * F, saved.slope ? saved.slope + first * F : nullptr);
+    if (saved.hidden) Columns(saved.hidden, op.n, F).put(first, n, hidden.get(), F);
     for (int64_t r = 0; r < n; ++r) add(x + r * D, w.out_bias, D, to + r * D);
-    multiply(hidden, row, n, out, {to, D}, {to, D});
+    multiply(hidden.get(), F, n, out, {to, D}, to, D);
   });
 }
 
@@ -297,25 +294,25 @@ void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const flo
   const RowTasks rows(op.n);
   Panels in = backward_panels(w.in_weight, F, D), out = backward_panels(w.out_weight, D, F);
   pack(parallel_for, in, out);
-  const Columns hidden(saved.hidden, op.n, F), slope(saved.slope, op.n, F);
-  Scratch normed_columns(op.n, D), grad_z(op.n, F), grad_y_columns(op.n, D);
+  Scratch normed_columns(op.n, D), grad_z_columns(op.n, F), grad_y_columns(op.n, D);
   NormGrads norm_grads(rows.n_tasks(), D);
   for_each(parallel_for, rows.n_tasks(), [&](int64_t task) {
     const int64_t first = rows.first(task), n = rows.n_rows(task);
-    auto grad_normed = scratch(n * D), normed = scratch(n * D);
-    multiply(grad_y + first * D, D, n, out, {}, grad_z.rows(first));
-    for (int64_t i = 0; i < grad_z.n_panels(); ++i)
-      scale_by(grad_z.panel(i) + first * PANEL, slope.panel(i) + first * PANEL, n * PANEL);
-    multiply(grad_z, first, n, in, {}, {grad_normed.get(), D});
+    auto grad_z = scratch(n * F), grad_normed = scratch(n * D), normed = scratch(n * D);
+    multiply(grad_y + first * D, D, n, out, {}, grad_z.get(), F);
+    scale_by(grad_z.get(), saved.slope + first * F, n * F);
+    multiply(grad_z.get(), F, n, in, {}, grad_normed.get(), D);
     norm_rows_backward(op.x + first * D, saved.mean + first, saved.rstd + first, n, D, w.norm_weight, w.norm_bias,
                        grad_normed.get(), grad_y + first * D, grad_x + first * D, normed.get(),
                        norm_grads.weight(task), norm_grads.bias(task));
     normed_columns.put(first, n, normed.get(), D);
+    grad_z_columns.put(first, n, grad_z.get(), F);
     grad_y_columns.put(first, n, grad_y + first * D, D);
   });
   norm_grads.sum(grads);
+  const Columns hidden(saved.hidden, op.n, F);
   weight_grads(parallel_for, {{grad_y_columns, hidden, grads.out_weight, grads.out_bias},
-                              {grad_z, normed_columns, grads.in_weight, grads.in_bias}});
+                              {grad_z_columns, normed_columns, grads.in_weight, grads.in_bias}});
 }
 
 // ---- attention
@@ -437,8 +434,8 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
       auto normed = scratch(n * D);
       norm_rows(op.x + first * D, n, D, w.norm_weight, w.norm_bias, normed.get(),
                 saved.mean ? saved.mean + first : nullptr, saved.rstd ? saved.rstd + first : nullptr);
-      multiply(normed.get(), D, n, in_kv, {w.in_bias + D}, {saved.kv + first * 2 * D, 2 * D});
-      if (asking.is_all) multiply(normed.get(), D, n, in_q, {w.in_bias}, {saved.q + first * D, D});
+      multiply(normed.get(), D, n, in_kv, {w.in_bias + D}, saved.kv + first * 2 * D, 2 * D);
+      if (asking.is_all) multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     } else if ((task -= rows.n_tasks()) < out.n_panels()) {
       out.pack(task);
     } else {
@@ -448,7 +445,7 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
       for (int64_t i = 0; i < n; ++i)
         std::memcpy(&normed[i * D], op.x + asking[first + i] * D, D * sizeof(float));
       norm_rows(normed.get(), n, D, w.norm_weight, w.norm_bias, normed.get(), nullptr, nullptr);
-      multiply(normed.get(), D, n, in_q, {w.in_bias}, {saved.q + first * D, D});
+      multiply(normed.get(), D, n, in_q, {w.in_bias}, saved.q + first * D, D);
     }
   });
   TokenKv kv(op, saved.kv);
@@ -461,7 +458,7 @@ void attention_block_cpu(const AttentionBlock& op, float* y, const AttentionSave
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
     float* to = y + first * D;
     for (int64_t i = 0; i < n; ++i) add(op.x + asking[first + i] * D, w.out_bias, D, to + i * D);
-    multiply(saved.mixed + first * D, D, n, out, {to, D}, {to, D});
+    multiply(saved.mixed + first * D, D, n, out, {to, D}, to, D);
   });
 }
 
@@ -490,7 +487,7 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
       std::memset(&grad_kv[begin * 2 * D], 0, (end - begin) * 2 * D * sizeof(float));
     }
     const int64_t first = sequences.query_begin(chunk.first), n = sequences.query_begin(chunk.last) - first;
-    multiply(grad_y + first * D, D, n, out, {}, {&grad_mixed[first * D], D});
+    multiply(grad_y + first * D, D, n, out, {}, &grad_mixed[first * D], D);
     grad_y_columns.put(first, n, grad_y + first * D, D);
     for (int64_t b = chunk.first; b < chunk.last; ++b)
       attention_backward_cpu(attention, sequences.at(b), {saved.mixed, D, saved.lse},
@@ -507,17 +504,17 @@ void attention_block_backward_cpu(const AttentionBlock& op, const AttentionSaved
     auto sums = scratch(op.source ? n * 2 * D : 0);
     if (op.source) tokens.sum(grad_kv.get(), 2 * D, first, n, sums.get());
     const float* from_kv = op.source ? sums.get() : &grad_kv[first * 2 * D];
-    multiply(from_kv, 2 * D, n, in_kv, {}, {grad_normed.get(), D});
+    multiply(from_kv, 2 * D, n, in_kv, {}, grad_normed.get(), D);
     grad_kv_columns.put(first, n, from_kv, 2 * D);
     int64_t i_first = 0, n_asking = 0;
     if (asking.is_all) {
-      multiply(&grad_q[first * D], D, n, in_q, {grad_normed.get(), D}, {grad_normed.get(), D});
+      multiply(&grad_q[first * D], D, n, in_q, {grad_normed.get(), D}, grad_normed.get(), D);
     } else {
       const auto begin = std::lower_bound(asking.row.begin(), asking.row.end(), first);
       i_first = begin - asking.row.begin();
       n_asking = std::lower_bound(begin, asking.row.end(), first + n) - begin;
       auto from_q = scratch(n_asking * D);
-      multiply(&grad_q[i_first * D], D, n_asking, in_q, {}, {from_q.get(), D});
+      multiply(&grad_q[i_first * D], D, n_asking, in_q, {}, from_q.get(), D);
       std::memset(to, 0, n * D * sizeof(float));
       beside = to;
       for (int64_t i = 0; i < n_asking; ++i) {

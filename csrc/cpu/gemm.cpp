@@ -12,61 +12,49 @@
 namespace clmfast {
 namespace {
 
-constexpr int64_t DEPTH = 256;    // of the summed index, at a time, whole panels; one of b is half of the first cache
+constexpr int64_t DEPTH = 256;    // of the summed index, at a time: a panel that deep is half of the first cache
 constexpr int64_t DEPTH_T = 192;  // the same where both factors are panels; best of 128..384 at T=1392, Zen 3
 
-// How the left factor lies: the K numbers of a row side by side, the rows of one k, or rows of PANEL numbers.
-enum class Left { rows, columns, panels };
+// How the left factor lies: the K numbers of a row side by side, or the rows of one k.
+enum class Left { rows, columns };
 
 // A part of a product: rows against whole panels, `panel_size` floats apart. Element k of row r of the left factor is
-// a[r * a_stride + k], or a[k * a_stride + r], or a[k / PANEL * a_stride + r * PANEL + k % PANEL].
+// a[r * a_stride + k], or a[k * a_stride + r].
 struct Part {
   const float* a;
   int64_t a_stride, n_rows;
   const float* panels;
   int64_t panel_size, n_panels, K;
   Start start;
-  Out out;
+  float* out;
+  int64_t out_stride;
 };
-
-// The left factor's part from row `row` on.
-template <Left left>
-const float* from_row(const float* a, int64_t a_stride, int64_t row) {
-  return a + row * (left == Left::rows ? a_stride : left == Left::columns ? 1 : PANEL);
-}
 
 // R rows against P panels, W floats to a register.
 template <int W, Left left, int R, int P>
 CLMFAST_BODY void tile(const Part& part, int64_t row, int64_t i_panel) {
   constexpr int C = PANEL / W;
   Lanes<W> sum[R][P * C] = {};
-  const int64_t a_stride = part.a_stride, panel_size = part.panel_size;
+  const int64_t column = i_panel * PANEL, a_stride = part.a_stride, panel_size = part.panel_size;
   if (part.start.row) {
-    const float* start = part.start.row + row * part.start.stride + i_panel * part.start.panel_size;
+    const float* start = part.start.row + row * part.start.stride + column;
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < P * C; ++c)
-        sum[r][c] = lanes<W>(start + r * part.start.stride + c / C * part.start.panel_size + c % C * W);
+        sum[r][c] = lanes<W>(start + r * part.start.stride + c * W);
   }
-  const float* a = from_row<left>(part.a, a_stride, row);
+  const float* a = part.a + (left == Left::rows ? row * a_stride : row);
   const float* panel = part.panels + i_panel * panel_size;
-  auto add = [&](int64_t k, const float* a_k, int64_t stride_r) __attribute__((always_inline)) {
+  for (int64_t k = 0; k < part.K; ++k) {
     Lanes<W> b[P * C];
     for (int c = 0; c < P * C; ++c)
       b[c] = lanes<W>(panel + c / C * panel_size + k * PANEL + c % C * W);
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < P * C; ++c) sum[r][c] += a_k[r * stride_r] * b[c];
-  };
-  if constexpr (left == Left::panels) {
-    for (int64_t first = 0; first < part.K; first += PANEL, a += a_stride)
-      for (int64_t k = first; k < std::min(first + PANEL, part.K); ++k) add(k, a + (k - first), PANEL);
-  } else {
-    for (int64_t k = 0; k < part.K; ++k)
-      left == Left::rows ? add(k, a + k, a_stride) : add(k, a + k * a_stride, 1);
+      for (int c = 0; c < P * C; ++c)
+        sum[r][c] += (left == Left::rows ? a[r * a_stride + k] : a[k * a_stride + r]) * b[c];
   }
-  float* out = part.out.row + row * part.out.stride + i_panel * part.out.panel_size;
+  float* out = part.out + row * part.out_stride + column;
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < P * C; ++c)
-      lanes<W>(out + r * part.out.stride + c / C * part.out.panel_size + c % C * W) = sum[r][c];
+    for (int c = 0; c < P * C; ++c) lanes<W>(out + r * part.out_stride + c * W) = sum[r][c];
 }
 
 // `tile` of n <= R rows.
@@ -117,29 +105,28 @@ template <Left left>
 void any_columns(Part part, int64_t n) {
   part.n_panels = n / PANEL;
   any_part<left>(part);
-  const int64_t whole = part.n_panels, rest = n - whole * PANEL;
+  const int64_t whole = part.n_panels * PANEL, rest = n - whole;
   if (!rest) return;
   float buffer[PANEL * PANEL] = {};
   Part last = part;
-  last.panels += whole * part.panel_size;
+  last.panels += part.n_panels * part.panel_size;
   last.n_panels = 1;
   last.start = {buffer, PANEL};
-  last.out = {buffer, PANEL};
+  last.out = buffer;
+  last.out_stride = PANEL;
   for (int64_t row = 0; row < part.n_rows; row += PANEL) {
-    last.a = from_row<left>(part.a, part.a_stride, row);
+    last.a = part.a + (left == Left::rows ? row * part.a_stride : row);
     last.n_rows = std::min(PANEL, part.n_rows - row);
     for (int64_t r = 0; r < last.n_rows; ++r) {
       float* to = buffer + r * PANEL;
       if (part.start.row)
-        std::memcpy(to, part.start.row + (row + r) * part.start.stride + whole * part.start.panel_size,
-                    rest * sizeof(float));
+        std::memcpy(to, part.start.row + (row + r) * part.start.stride + whole, rest * sizeof(float));
       else
         std::memset(to, 0, rest * sizeof(float));
     }
     any_part<left>(last);
     for (int64_t r = 0; r < last.n_rows; ++r)
-      std::memcpy(part.out.row + (row + r) * part.out.stride + whole * part.out.panel_size, buffer + r * PANEL,
-                  (part.out.is_padded ? PANEL : rest) * sizeof(float));
+      std::memcpy(part.out + (row + r) * part.out_stride + whole, buffer + r * PANEL, rest * sizeof(float));
   }
 }
 
@@ -222,30 +209,14 @@ void Panels::pack(int64_t i_panel) {
     pack_rows(from_ + first * stride_n_, stride_n_, K_, n, to);
 }
 
-namespace {
-
-// Both forms of multiply; K numbers of a row begin `step_k` apart for every DEPTH of them.
-template <Left left>
-void multiply_any(const float* a, int64_t a_stride, int64_t step_k, int64_t n_rows, const Panels& b, Start start,
-                  Out out) {
+void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, float* out,
+              int64_t out_stride) {
   int64_t k = 0;
   do {
-    any_columns<left>({a, a_stride, n_rows, b.panel(0) + k * PANEL, b.K() * PANEL, 0, std::min(DEPTH, b.K() - k),
-                       k ? Start{out.row, out.stride, out.panel_size} : start, out},
-                      b.N());
-    a += step_k;
+    any_columns<Left::rows>({a + k, a_stride, n_rows, b.panel(0) + k * PANEL, b.K() * PANEL, 0,
+                             std::min(DEPTH, b.K() - k), k ? Start{out, out_stride} : start, out, out_stride},
+                            b.N());
   } while ((k += DEPTH) < b.K());
-}
-
-}  // namespace
-
-void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, Out out) {
-  multiply_any<Left::rows>(a, a_stride, DEPTH, n_rows, b, start, out);
-}
-
-void multiply(const Columns& a, int64_t first, int64_t n_rows, const Panels& b, Start start, Out out) {
-  const int64_t panel_size = a.T() * PANEL;
-  multiply_any<Left::panels>(a.panel(0) + first * PANEL, panel_size, DEPTH / PANEL * panel_size, n_rows, b, start, out);
 }
 
 void Columns::put(int64_t first, int64_t n_rows, const float* from, int64_t stride) {
@@ -262,7 +233,7 @@ void multiply_transposed(const Columns& a, const Columns& b, int64_t first, int6
       any_columns<Left::columns>(
           {a.panel(o / PANEL) + t * PANEL, PANEL, std::min(PANEL, first + n_out - o),
            b.panel(first_in / PANEL) + t * PANEL, T * PANEL, 0, std::min(DEPTH_T, T - t),
-           t ? Start{to, stride} : Start{}, {to, stride}},
+           t ? Start{to, stride} : Start{}, to, stride},
           n_in);
     }
   } while ((t += DEPTH_T) < T);

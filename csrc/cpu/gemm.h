@@ -32,17 +32,16 @@ class Panels {
   std::unique_ptr<float[]> panels_;
 };
 
-// Rows that lie `stride` floats apart, each in panels that lie panel_size apart; stride 0: all are the same one.
+// Rows that lie `stride` floats apart; stride 0: all are the same one.
 struct Start {
   const float* row = nullptr;  // null: zeros
-  int64_t stride = 0, panel_size = PANEL;
+  int64_t stride = 0;
 };
 
-struct Out {
-  float* row;
-  int64_t stride, panel_size = PANEL;
-  bool is_padded = false;  // is there room for zeros behind the last column?
-};
+// out[r, n] = start[r, n] + sum_k a[r, k] b[k, n] for r < n_rows. Rows lie a_stride and out_stride apart; start may be
+// out itself.
+void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, float* out,
+              int64_t out_stride);
 
 // The columns of activations [T, N] in panels [T, PANEL], one after the other, those beyond N zero: what
 // multiply_transposed reads from front to back. (Rows that lie a power of two apart share a few places of the first
@@ -54,10 +53,7 @@ class Columns {
   static int64_t size(int64_t T, int64_t N) { return T * ((N + PANEL - 1) / PANEL) * PANEL; }
   // Rows [first, first + n_rows) come from `from`, where they lie `stride` apart.
   void put(int64_t first, int64_t n_rows, const float* from, int64_t stride);
-  float* panel(int64_t i_panel) const { return panels_ + i_panel * T_ * PANEL; }
-  int64_t n_panels() const { return (N_ + PANEL - 1) / PANEL; }
-  // Where a product is written whose rows are those from `first` on.
-  Out rows(int64_t first) const { return {panels_ + first * PANEL, PANEL, T_ * PANEL, true}; }
+  const float* panel(int64_t i_panel) const { return panels_ + i_panel * T_ * PANEL; }
   int64_t T() const { return T_; }
   int64_t N() const { return N_; }
 
@@ -65,11 +61,6 @@ class Columns {
   float* panels_;
   int64_t T_, N_;
 };
-
-// out[r, n] = start[r, n] + sum_k a[r, k] b[k, n] for r < n_rows. Rows of a lie a_stride apart, or are those from
-// `first` on. start may be out itself.
-void multiply(const float* a, int64_t a_stride, int64_t n_rows, const Panels& b, Start start, Out out);
-void multiply(const Columns& a, int64_t first, int64_t n_rows, const Panels& b, Start start, Out out);
 
 // out[o, i] = sum_t a[t, o] b[t, i], o in [first, first + n_out) and i in [first_in, first_in + n_in): a part of a
 // weight's gradient. `first` and `first_in` are multiples of PANEL. Rows of the whole out [., b.N()] lie side by side.
