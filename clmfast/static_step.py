@@ -13,7 +13,8 @@ runs as it stands, one thing after the other; that is how it is tested.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,35 @@ class StaticBatch:
                 tensor.copy_(self.host[name], non_blocking=True)
 
 
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    """Work goes to this stream; None: to where it went before."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[Callable[[], AbstractContextManager[Any]]]:
+    """Fork and join of work on a second stream: `with beside(stream) as on_side: with on_side(): ...`.
+
+    on_side() puts work on `stream` that begins when all that the current stream was given so far is done; at the end of
+    the block the current stream waits for it. Where nothing was forked, nothing is joined: a graph that is captured may
+    wait only for work that is a part of it. None: everything runs on the current stream, in order.
+    """
+    is_forked = False
+
+    @contextmanager
+    def on_side() -> Iterator[None]:
+        nonlocal is_forked
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+            is_forked = True
+        with on_stream(stream):
+            yield
+
+    yield on_side
+    if stream is not None and is_forked:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 class StaticStep:
     """The step of a Training. `update` trains one step; on a GPU it replays a graph as soon as both rings are full."""
 
@@ -120,7 +150,7 @@ class StaticStep:
         self._load(step)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with self._on(self.stream):
+        with on_stream(self.stream):
             result = self._run(step, kind).cpu().numpy()  # one small copy, and the only wait
         loss, accuracy, grad_norm = result[:3].tolist()
         for measure, value in zip(
@@ -182,26 +212,24 @@ class StaticStep:
         accuracy = (logits.detach().argmax(-1) == batch["target"]).double().mean()
         measured: list[Tensor] = []
         ridden = None
-        if window is not None and self.unseen is not None:
-            self._fork(self.side)
-            with self._on(self.side):
-                window.train.slot += len(batch["target"])
-                with torch.no_grad():
-                    self._states(self.unseen, window.unseen)
-                window.unseen.slot += len(self.unseen["target"])
-                ridden = None if self.side is None else self.side.record_event()
-                if is_measured:
-                    values, per_task = window.measure(step, self.labels)
-                    measured = [values, per_task.flatten()]
-        for p in training.parameters:
-            p.grad = None
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(training.parameters, training.config.train.clip_norm)
-        if ridden is not None:
-            torch.cuda.current_stream().wait_event(ridden)
-        training.optimizer.step()
-        if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
+        with beside(self.side) as on_side:
+            if window is not None and self.unseen is not None:
+                with on_side():
+                    window.train.slot += len(batch["target"])
+                    with torch.no_grad():
+                        self._states(self.unseen, window.unseen)
+                    window.unseen.slot += len(self.unseen["target"])
+                    ridden = None if self.side is None else self.side.record_event()
+                    if is_measured:
+                        values, per_task = window.measure(step, self.labels)
+                        measured = [values, per_task.flatten()]
+            for p in training.parameters:
+                p.grad = None
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(training.parameters, training.config.train.clip_norm)
+            if ridden is not None:
+                torch.cuda.current_stream().wait_event(ridden)
+            training.optimizer.step()
         return torch.cat([torch.stack([loss.detach().double(), accuracy, grad_norm.double()]), *measured])
 
     def _states(self, batch: StaticBatch, ring: Recorder | None) -> Tensor:
@@ -211,9 +239,3 @@ class StaticStep:
             batch["tokens"], batch["offset"], position=batch["position"], kept=batch["ends"], tap=ring
         )
 
-    def _fork(self, stream: torch.cuda.Stream | None) -> None:
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-
-    def _on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-        return nullcontext() if stream is None else torch.cuda.stream(stream)

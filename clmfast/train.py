@@ -385,7 +385,12 @@ class Training:
         for name, tensor in under("optimizer.").items():
             i, key = name.split(".")
             moments.setdefault(int(i), {})[key] = tensor
+        # load_state_dict replaces the groups by copies; what was put into them before (the learning rate as the tensor
+        # that a graph reads) has to stay what it is.
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in before.items() if name != "params"})
         if self.window is not None:
             self.window.load_state(under("window."))
         self.next_step = values["next_step"]

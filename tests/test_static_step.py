@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -60,6 +61,52 @@ def test_measuring_changes_no_bit_of_it(config, small_tasks):
     at, plain_at = (t.column_at("train/loss") for t in (measured, plain))
     assert (rows(measured)[:-1, at] == rows(plain)[:-1, plain_at]).all()
     for mine, other in zip(measured.parameters, plain.parameters, strict=True):
+        assert torch.equal(mine, other)
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream and notes who waits for whom."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+@pytest.mark.parametrize("measure_every", [0, 1])
+def test_a_step_joins_what_it_forked_and_nothing_else(config, small_tasks, monkeypatch, measure_every):
+    """A captured stream may not wait for work from outside the capture, such as that of a stream never forked."""
+    log: list[str] = []
+    main, side = Stream(log, "main"), Stream(log, "side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    training = static(dataclasses.replace(config, steps=2, measure_every=measure_every), small_tasks)
+    training.static.side = side
+    rows(training)
+    of_a_step = ["side waits for main", "main waits for event of side", "main waits for side"]
+    assert log == (of_a_step * 2 if measure_every else [])
+
+
+@pytest.mark.parametrize("measure_every", [0, 1])
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(config, small_tasks, measure_every):
+    config = dataclasses.replace(config, measure_every=measure_every)
+    whole = static(config, small_tasks)
+    expected = rows(whole)
+    first, second = static(config, small_tasks), static(config, small_tasks)
+    for step in first:
+        if step.step == 6:
+            break
+    tensors, values = first.state()
+    second.load_state({name: tensor.clone() for name, tensor in tensors.items()}, values)
+    np.testing.assert_array_equal(rows(second), expected[7:])
+    for mine, other in zip(second.parameters, whole.parameters, strict=True):
         assert torch.equal(mine, other)
 
 
