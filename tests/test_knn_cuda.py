@@ -29,11 +29,15 @@ extern "C" void knn(const float* points, const float* queries, const int64_t* qu
   knn_cuda(op_of(points, queries, query_group, point_group, within, size, dist2, index), static_cast<Element>(element),
            scratch, nullptr);
 }
-// How many queries the exact kernel had to answer.
-extern "C" void listed(const int64_t* size, void* scratch, int64_t* n) {
+// How many queries the exact kernel had to answer, and how often a warp of the screen thinned out what it had kept, on
+// average.
+extern "C" void counted(const int64_t* size, void* scratch, int64_t* n_listed, double* n_thinned) {
   const Knn op = op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr);
   Scratch memory{static_cast<unsigned char*>(scratch)};
-  *n = *prepared_in(memory, op, plan_of(op)).n_listed;
+  const Plan plan = plan_of(op);
+  const Prepared prepared = prepared_in(memory, op, plan);
+  *n_listed = *prepared.n_listed;
+  *n_thinned = static_cast<double>(*prepared.n_thinned) / static_cast<double>(op.S * ((op.Q + 15) / 16) * plan.n_splits);
 }
 """
 ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +47,7 @@ class Emulated:
     """ops.knn, by the kernels on the emulator; and what became of the call."""
 
     def __init__(self, library: emulator.Library, capability: int) -> None:
-        self.library, self.capability, self.seed, self.n_listed = library, capability, 0, -1
+        self.library, self.capability, self.seed, self.n_listed, self.n_thinned = library, capability, 0, -1, -1.0
 
     def __call__(
         self, points: Tensor, k: int, queries: Tensor | None = None, barred: Any = None, *, within: Tensor | None = None
@@ -64,8 +68,9 @@ class Emulated:
         scratch = scratch[-scratch.data_ptr() % 256 :]
         self.library.knn(points, queries, *groups, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch)
         if S * Q and int(n):
-            self.library.listed(size, scratch, n)
-            self.n_listed = int(n)
+            n_thinned = torch.zeros(1, dtype=torch.float64)
+            self.library.counted(size, scratch, n, n_thinned)
+            self.n_listed, self.n_thinned = int(n), float(n_thinned)
         return dist2, index
 
 
@@ -206,6 +211,59 @@ def test_parts_of_the_points(knn: Any, N: int) -> None:
 def test_queries_too_deep_to_stay(knn: Any) -> None:
     assert_exact(knn, normal(1, 140, 1300), 3, normal(1, 70, 1300, seed=1))
     assert_screened(knn)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_rows_are_thinned_out_a_few_times(knn: Any, is_sorted: bool) -> None:
+    """Of 2048 points a query keeps some tens, and its warp sorts out what it keeps a few times; if the nearest come
+    last, again and again, as everything is kept at first."""
+    points, queries = normal(1, 2048, 32), normal(1, 16, 32, seed=1)
+    if is_sorted:
+        points = points[:, points[0].norm(dim=1).argsort(descending=True)]
+    assert_exact(knn, points, 10, queries)
+    assert_screened(knn)
+    if isinstance(knn, Emulated):
+        assert 0 < knn.n_thinned <= (12 if is_sorted else 6)
+
+
+def few_rows(n: int, n_different: int, D: int = 24) -> Tensor:
+    """[1, n, D] of which n_different rows are different, in random order."""
+    row = torch.randint(n_different, (n,), generator=torch.Generator().manual_seed(2))
+    return normal(1, n_different, D)[:, row]
+
+
+@pytest.mark.parametrize("n_different", [1, 7, 40])
+def test_equal_rows_do_not_defeat_the_screen(knn: Any, n_different: int) -> None:
+    points = few_rows(700, n_different)
+    assert_exact(knn, points, 10)
+    assert_screened(knn)
+    assert_exact(knn, points, 10, few_rows(60, 9)[:, :40] + points[:, :1])
+    assert_screened(knn)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 90])
+def test_equal_rows_in_groups(knn: Any, n_groups: int) -> None:
+    """A query bars its group: enough equal rows of others must be left."""
+    points, group = few_rows(500, 5), torch.randint(n_groups, (500,), generator=torch.Generator().manual_seed(3))
+    assert_exact(knn, points, 6, barred=(group, group))
+    assert_screened(knn, 0 if n_groups == 90 else 500)
+    of_query = torch.arange(16) % n_groups
+    assert_exact(knn, points, 6, points[:, :16], (of_query, group))
+    some, of_some = points[:, :250], group[:250]
+    assert_exact(knn, some, 6, barred=(of_some.flip(0), of_some))  # a query bars a group that is not its own
+
+
+def test_rows_that_are_nearly_equal(knn: Any) -> None:
+    """Their last bits differ: none may be left out."""
+    points = few_rows(300, 3)
+    points = torch.where(torch.arange(300)[:, None] % 2 == 0, points, points.nextafter(torch.tensor(9.0)))
+    assert_exact(knn, points, 10)
+
+
+def test_groups_that_agree_in_their_lower_bits(knn: Any) -> None:
+    points = normal(1, 200, 8)
+    group = torch.arange(200) % 3 * 2**32 + torch.tensor([5, 6])[torch.arange(200) % 2]
+    assert_exact(knn, points, 10, barred=(group, group))
 
 
 def test_no_coordinates_and_no_queries(knn: Any) -> None:

@@ -1,8 +1,10 @@
-// knn on a GPU: the contract is ../knn.h. Five kernels, of which the last finds nothing to do on most data.
+// knn on a GPU: the contract is ../knn.h. Six kernels, of which the last finds nothing to do on most data.
 //
 //   centre    a set's centre and unit, from a sample of its rows
 //   prepare   every row in units from the centre, rounded to float16, and what that rounding can have cost
-//   screen    tensor cores multiply queries by points; every query keeps the L > k points of the smallest lower bounds
+//   repeats   of equal points, those that come after so many others that they are nobody's neighbour are left out
+//   screen    tensor cores multiply queries by points; every query keeps the points of the smallest lower bounds, at
+//             least k of them
 //   rescore   measures those that can be neighbours as the contract says, in float64; if a point that the screen left
 //             out might be nearer than the k-th, the query is put on a list
 //   exact     answers the queries on the list by measuring all points
@@ -19,7 +21,7 @@
 // ends. For a point this is the nearest point of a box that holds all queries but the cut ones, which the exact kernel
 // answers, so its lower bound holds.
 //
-// The answer does not depend on which points the screen keeps, only its cost does: so lists, grid and atomics may come
+// The answer does not depend on which points the screen keeps, only its cost does: so limits, grid and atomics may come
 // as they like. Symmetry of the self form is not used: 7 sets of 2048 points are one wave of query tiles, whose lists
 // stay in their block; half the products would need lists of rows and columns that move between blocks.
 #include "../knn.h"
@@ -46,6 +48,8 @@ constexpr int N_SAMPLES = 32;      // rows that centre and unit are taken from
 constexpr int SAMPLE_REACH = 11;   // the sample's largest coordinate is below 2^11 units: others may be 16 times larger
 constexpr double LARGEST = 65504;  // of float16
 constexpr double SHARE = 1.0 / 2048;  // e above: as small as r_p^2 / e allows, which it makes 1e-5 n or so
+constexpr float ROUNDING = 0x1p-12f;  // |y - h| over |y|, or a little more than it usually is: the root mean square is
+                                      // three quarters of it
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -60,9 +64,18 @@ __device__ float float_above(double x) { return __double2float_ru(x); }
 
 // ---- the prepared rows
 
+// What the screen needs of a point beside its cells.
+struct alignas(8) Column {
+  float floor;    // infinity: nobody's neighbour
+  int32_t group;  // 32 bits of its group: of different ones, the groups differ
+};
+
+__device__ int32_t bits_of_group(int64_t group) { return static_cast<int32_t>(group ^ group >> 32); }
+
 struct Rows {
   __half* cell;     // [S, n, depth]: h, zeros behind the coordinates and behind the rows
-  float* floor;     // [S, n]  infinity: nobody's neighbour
+  Column* column;   // [S, n]
+  uint64_t* hash;   // [S, n]  of the row's bits
   float* base;      // [S, n]
   float* rest;      // [S, n]  r_q; infinity: the exact kernel's
   float* limit;     // [S, n]  points of this key or more are farther than `within`; -infinity: has no neighbours here
@@ -74,10 +87,12 @@ struct Prepared {
   double* unit;       // [S]  a power of two
   Rows points, queries;
   int64_t depth;      // a multiple of PIECE
-  Entry* kept;        // [S, n_splits, queries.n, L] ascending by key
+  Entry* kept;        // [S, n_splits, queries.n, capacity] by key, in any order
+  int32_t* n_kept;    // [S, n_splits, queries.n]
   float* cut;         // [S, n_splits, queries.n]  no point left out has a smaller key
   int64_t n_splits;   // parts of the points, each screened by its own blocks
   int64_t* n_listed;  // queries on the list
+  int64_t* n_thinned; // how often warps of the screen thinned out what they had kept
   int64_t* listed;    // [S Q]  s << 32 | i
 };
 
@@ -119,15 +134,17 @@ template <class T>
 __global__ void __launch_bounds__(CENTRE_THREADS) knn_centre_kernel(Asked<T> asked, Prepared prepared) {
   const int64_t s = blockIdx.x, N = asked.op.N, D = asked.op.D;
   const int64_t n = min(N, static_cast<int64_t>(N_SAMPLES));
+  auto row_of_sample = [&](int64_t i) { return N < N_SAMPLES ? i : i * N / N_SAMPLES; };  // a shift, not a division
   double reach = 0, centre_reach = 0;
   for (int64_t d = threadIdx.x; d < D; d += CENTRE_THREADS) {
     double sum = 0, low = INF, high = -INF;
     int n_finite = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t i = 0; i < n; ++i) {
-      const double x = widen(asked.point(s, i * N / n)[d]);
-      if (!isfinite(x)) continue;
-      sum += x, low = min(low, x), high = max(high, x), ++n_finite;
+      const double x = widen(asked.point(s, row_of_sample(i))[d]);
+      const bool is_finite = isfinite(x);
+      sum += is_finite ? x : 0, low = is_finite ? min(low, x) : low, high = is_finite ? max(high, x) : high;
+      n_finite += is_finite;
     }
     const float centre = n_finite ? static_cast<float>(sum / n_finite) : 0.f;
     prepared.centre[s * D + d] = centre;
@@ -147,7 +164,7 @@ __global__ void __launch_bounds__(CENTRE_THREADS) knn_centre_kernel(Asked<T> ask
   if (threadIdx.x == 0) {
     if (!(reach > 0)) reach = centre_reach;  // equal rows: the others are not, perhaps
     prepared.unit[s] = reach > 0 ? ldexp(1.0, SAMPLE_REACH - ilogb(reach) - 1) : 1;
-    if (s == 0) *prepared.n_listed = 0;
+    if (s == 0) *prepared.n_listed = *prepared.n_thinned = 0;
   }
 }
 
@@ -180,28 +197,43 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   const double unit = prepared.unit[s];
 
   double norm2 = 0, rest2 = 0;
+  uint64_t hash = 0;
   bool is_finite = true, is_inside = true;
-  for (int64_t d = 2 * lane; d < prepared.depth; d += 64) {
-    __half2 pair;
-    __half* of_pair = &pair.x;
+  const bool is_aligned = asked.is_in_fours() && D % 4 == 0;
+#pragma unroll 2
+  for (int64_t d = 4 * lane; d < prepared.depth; d += 128) {
+    const bool is_any = is_there && d < D;
+    const float4 four = is_any ? load_four(row, d, D, is_aligned) : float4{0, 0, 0, 0};
+    const float4 middle = is_any ? load_four(centre, d, D, D % 4 == 0) : float4{0, 0, 0, 0};
+    const float of_row[4] = {four.x, four.y, four.z, four.w};
+    const float of_centre[4] = {middle.x, middle.y, middle.z, middle.w};
+    struct alignas(8) Cells {
+      __half h[4];
+    } cells;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const bool is_coordinate = is_there && d + e < D;
-      const double x = is_coordinate ? widen(row[d + e]) : 0.f;
+    for (int e = 0; e < 4; ++e) {
+      const double x = of_row[e];
       if (!isfinite(x)) is_finite = false;
-      double y = is_coordinate ? (x - centre[d + e]) * unit : 0;
+      double y = (x - of_centre[e]) * unit;
       if (!(fabs(y) <= LARGEST)) is_inside = false, y = y > 0 ? LARGEST : -LARGEST;
-      of_pair[e] = __float2half_rn(static_cast<float>(y));
-      const double h = widen(of_pair[e]);
+      cells.h[e] = __float2half_rn(static_cast<float>(y));
+      const double h = widen(cells.h[e]);
       norm2 += h * h, rest2 += (y - h) * (y - h);
+      // multilinear: of different rows the sums are equal by chance alone
+      hash += (static_cast<uint64_t>(d + e) * 0x9e3779b97f4a7c15 ^ 0xd1b54a32d192ed03) * __float_as_uint(of_row[e]);
     }
-    *reinterpret_cast<__half2*>(rows.cell + at * prepared.depth + d) = pair;
+    *reinterpret_cast<Cells*>(rows.cell + at * prepared.depth + d) = cells;
   }
-  norm2 = warp_sum(norm2), rest2 = warp_sum(rest2);
+  norm2 = warp_sum(norm2), rest2 = warp_sum(rest2), hash = warp_sum(hash);
   is_finite = warp_all(is_finite), is_inside = warp_all(is_inside);
   if (lane > 0) return;
   const double base = norm2 * (1 - product_error(D));
-  if (is_point) rows.floor[at] = is_there && is_finite ? float_below(base - rest2 / SHARE) : INF;
+  if (is_point) {
+    const bool is_neighbour = is_there && is_finite;
+    const int32_t group = is_neighbour && op.point_group ? bits_of_group(op.point_group[i]) : 0;
+    rows.column[at] = {is_neighbour ? float_below(base - rest2 / SHARE) : INF, group};
+    rows.hash[at] = hash;
+  }
   if (!is_query) return;
   rows.base[at] = float_below(base);
   const float rest = float_above(sqrt(rest2) + sqrt(norm2) * 0x1p-40);  // y itself is rounded, to float64
@@ -211,78 +243,214 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   rows.limit[at] = may_ask ? limit_of(within, base, rest, unit) : -INF;
 }
 
+// ---- repeats: one block for every REPEAT_ROWS rows of a set
+
+// Where the rows of a set repeat, as the embeddings of a few tokens do, a query's distances to equal points are equal,
+// and of those the k first win. So a point that enough equal ones precede is nobody's neighbour: k, and one more where
+// the query may itself be one of them. Of points in groups as many pairs of different groups are needed, as a query bars
+// one group, and so at most one of each pair.
+constexpr int REPEAT_ROWS = 2048, REPEAT_THREADS = 1024;  // of smaller sets fewer: half as many as rows
+constexpr int REPEAT_REACH = 256;  // equal points that are looked back at
+
+__device__ __host__ inline int64_t n_before(const Knn& op) { return op.k + op.is_self; }
+
+struct Repeats {
+  uint64_t sorted[REPEAT_ROWS];       // the hash without its last bits, and in their place the row
+  uint32_t is_same[REPEAT_ROWS / 32]; // bit p: the row at p has the same numbers as the one at p - 1
+};
+
+template <class T>
+__global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> asked, Prepared prepared) {
+  constexpr uint64_t NONE = ~uint64_t{0};
+  const Knn& op = asked.op;
+  const Rows& points = prepared.points;
+  Repeats& repeats = static_shared<Repeats>();
+  const int64_t n_parts = (op.N + REPEAT_ROWS - 1) / REPEAT_ROWS, s = blockIdx.x / n_parts;
+  const int64_t first = blockIdx.x % n_parts * REPEAT_ROWS;
+  const int n = static_cast<int>(min(op.N - first, static_cast<int64_t>(REPEAT_ROWS)));
+  const int thread = threadIdx.x, n_threads = blockDim.x;
+  Column* const column = points.column + s * points.n + first;
+  int size = 32;
+  while (size < n) size *= 2;
+  for (int p = thread; p < size; p += n_threads)
+    repeats.sorted[p] =
+        p < n && column[p].floor < INF ? (points.hash[s * points.n + first + p] & ~uint64_t{REPEAT_ROWS - 1}) | p : NONE;
+  for (int length = 2; length <= size; length *= 2)
+    for (int h = length / 2; h >= 1; h /= 2) {
+      __syncthreads();
+      for (int p = thread; p < size; p += n_threads)
+        if (!(p & h)) {
+          const uint64_t a = repeats.sorted[p], b = repeats.sorted[p | h];
+          if ((a > b) == !(p & length)) repeats.sorted[p] = b, repeats.sorted[p | h] = a;
+        }
+    }
+  __syncthreads();
+
+  auto row_at = [&](int p) { return static_cast<int>(repeats.sorted[p] & (REPEAT_ROWS - 1)); };
+  bool has_any = false;
+  for (int p = thread; p - lane_id() < size; p += n_threads) {  // size is a multiple of 32: whole warps
+    const bool is_alike = p > 0 && repeats.sorted[p] != NONE && repeats.sorted[p] - repeats.sorted[p - 1] < REPEAT_ROWS &&
+                          (repeats.sorted[p] ^ repeats.sorted[p - 1]) < REPEAT_ROWS;
+    uint32_t is_same = warp_ballot(is_alike);
+    for (uint32_t left = is_same; left; left &= left - 1) {  // the hash is no proof
+      const int bit = __ffs(static_cast<int>(left)) - 1, at = p - lane_id() + bit;
+      const T *a = asked.point(s, first + row_at(at)), *b = asked.point(s, first + row_at(at - 1));
+      bool is_equal = true;
+      for (int64_t d = lane_id(); d < op.D; d += 32)
+        is_equal &= __float_as_uint(widen(a[d])) == __float_as_uint(widen(b[d]));
+      if (!warp_all(is_equal)) is_same &= ~(uint32_t{1} << bit);
+    }
+    if (lane_id() == 0) repeats.is_same[p / 32] = is_same;
+    has_any |= is_same != 0;
+  }
+  if (!__syncthreads_or(has_any)) return;
+
+  auto is_same = [&](int p) { return repeats.is_same[p / 32] >> (p % 32) & 1; };
+  for (int p = thread; p < n; p += n_threads) {
+    if (repeats.sorted[p] == NONE) break;
+    int64_t n_found = 0, open = 0;
+    bool is_open = false;
+    for (int q = p; is_same(q) && n_found < n_before(op) && p - q < REPEAT_REACH; --q) {
+      const int64_t group = op.point_group ? op.point_group[first + row_at(q - 1)] : 0;
+      if (!op.point_group || (is_open && group != open)) {
+        ++n_found, is_open = false;
+      } else if (!is_open) {
+        open = group, is_open = true;
+      }
+    }
+    if (n_found >= n_before(op)) column[row_at(p)].floor = INF;
+  }
+}
+
 // ---- screen
 
 constexpr int N_STAGES = 4, N_AHEAD = N_STAGES - 2;  // pieces of columns on their way while one is multiplied
-constexpr int SLOTS = 8;                             // fresh points that a lane keeps of each of its rows
+constexpr int N_HALVINGS = 12;                       // of the range in which a row's k-th smallest key is looked for
 
-struct Fresh {
-  float key;
-  int32_t column;
-};
+__device__ int quad_sum(int x) { return x += warp_shuffle_xor(x, 1), x + warp_shuffle_xor(x, 2); }
+__device__ float quad_min(float x) { return x = fminf(x, warp_shuffle_xor(x, 1)), fminf(x, warp_shuffle_xor(x, 2)); }
+__device__ float quad_max(float x) { return x = fmaxf(x, warp_shuffle_xor(x, 1)), fmaxf(x, warp_shuffle_xor(x, 2)); }
 
-// The lists of a warp's 16 rows. Lane 4 g + t looks at rows g and g + 8. What it finds below a row's limit goes to its
-// own slots: one compare and one guarded store for each number. When a lane's slots fill up, the warp sorts the row's
-// slots into the row's list, which brings the limit down.
+// What limit_of will say, or a little more, when the farthest of k points of at most this key has been measured: that
+// point's distance is not known yet, but what rounding can add to its key is.
+__device__ float limit_of_key(float key, float base, float rest, float gamma) {
+  const float seen2 = fmaxf(key + base, 0.f), norm = sqrtf(fmaxf(base, 0.f)) + sqrtf(seen2);
+  constexpr float LOST2 = static_cast<float>(ROUNDING * ROUNDING / SHARE), PART = static_cast<float>(1 / (1 - SHARE));
+  const float dist = sqrtf(seen2 + norm * norm * (4 * gamma + LOST2)) + norm * ROUNDING + 2 * rest;
+  return fmaxf(dist * dist * PART - base, nextafterf(key, INF));
+}
+
+// The points that a warp's 16 rows keep, unsorted. Lane 4 g + t looks at rows g and g + 8: what it finds below a row's
+// limit goes to slots of its own, by one compare and one guarded store. When a lane's slots fill up, all rows are thinned
+// out: a row's k-th smallest key brings its limit down, and what is left is shared out among the row's four lanes.
 template <int R>
-struct RowLists {
-  static constexpr int BYTES_PER_ROW = 32 * R * sizeof(Entry) + 32 * sizeof(Fresh);
+struct RowSlots {
+  static constexpr int SLOTS = R == 1 ? 16 : 12 * R, CAPACITY = 4 * SLOTS;
+  static constexpr int BYTES_PER_ROW = CAPACITY * (sizeof(float) + sizeof(int32_t));
 
-  Entry* list;   // [16][32 R] ascending
-  Fresh* slots;  // [16][4][SLOTS]
+  float* keys;       // [2][SLOTS][32], and as many columns behind them
   float limit[2];
+  int32_t first_row, group[2];  // the second row is 8 behind the first
   int n[2] = {0, 0};
+  int n_thinned = 0;
 
-  __device__ RowLists(unsigned char* shared) {
-    list = reinterpret_cast<Entry*>(shared);
-    slots = reinterpret_cast<Fresh*>(shared + 16 * 32 * R * sizeof(Entry));
-    for (int e = lane_id(); e < 16 * 32 * R; e += 32) list[e] = NO_ENTRY;
+  __device__ RowSlots(unsigned char* shared, const Knn& op, int64_t row_of_warp)
+      : keys(reinterpret_cast<float*>(shared)), first_row(static_cast<int32_t>(row_of_warp) + lane_id() / 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // points without a group have 0
+      group[half] = !op.query_group ? 1 : row(half) < op.Q ? bits_of_group(op.query_group[row(half)]) : 0;
   }
 
-  __device__ void look_at(int half, float key, int32_t column) {
-    if (key < limit[half]) slots[half * 256 + lane_id() * SLOTS + n[half]++] = {key, column};
+  __device__ int32_t row(int half) const { return first_row + 8 * half; }
+  __device__ int32_t& column_at(int place) const { return reinterpret_cast<int32_t*>(keys)[2 * SLOTS * 32 + place]; }
+
+  __device__ static int place(int half, int slot, int lane) { return (half * SLOTS + slot) * 32 + lane; }
+
+  __device__ void look_at(const Knn& op, int half, float key, int32_t column, int32_t of_column) {
+    if (!(key < limit[half])) return;
+    if ((column == row(half) || of_column == group[half]) && is_barred(op, row(half), column)) return;
+    const int to = place(half, n[half]++, lane_id());
+    keys[to] = key, column_at(to) = column;
   }
 
   // Can't every lane look at n_next more numbers of each row?
   __device__ bool is_full(int n_next) const { return warp_any(max(n[0], n[1]) > SLOTS - n_next); }
 
-  // The slots of rows of which a lane holds more than `most`.
-  __device__ void empty(int most, const Knn& op, int64_t first_row) {
-    const int lane = lane_id();
-    const uint32_t low = warp_ballot(n[0] > most), high = warp_ballot(n[1] > most);
-    __syncwarp();
-#pragma unroll 1
-    for (int row = 0; row < 16; ++row) {
-      const bool is_high = row >= 8;
-      const int quad = row % 8;
-      if (!((is_high ? high : low) >> (4 * quad) & 15)) continue;
-      take_slots(row, warp_shuffle(is_high ? n[1] : n[0], 4 * quad + lane / SLOTS), op, first_row);
-      if (lane / 4 != quad) continue;
-      const float reached = number_of(list[row * 32 * R + 32 * R - 1]);
-      if (is_high)
-        n[1] = 0, limit[1] = fminf(limit[1], reached);
-      else
-        n[0] = 0, limit[0] = fminf(limit[0], reached);
+  // A row that keeps more than n_most even so is given up: its limit becomes -infinity.
+  __device__ void thin_out(int k, const float* base, const float* rest, float gamma, int n_most) {
+    const int lane = lane_id(), most = warp_max(max(n[0], n[1]));
+    int total[2];
+    float low[2], high[2];
+    bool is_open[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[half] = quad_sum(n[half]), low[half] = INF, high[half] = -INF;
+      for (int e = 0; e < n[half]; ++e) {
+        const float key = keys[place(half, e, lane)];
+        low[half] = fminf(low[half], key), high[half] = fmaxf(high[half], key);
+      }
+      low[half] = quad_min(low[half]), high[half] = quad_max(high[half]);
+      is_open[half] = total[half] > k;
     }
-    __syncwarp();
+    // At least k keys are at most `high`.
+    for (int i = 0; i < N_HALVINGS && warp_any(is_open[0] || is_open[1]); ++i) {
+      int n_below[2] = {0, 0};
+      float middle[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) middle[half] = low[half] + (high[half] - low[half]) / 2;
+#pragma unroll 4
+      for (int e = 0; e < most; ++e)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          n_below[half] += e < n[half] && keys[place(half, e, lane)] <= middle[half];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        n_below[half] = quad_sum(n_below[half]);
+        if (!is_open[half]) continue;
+        (n_below[half] >= k ? high[half] : low[half]) = middle[half];
+        is_open[half] = n_below[half] != k;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (total[half] >= k) limit[half] = fminf(limit[half], limit_of_key(high[half], base[half], rest[half], gamma));
+      int n_left = 0;
+      for (int e = 0; e < most; ++e) {
+        const int from = place(half, e, lane);
+        const bool is_one = e < n[half];
+        const float key = is_one ? keys[from] : INF;
+        const int32_t column = is_one ? column_at(from) : 0;
+        const bool stays = is_one && key < limit[half];
+        const uint32_t of_quad = warp_ballot(stays) >> (lane & ~3) & 15;
+        const int to = n_left + __popc(of_quad & ((1u << (lane & 3)) - 1));  // never behind 4 e + 3
+        __syncwarp();
+        if (stays) keys[place(half, to / 4, (lane & ~3) + to % 4)] = key;
+        if (stays) column_at(place(half, to / 4, (lane & ~3) + to % 4)) = column;
+        n_left += __popc(of_quad);
+      }
+      __syncwarp();
+      if (n_left > n_most) n_left = 0, limit[half] = -INF;
+      n[half] = (n_left + 3 - (lane & 3)) / 4;
+    }
+    ++n_thinned;
   }
 
- private:
-  // n_full: how many of the eight slots that this lane is one of.
-  __device__ void take_slots(int row, int n_full, const Knn& op, int64_t first_row) {
+  // Row by row to kept [16, CAPACITY] and n_kept [16].
+  __device__ void write(Entry* kept, int32_t* n_kept) const {
     const int lane = lane_id();
-    Entry entry = NO_ENTRY;
-    if (lane % SLOTS < n_full) {
-      const Fresh fresh = slots[row * 32 + lane];
-      if (!is_barred(op, first_row + row, fresh.column)) entry = make_entry(fresh.key, fresh.column);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int before_2 = warp_shuffle_up(n[half], 1), in_row = half * 8 + lane / 4;
+      int first = lane & 1 ? before_2 : 0;                    // of the pair of lanes
+      const int of_pair = first + n[half];
+      const int before_4 = warp_shuffle(of_pair, (lane & ~3) + 1);
+      if (lane & 2) first += before_4;
+      for (int e = 0; e < n[half]; ++e) {
+        const int from = place(half, e, lane);
+        kept[in_row * CAPACITY + first + e] = make_entry(keys[from], column_at(from));
+      }
+      if (lane % 4 == 3) n_kept[in_row] = first + n[half];
     }
-    Entry all[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) all[r] = list[row * 32 * R + 32 * r + lane];
-    take_32(all, entry, lane);
-#pragma unroll
-    for (int r = 0; r < R; ++r) list[row * 32 * R + 32 * r + lane] = all[r];
-    __syncwarp();
   }
 };
 
@@ -290,10 +458,10 @@ struct RowLists {
 template <class Engine, int R>
 struct ScreenMemory {
   static constexpr int QUERY_BYTES = Engine::ROWS * PIECE_BYTES, COLUMN_BYTES = Engine::COLUMNS * PIECE_BYTES;
-  static constexpr int LIST_BYTES = Engine::ROWS * RowLists<R>::BYTES_PER_ROW;
+  static constexpr int SLOT_BYTES = Engine::ROWS * RowSlots<R>::BYTES_PER_ROW;
 
   static size_t bytes(int64_t n_query_pieces) {
-    return static_cast<size_t>(n_query_pieces) * QUERY_BYTES + N_STAGES * COLUMN_BYTES + LIST_BYTES;
+    return static_cast<size_t>(n_query_pieces) * QUERY_BYTES + N_STAGES * COLUMN_BYTES + SLOT_BYTES;
   }
 };
 
@@ -311,14 +479,25 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
 
   unsigned char* const columns = dynamic_shared<unsigned char>();
   unsigned char* const rows = columns + N_STAGES * Memory::COLUMN_BYTES;
-  unsigned char* const lists = rows + (is_resident ? n_pieces : N_STAGES) * Memory::QUERY_BYTES;
+  unsigned char* const slots = rows + (is_resident ? n_pieces : N_STAGES) * Memory::QUERY_BYTES;
   const __half* const row_cells = queries.cell + (s * queries.n + row) * prepared.depth;
   const __half* const column_cells = points.cell + s * points.n * prepared.depth;
 
   const int64_t warp_row = row + warp_id() * 16, at = s * queries.n + warp_row;
-  RowLists<R> nearest(lists + warp_id() * 16 * RowLists<R>::BYTES_PER_ROW);
+  RowSlots<R> nearest(slots + warp_id() * 16 * RowSlots<R>::BYTES_PER_ROW, op, warp_row);
+  const float gamma = static_cast<float>(product_error(op.D));
 #pragma unroll
   for (int half = 0; half < 2; ++half) nearest.limit[half] = queries.limit[at + half * 8 + lane_id() / 4];
+  // Down to n_most points of each row.
+  auto thin_out = [&](int n_most) {
+    float base[2], rest[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      base[half] = queries.base[at + half * 8 + lane_id() / 4];
+      rest[half] = queries.rest[at + half * 8 + lane_id() / 4];
+    }
+    nearest.thin_out(static_cast<int>(op.k), base, rest, gamma, n_most);
+  };
 
   // Pieces come in the order in which they are multiplied.
   int64_t next_tile = begin;
@@ -353,8 +532,11 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
 
   auto look_at_tile = [&](const float (&products)[COLUMNS / 2], int64_t tile) {
     const int first = static_cast<int>(tile * COLUMNS) + 2 * (lane_id() % 4);
-    const float2* floors = reinterpret_cast<const float2*>(points.floor + s * points.n + first);
-    // In groups, between which slots may have to be emptied: there, and nowhere else, so that the code stays small.
+    struct alignas(16) Two {
+      Column column[2];
+    };
+    const Two* twos = reinterpret_cast<const Two*>(points.column + s * points.n + first);
+    // In groups, between which rows may have to be thinned out: there, and nowhere else, so that the code stays small.
     constexpr int GROUP = 2;
     int next = 0;
     while (true) {
@@ -364,16 +546,18 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
         ++next;
 #pragma unroll
         for (int j = group * GROUP; j < (group + 1) * GROUP; ++j) {
-          const float2 floor = floors[4 * j];
+          const Two two = twos[4 * j];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half], floor.x), first + 8 * j);
-            nearest.look_at(half, __fmaf_rn(-2, products[4 * j + 2 * half + 1], floor.y), first + 8 * j + 1);
-          }
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float key = __fmaf_rn(-2, products[4 * j + 2 * half + e], two.column[e].floor);
+              nearest.look_at(op, half, key, first + 8 * j + e, two.column[e].group);
+            }
         }
       }
       if (next == COLUMNS / 8 / GROUP) break;
-      nearest.empty(SLOTS - 2 * GROUP, op, warp_row);
+      thin_out(4 * (RowSlots<R>::SLOTS - 2 * GROUP));
     }
   };
 
@@ -393,19 +577,23 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
     look_at_tile(even, tile);
     Engine::template wait<0>(odd);
   }
-  nearest.empty(0, op, warp_row);
   cp_async_wait<0>();
+  if (warp_any(max(quad_sum(nearest.n[0]), quad_sum(nearest.n[1])) > 32 * R)) thin_out(RowSlots<R>::CAPACITY);
 
   const int64_t to = (s * prepared.n_splits + split) * queries.n + warp_row;
-  for (int e = lane_id(); e < 16 * 32 * R; e += 32) prepared.kept[to * 32 * R + e] = nearest.list[e];
+  nearest.write(prepared.kept + to * RowSlots<R>::CAPACITY, prepared.n_kept + to);
   if (lane_id() % 4 == 0)
 #pragma unroll
     for (int half = 0; half < 2; ++half) prepared.cut[to + half * 8 + lane_id() / 4] = nearest.limit[half];
+  if (lane_id() == 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_thinned),
+              static_cast<unsigned long long>(nearest.n_thinned));
 }
 
 // ---- rescore: one warp per query
 
-constexpr int RESCORE_THREADS = 256;
+constexpr int RESCORE_THREADS = 128;
+constexpr int PAIRS = 2 * 32 / QUAD;  // that a warp measures at a time, two by each quad
 
 template <int R>
 struct Measured {
@@ -413,7 +601,7 @@ struct Measured {
 };
 
 template <class T, int R>
-__global__ void __launch_bounds__(RESCORE_THREADS, 2) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
+__global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
   const Knn& op = asked.op;
   const int lane = lane_id();
   const int64_t task = static_cast<int64_t>(blockIdx.x) * (RESCORE_THREADS / 32) + warp_id();
@@ -431,10 +619,12 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 2) knn_rescore_kernel(Asked<T
   for (int64_t split = 0; split < prepared.n_splits; ++split) {
     const int64_t from = (s * prepared.n_splits + split) * prepared.queries.n + i;
     cut = fminf(cut, prepared.cut[from]);
+    const Entry* const kept = prepared.kept + from * RowSlots<R>::CAPACITY;
+    const int n_kept = prepared.n_kept[from];
 #pragma unroll 1
-    for (int r = 0; r < R; ++r) take_32(list, prepared.kept[from * 32 * R + 32 * r + lane], lane);
+    for (int e = lane; e - lane < n_kept; e += 32) take_32(list, e < n_kept ? kept[e] : NO_ENTRY, lane);
   }
-  if (prepared.n_splits > 1) cut = fminf(cut, number_of(warp_shuffle(list[R - 1], 31)));  // others may have fallen off
+  cut = fminf(cut, number_of(warp_shuffle(list[R - 1], 31)));  // others may have fallen off
 
   Entry* const measured = static_shared<Measured<R>>().of_warp[warp_id()];
   auto n_where = [&](auto holds) {
@@ -444,12 +634,16 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 2) knn_rescore_kernel(Asked<T
     return n;
   };
   auto measure = [&](int from, int to) {
-    for (int e = from + lane / QUAD; e - lane / QUAD < to; e += 32 / QUAD) {
-      const bool is_one = e < to;
-      const int32_t j = is_one ? index_of(measured[e]) : 0;
-      const float dist2 = static_cast<float>(
-          pair_dist2(asked.query(s, i), asked.point(s, j), is_one ? op.D : 0, is_aligned));
-      if (is_one && lane % QUAD == 0) measured[e] = dist2 <= within ? make_entry(dist2, j) : NO_ENTRY;
+    for (int e = from + lane / QUAD; e - lane / QUAD < to; e += PAIRS) {
+      const int other = e + PAIRS / 2;
+      const int32_t j = index_of(measured[min(e, to - 1)]), j_other = index_of(measured[min(other, to - 1)]);
+      double dist2[2];
+      two_pairs_dist2(asked.query(s, i), asked.point(s, j), asked.point(s, j_other), op.D, is_aligned, dist2);
+      __syncwarp();
+      auto write = [&](int place, int32_t of, float found) {
+        if (place < to && lane % QUAD == 0) measured[place] = found <= within ? make_entry(found, of) : NO_ENTRY;
+      };
+      write(e, j, static_cast<float>(dist2[0])), write(other, j_other, static_cast<float>(dist2[1]));
     }
     __syncwarp();
   };
@@ -457,11 +651,13 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 2) knn_rescore_kernel(Asked<T
   for (int r = 0; r < R; ++r) measured[32 * r + lane] = list[r];
   __syncwarp();
 
-  // The k of the smallest bounds first, then those whose bound is below what came out.
-  const int k = static_cast<int>(op.k), n = n_where([](float) { return true; }), n_first = min(k, n);
+  // The k of the smallest bounds first, and those that can be measured along with them; then those whose bound is below
+  // what came out.
+  const int k = static_cast<int>(op.k), n = n_where([](float) { return true; });
+  const int n_first = min((k + PAIRS - 1) / PAIRS * PAIRS, n);
   measure(0, n_first);
   Entry last = n < k ? NO_ENTRY : 0;
-  for (int e = lane; e < n_first; e += 32) last = larger(last, measured[e]);
+  for (int e = lane; e < min(k, n); e += 32) last = larger(last, measured[e]);
   last = warp_max(last);
   const float reach = last == NO_ENTRY ? within : number_of(last);
   const float near = limit_of(reach, base, rest, unit);
@@ -582,7 +778,7 @@ __global__ void __launch_bounds__(EXACT_THREADS, 1) knn_exact_kernel(Asked<T> as
 
 // The screen of an op on this device.
 struct Plan {
-  int R = 0;  // lists of L = 32 R; 0: all queries are the exact kernel's
+  int R = 0;  // rows of RowSlots<R>; 0: all queries are the exact kernel's
   bool is_wgmma = false, is_resident = false;
   size_t shared_bytes = 0;
   int64_t n_splits = 1;
@@ -608,10 +804,10 @@ void with_screen(const Plan& plan, const F& f) {
 
 Plan plan_of(const Knn& op) {
   Plan plan;
-  // A list is longer than k by what float16 may confuse. Not tuned yet: a quarter.
+  // More than k points are measured, by what float16 may confuse: of 32 R a quarter.
   for (int R : {4, 2, 1})
     if (op.k + 8 <= 28 * R) plan.R = R;
-  // wgmma's 128 rows of lists of 128 leave no room for anything else
+  // the slots of wgmma's 128 rows leave no room for anything else
   plan.is_wgmma = has_wgmma() && plan.R <= 2;
   if (plan.R == 0) return plan;
   const size_t most = max_shared_bytes();
@@ -653,7 +849,8 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
     Rows taken = {};
     taken.n = round_up(n, ROUND_UP);
     taken.cell = scratch.take<__half>(op.S * taken.n * prepared.depth);
-    if (is_point) taken.floor = scratch.take<float>(op.S * taken.n);
+    if (is_point) taken.column = scratch.take<Column>(op.S * taken.n);
+    if (is_point) taken.hash = scratch.take<uint64_t>(op.S * taken.n);
     if (is_query)
       for (float** x : {&taken.base, &taken.rest, &taken.limit}) *x = scratch.take<float>(op.S * taken.n);
     return taken;
@@ -663,9 +860,14 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
   prepared.points = rows(op.N, true, op.is_self);
   prepared.queries = op.is_self ? prepared.points : rows(op.Q, false, true);
   prepared.n_splits = plan.n_splits;
-  prepared.kept = scratch.take<Entry>(op.S * plan.n_splits * prepared.queries.n * 32 * plan.R);
-  prepared.cut = scratch.take<float>(op.S * plan.n_splits * prepared.queries.n);
+  const int64_t n_rows = op.S * plan.n_splits * prepared.queries.n;
+  with_screen(plan, [&](auto, auto length) {
+    prepared.kept = scratch.take<Entry>(n_rows * RowSlots<decltype(length)::R>::CAPACITY);
+  });
+  prepared.n_kept = scratch.take<int32_t>(n_rows);
+  prepared.cut = scratch.take<float>(n_rows);
   prepared.n_listed = scratch.take<int64_t>(1);
+  prepared.n_thinned = scratch.take<int64_t>(1);
   prepared.listed = scratch.take<int64_t>(op.S * op.Q);
   return prepared;
 }
@@ -695,6 +897,11 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
       const int64_t n_rows = op.S * (prepared.points.n + (op.is_self ? 0 : prepared.queries.n));
       launch(knn_prepare_kernel<T>, n_blocks_for(n_rows, PREPARE_THREADS / 32), PREPARE_THREADS, 0, stream, asked,
              prepared);
+      if (op.N > n_before(op)) {
+        const int64_t half = round_up(std::min<int64_t>(op.N, REPEAT_ROWS), 64) / 2;
+        launch(knn_repeats_kernel<T>, n_blocks_for(op.S * n_blocks_for(op.N, REPEAT_ROWS), 1),
+               static_cast<unsigned>(half), 0, stream, asked, prepared);
+      }
       with_screen(plan, [&](auto engine, auto length) {
         using Engine = decltype(engine);
         constexpr int R = decltype(length)::R;

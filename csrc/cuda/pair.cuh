@@ -69,4 +69,27 @@ __device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
   return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
 }
 
+// pair_dist2 of one row and two others: the row is read, and widened, once.
+template <class T>
+__device__ inline void two_pairs_dist2(const T* a, const T* b0, const T* b1, int64_t D, bool is_aligned,
+                                       double (&dist2)[2]) {
+  double lanes[2][4] = {};
+#pragma unroll 2
+  for (int64_t d = 4 * (threadIdx.x % QUAD); d < D; d += 16) {
+    const float4 x = load_four(a, d, D, is_aligned);
+    const double of_a[4] = {x.x, x.y, x.z, x.w};
+    const float4 y[2] = {load_four(b0, d, D, is_aligned), load_four(b1, d, D, is_aligned)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const double of_b[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const double difference = of_a[e] - of_b[e];
+        lanes[i][e] = __dadd_rn(lanes[i][e], __dmul_rn(difference, difference));
+      }
+    }
+  }
+  dist2[0] = sum_of_lanes(lanes[0]), dist2[1] = sum_of_lanes(lanes[1]);
+}
+
 }  // namespace clmfast
