@@ -95,10 +95,14 @@ class Recorder:
 
     def note(self, example: Tensor) -> Tensor:
         """The part of `advance` that is the host's: a graph that is replayed moves the slot itself."""
-        rows = (self.n_written + torch.arange(len(example))) % self.n_points
+        rows = self.next_rows(len(example))
         self.example[rows] = example
         self.n_written += len(example)
         return rows
+
+    def next_rows(self, n: int) -> Tensor:
+        """The rows [n] that the next n states will be written to."""
+        return (self.n_written + torch.arange(n)) % self.n_points
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs to go on with the same ring."""

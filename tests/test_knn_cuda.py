@@ -37,7 +37,8 @@ extern "C" void counted(const int64_t* size, void* scratch, int64_t* n_listed, d
   const Plan plan = plan_of(op);
   const Prepared prepared = prepared_in(memory, op, plan);
   *n_listed = *prepared.n_listed;
-  *n_thinned = static_cast<double>(*prepared.n_thinned) / static_cast<double>(op.S * ((op.Q + 15) / 16) * plan.n_splits);
+  const int64_t n_warps = op.S * ((op.Q + 15) / 16) * plan.n_splits;
+  *n_thinned = static_cast<double>(*prepared.n_thinned) / static_cast<double>(n_warps);
 }
 """
 ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]

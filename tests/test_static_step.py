@@ -34,8 +34,10 @@ def config(small):
 
 def test_a_batch_is_padded_by_sequences_behind_it(small_tasks):
     packed = small_tasks.pack(small_tasks.splits["train"][:5])
-    batch = StaticBatch(5, small_tasks.max_length, ("instruction_end", "prompt_end"), torch.device("cpu"))
-    batch.fill(packed)
+    static_batch = StaticBatch(5, small_tasks.max_length, ("instruction_end", "prompt_end"))
+    batch = {name: torch.full(shape, -7) for name, shape in static_batch.shapes.items()}
+    static_batch.fill(batch, packed)
+    assert not any((tensor == -7).any() for tensor in batch.values())
     n, offset = len(packed.tokens), batch["offset"].numpy()
     assert (batch["tokens"][:n].numpy() == packed.tokens).all() and (batch["tokens"][n:] == 0).all()
     assert (offset[:6] == packed.offset).all() and offset[-1] == len(batch["tokens"]) == 5 * small_tasks.max_length
@@ -108,6 +110,27 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(config, small_tasks, mea
     np.testing.assert_array_equal(rows(second), expected[7:])
     for mine, other in zip(second.parameters, whole.parameters, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_labels_are_those_of_the_rows_that_are_measured(config, small_tasks, monkeypatch):
+    """Only the rows of the new batches are written, a step ahead; after a resume, all."""
+    training = static(config, small_tasks)
+    window, compute = training.window, training.static._compute
+
+    def watched(*arguments):
+        for ring in ("train", "unseen"):
+            examples = getattr(window, ring).example
+            found = training.static.inputs.on_device[f"labels/{ring}"][:, examples >= 0]
+            assert (found.numpy() == window.labels_of(examples[examples >= 0].numpy())).all()
+        return compute(*arguments)
+
+    monkeypatch.setattr(training.static, "_compute", watched)
+    steps = iter(training)
+    for _ in range(6):
+        next(steps)
+    window.train.note(torch.from_numpy(small_tasks.splits["train"][:3]))  # as a state that was loaded
+    training.static.prepare(training.next_step)
+    assert len(list(steps)) == STEPS + 1 - 6
 
 
 def test_who_replays_a_graph_and_why(small):

@@ -65,7 +65,8 @@ class Window:
     def measure(self, step: int, labels_of: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """(values of `columns` [n_columns] float64, neighbour purity of each task [L, R, n_tasks] float64).
 
-        labels_of: host_labels of the training and of the unseen ring on the device, where the caller keeps them there.
+        labels_of: labels of the examples of the training and of the unseen ring, where the caller keeps them on the
+        device.
         All NaN while the ring holds no more than k states or fewer than there are clusters.
         """
         n, n_unseen = self.train.n_filled, self.unseen.n_filled
@@ -73,11 +74,11 @@ class Window:
             nothing = torch.tensor(torch.nan, dtype=torch.float64, device=self.train.bank.device)
             return nothing.expand(len(self.columns)), nothing.expand(self.per_task_shape)
         if labels_of is None:
-            device = self.train.bank.device
-            labels_of = (
-                from_host(self.host_labels(self.train), device),
-                from_host(self.host_labels(self.unseen), device),
+            train, unseen = (
+                from_host(self.labels_of(ring.example.numpy()), self.train.bank.device)
+                for ring in (self.train, self.unseen)
             )
+            labels_of = train, unseen
         labels, of_unseen = (dict(zip(LABEL_KINDS, together, strict=True)) for together in labels_of)
         near, near_unseen = self._neighbours(labels, of_unseen)
         points = self.train.points[:, :n]
@@ -95,9 +96,9 @@ class Window:
         per_task = task_purity.view(self.per_task_shape)
         return torch.cat([*of_training, *of_queries]), per_task
 
-    def host_labels(self, recorder: Recorder) -> NDArray[np.int64]:
-        """[LABEL_KINDS, N] labels of a ring's rows; of a row that is empty still, anything."""
-        labels = self.tasks.labels(recorder.example.numpy())
+    def labels_of(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[LABEL_KINDS, N] labels of examples [N]; of a row that is empty still (-1), anything."""
+        labels = self.tasks.labels(examples)
         return np.stack([labels[kind] for kind in LABEL_KINDS])
 
     def _neighbours(self, labels: dict[str, Tensor], of_unseen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
