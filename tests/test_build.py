@@ -4,12 +4,14 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from clmfast import ops
 
@@ -24,8 +26,8 @@ NEWEST_TRIED_GLIBC = (2, 36)  # Debian 12, g++ 12: what is built there asks for 
 needs_binutils = pytest.mark.skipif(not (shutil.which("readelf") and shutil.which("c++")), reason="no readelf, no c++")
 
 
-def setup(nvcc: Path, wish: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_HOME": str(nvcc.parent.parent), "CLMFAST_CUDA": wish}
+def setup(nvcc: Path, wish: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_HOME": str(nvcc.parent.parent), "CLMFAST_CUDA": wish, **variables}
     command = [sys.executable, "setup.py", "--version"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -49,6 +51,39 @@ def test_whoever_insists_on_an_old_nvcc_is_told(old_nvcc):
     told = setup(old_nvcc, "1")
     assert told.returncode == 1
     assert "CLMFAST_CUDA=1, but" in told.stderr and "12.0" in told.stderr and "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "codes"),
+    [
+        ("", ["sm_80", "sm_90a", "compute_90"]),
+        ("8.0", ["sm_80"]),
+        ("8.6", ["sm_86"]),
+        ("9.0", ["sm_90a"]),
+        ("9.1", ["compute_90"]),
+        ("12.0", ["compute_90"]),
+    ],
+)
+def test_the_cuda_code_is_compiled_for_one_device_if_asked(device, codes, monkeypatch):
+    for name, value in (("CLMFAST_CUDA", "0"), ("CLMFAST_CUDA_DEVICE", device)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["device_flags"]()
+    assert [flag.split(",code=")[1] for flag in flags] == codes
+
+
+@pytest.mark.parametrize("device", ["8.3", "7.5", "90", "sm_90a"])
+def test_a_device_that_is_none_is_one_line(device, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'release 12.8'\necho '#$ LIBRARIES=-L/nowhere' >&2\n")
+    nvcc.chmod(0o755)
+    told = setup(nvcc, "1", CLMFAST_CUDA_DEVICE=device)
+    assert told.returncode == 1 and told.stderr.count("\n") == 1
+    assert (
+        f"CLMFAST_CUDA_DEVICE must be a compute capability, 8.0, 8.6, 8.7, 8.9 or from 9.0 on, got {device}"
+        in told.stderr
+    )
 
 
 @needs_binutils
