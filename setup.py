@@ -4,6 +4,8 @@
 
 Where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), the CUDA ops are built in, whichever torch stands beside: the
 library asks for nothing of CUDA until a tensor on a GPU arrives. CLMFAST_CUDA=0 leaves them out, =1 insists on them.
+CLMFAST_CUDA_DEVICE=9.0 compiles them for devices of that compute capability alone, which takes less than half the
+time: for whoever builds on the machine that has the GPU.
 
 The library holds torch operators and no Python module, and is compiled against torch's stable ABI: it is tied neither
 to one Python nor to one torch version. It finds torch's libraries because torch is imported before it, so no path of
@@ -43,10 +45,10 @@ NVCC_FLAGS = [
     "-O3",
     "-fmad=false",  # as -ffp-contract=off above: kernels say fmaf where they want one
     "-Xcompiler=-fPIC,-g0,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter",
-    "-gencode=arch=compute_80,code=sm_80",  # 8.x
-    "-gencode=arch=compute_90a,code=sm_90a",  # 9.0
-    "-gencode=arch=compute_90,code=compute_90",  # PTX, for what comes after
 ]
+FOR_8X = "-gencode=arch=compute_80,code=sm_80"
+FOR_90 = "-gencode=arch=compute_90a,code=sm_90a"
+FOR_LATER = "-gencode=arch=compute_90,code=compute_90"  # PTX, which the driver compiles
 
 
 def torch_folder() -> Path:
@@ -83,6 +85,20 @@ def release_of(nvcc: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def device_flags() -> list[str]:
+    """nvcc's flags for every device, or for those of one compute capability."""
+    wish = os.environ.get("CLMFAST_CUDA_DEVICE", "")
+    if not wish:
+        return [FOR_8X, FOR_90, FOR_LATER]
+    if wish in ("8.0", "8.6", "8.7", "8.9"):
+        return [FOR_8X.replace("sm_80", f"sm_{wish.replace('.', '')}")]
+    if not re.fullmatch(r"(9|[1-9]\d)\.\d", wish):
+        raise SystemExit(
+            f"clmfast: CLMFAST_CUDA_DEVICE must be a compute capability, 8.0, 8.6, 8.7, 8.9 or from 9.0 on, got {wish}"
+        )
+    return [FOR_90 if wish == "9.0" else FOR_LATER]
+
+
 def cuda_library_folders(nvcc: str) -> list[str]:
     """As nvcc itself would tell the linker: it may be started by a link or a script elsewhere."""
     told = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
@@ -107,7 +123,7 @@ class BuildOps(build_ext):
         def compile_cuda(source: str) -> str:
             built = Path(self.build_temp, source).with_suffix(".cu.o")
             built.parent.mkdir(parents=True, exist_ok=True)
-            command = [str(nvcc), *NVCC_FLAGS, "-c", source, "-o", str(built)]
+            command = [str(nvcc), *NVCC_FLAGS, *gencode, "-c", source, "-o", str(built)]
             if subprocess.run(command, cwd=ROOT).returncode:
                 raise SystemExit(f"clmfast: {nvcc} failed on {source}, see above; CLMFAST_CUDA=0 builds without CUDA")
             return str(built)
@@ -159,6 +175,7 @@ nvcc = find_nvcc()
 library_dirs = [str(torch / "lib")]
 libraries = ["torch_cpu"]
 link_args = []
+gencode = device_flags() if nvcc else []
 if nvcc:
     library_dirs += cuda_library_folders(nvcc)
     libraries += ["cudart_static", "dl", "rt", "pthread"]

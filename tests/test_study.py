@@ -21,8 +21,8 @@ from clmfast.config import RunConfig, to_dict
 from clmfast.files import write_json
 from clmfast.record import Run
 from clmfast.study import runs as runs_module
-from clmfast.study.__main__ import main, seeds_of, studies
-from clmfast.study.base import StudyError, changed, quick_config
+from clmfast.study.__main__ import drawable, main, plan, seeds_of, studies
+from clmfast.study.base import StudyError, base_config, changed, quick_config
 from clmfast.study.claims import FAILS, HOLDS, TOO_FEW, claim, interval, to_rows
 from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
@@ -204,6 +204,22 @@ def test_configs_of_every_study_are_possible(name):
     assert seeds_of("3..4", studies()[name], is_quick=True) == [3, 4]
 
 
+COMMITTED = Path(__file__).parent.parent / "docs" / "studies"
+
+
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="only in a clone")
+@pytest.mark.parametrize("name", sorted(path.stem for path in COMMITTED.glob("*.csv") if path.stem != "claims"))
+def test_committed_summaries_are_all_that_a_page_is_drawn_from(name, tmp_path):
+    study = studies()[name]
+    seeds = seeds_of(None, study, is_quick=False)
+    with pytest.raises(StudyError, match="must find the finished runs of a study, there are none"):
+        drawable({name: plan(tmp_path, study, seeds[:1], base_config())})
+    (tmp_path / "runs").mkdir()
+    for file in (COMMITTED / "runs").glob("*.npz"):
+        shutil.copy(file, tmp_path / "runs")
+    assert drawable({name: plan(tmp_path, study, seeds, base_config())}) == [name]
+
+
 def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["emergence", "--quick", "--seeds", "0..0", "--out", str(out)]
@@ -251,6 +267,13 @@ def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     shutil.rmtree(run)
     assert main([*command, "--draw"]) == 0
     assert json.loads((out / "claims.json").read_text()) == rows
+
+    # All that can be drawn is drawn, the rest is named.
+    (out / "emergence.html").unlink()
+    assert main(["all", *command[1:], "--draw"]) == 0
+    assert "capacity: left out, " in capsys.readouterr().out
+    assert (out / "emergence.html").exists() and not (out / "capacity.html").exists()
+
     beside(run, ".npz").write_bytes(b"not a zip")
     with pytest.raises(StudyError, match="must be the summary of a run"):
         load_run(run, config)

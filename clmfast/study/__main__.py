@@ -5,6 +5,7 @@
     python -m clmfast.study all --quick                # every study in a tiny size, in studies-quick/
     python -m clmfast.study unseen --seeds 0..19       # more seeds; runs that are there are not trained again
     python -m clmfast.study unseen --draw              # only reads what is there
+    python -m clmfast.study all --draw --out docs/studies      # in a clone: the pages of the committed summaries
 
 A killed study goes on where it was: start it again.
 """
@@ -84,6 +85,20 @@ def plan(folder: Path, study: Study, seeds: list[int], base: RunConfig) -> dict[
     return found
 
 
+def drawable(plans: dict[str, dict[tuple[str, int], Wanted]]) -> list[str]:
+    """Names of the studies whose runs are all there; the others are told. StudyError where there is none."""
+    found = []
+    for name, planned in plans.items():
+        n_missing = sum(not one.is_there() for one in planned.values())
+        if n_missing:
+            print(f"{name}: left out, {n_missing} of its {len(planned)} runs are not there", flush=True)
+        else:
+            found.append(name)
+    if not found:
+        raise StudyError("--draw must find the finished runs of a study, there are none: run it without --draw")
+    return found
+
+
 def train(folder: Path, wanted: list[Wanted], base: RunConfig, asked: argparse.Namespace) -> None:
     """Train what is missing, with as many processes and threads as do the most steps per second."""
     from clmfast.study.progress import StudyProgress
@@ -154,6 +169,8 @@ def work(asked: argparse.Namespace) -> None:
     }
     if not asked.draw:
         train(folder, [one for planned in plans.values() for one in planned.values()], base, asked)
+    elif asked.name == "all":
+        chosen = {name: chosen[name] for name in drawable(plans)}
 
     from clmfast.study.pages import facts_of, write_pages
 

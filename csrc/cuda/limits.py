@@ -35,8 +35,7 @@ class Use(NamedTuple):
 def nvcc_flags() -> list[str]:
     """Those of the build, without its devices."""
     text = (HERE.parent.parent / "setup.py").read_text()
-    flags = re.findall(r'"([^"]+)"', text.split("NVCC_FLAGS = [", 1)[1].split("\n]", 1)[0])
-    return [flag for flag in flags if not flag.startswith("-gencode")]
+    return re.findall(r'"([^"]+)"', text.split("NVCC_FLAGS = [", 1)[1].split("\n]", 1)[0])
 
 
 def short_names(mangled: list[str]) -> dict[str, str]:
