@@ -238,4 +238,3 @@ class StaticStep:
         return self.training.model.states(
             batch["tokens"], batch["offset"], position=batch["position"], kept=batch["ends"], tap=ring
         )
-
