@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +215,7 @@ def copy_gbs(device: str) -> float:
     return 2 * x.numel() / eager_us(lambda i: y.copy_(x), device) / 1e3
 
 
-def in_turns(contenders: dict[str, Callable[[], object]], n_warm: int, n_timed: int) -> dict[str, float]:
+def in_turns(contenders: Mapping[str, Callable[[], object]], n_warm: int, n_timed: int) -> dict[str, float]:
     """Median seconds of a call of each, one after the other."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(n_warm + n_timed):

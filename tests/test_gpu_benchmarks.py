@@ -262,6 +262,8 @@ def test_the_default_run(small, monkeypatch):
         return time.perf_counter() - begun_s
 
     monkeypatch.setattr(gpu_run, "run", run_a_small_one)
+    # A run sets these for its process.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     before = torch.are_deterministic_algorithms_enabled()
     report = Report("cpu")
     try:

@@ -234,6 +234,12 @@ def test_what_runs_on_a_gpu_needs_nothing_that_is_not_there(monkeypatch):
     subprocess.run([sys.executable, "-c", WITHOUT_OTHERS], cwd=ROOT, check=True, timeout=300)
 
 
+def test_sections_do_not_know_who_runs_them():
+    files = [path for path in (ROOT / "benchmarks").glob("gpu_*.py") if path.name != "gpu_check.py"]
+    assert len(files) >= 7 and not any("import gpu_check" in p.read_text() for p in files)
+    assert not any("from benchmarks.gpu_check" in path.read_text() for path in files)
+
+
 @pytest.mark.parametrize(
     ("kernel", "name"),
     [
