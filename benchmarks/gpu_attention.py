@@ -149,13 +149,13 @@ def forward_backward(attention: Attention, qkv: Tensor, grad: Tensor, lengths: T
 class Gate:
     """Lets pass who is as right as torch's own products in this dtype, measured from float64.
 
-    Everyone computes the whole batch; its first and last sequences are compared.
+    Everyone computes the whole batch; its first and last sequences are compared, of long ones the last but one.
     """
 
     def __init__(self, shape: Shape, device: str) -> None:
         self.qkv, self.grad, self.lengths = inputs(shape, 0, device)
-        n_each = 1 if shape.T >= 512 else 2  # float64 on a CPU takes its time
-        self.of = torch.tensor(sorted({*range(n_each), *range(shape.B - n_each, shape.B)}), device=device)
+        ends = range(4) if shape.T < 512 else range(1)  # float64 on a CPU takes seconds for a long sequence
+        self.of = torch.tensor([(i - 2) % shape.B for i in ends], device=device)
         qkv, grad = (x.detach()[self.of].cpu().double() for x in (self.qkv, self.grad))
         lengths = None if self.lengths is None else self.lengths[self.of].cpu()
         self.exact = [x.detach() for x in forward_backward(reference.attention, qkv.requires_grad_(), grad, lengths)]

@@ -33,7 +33,7 @@ class Search(NamedTuple):
     Q: int = 0
     n_groups: int = 0  # a query and a point of equal group are no neighbours; 0: no groups
     dtype: torch.dtype = torch.float32
-    n_reference: int = 24  # queries of a set that are compared with the reference
+    n_reference: int = 4  # queries of a set that are compared with the reference, which takes 10 ms and more for each
     aim_us: float | None = None
 
     def __str__(self) -> str:
@@ -49,7 +49,8 @@ SEARCHES = [
     Search("clustered", 14, 1024, 128, 10, Q=144, n_groups=40),
 ]
 SEARCHES_OF_MANY = [
-    Search("clustered", 1, 100_000, 128, k, Q=16384, dtype=torch.bfloat16, n_reference=4) for k in (1, 8, 16, 32)
+    Search("clustered", 1, 100_000, 128, k, Q=16384, dtype=torch.bfloat16, n_reference=4)
+    for k in (16, 1, 8, 32)  # the claimed one first
 ]
 
 

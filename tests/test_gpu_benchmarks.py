@@ -172,6 +172,15 @@ def test_a_step_that_is_wrong_is_reported(tiny_steps, small_tasks, monkeypatch):
     assert "the loss of step 0 is" in report.outcome(True) and not report.found["times"]
 
 
+def test_a_compiled_rival_that_is_wrong_gets_no_time(tiny_steps, small_tasks):
+    report = Report("cpu")
+    config = gpu_step.config_of(tiny_steps, "cpu", 0)
+    ours = gpu_step.Contender(gpu_step.static_training(config, small_tasks))
+    gpu_step.race(report, "step", ours, ours, config, small_tasks, 1, 1.0, [0.1, 0.1])
+    assert not report.found["times"] and not report.found["claims"]
+    assert "the compiled rival left out: the loss of step 0 is" in report.found["notes"][-1]["text"]
+
+
 def test_what_is_compared_of_a_step():
     losses = [3.0, 2.0, 2.0, 1.0, 1.0, 1.0]
     assert gpu_step.losses_differ([losses, [1.0001 * x for x in losses]], losses) == ""
