@@ -1,34 +1,32 @@
 """Attention forward and backward on a GPU against every backend of torch's scaled_dot_product_attention, FlexAttention,
-and flash-attn and xformers where they are installed. A part of benchmarks.gpu_check.
+and flash-attn and xformers where they are installed: sections of benchmarks.gpu_check.
 
 All read the same packed qkv [B, T, 3, H, W] and give its gradient. Ragged: rivals compute the padding, as they know no
-lengths; they are judged by the real tokens alone.
+lengths; they are judged by the real tokens alone. FlexAttention is compiled for every shape, which takes seconds: it
+comes last, and for three shapes only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.contest import Claim
+from benchmarks.gpu_contest import N_INPUTS, Call, Report, claim_ratio, compete, copy_gbs, replayed_us
 from benchmarks.machine import is_installed
 from clmfast import ops
 from clmfast.ops import reference
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check import Report
 
 Attention = Callable[[Tensor, Tensor | None], Tensor]
 """(qkv [B, T, 3, H, W], lengths [B] or None) -> [B, T, H, W]"""
 
 ERROR_OVER_EAGER = 4.0  # error of a contender over that of torch's own products in the same dtype
-LEAST_S = 150.0  # left before a shape begins: itself, mostly compiling, and what follows this section
 COPY_FROM_BYTES = 256 << 20  # of q, k, v and out: from there on, the share of the copying rate is told
-
-
 OPTIONAL = "flash_attn", "xformers"  # rivals that are not a part of torch
 
 
@@ -52,15 +50,18 @@ class Shape(NamedTuple):
         return 4 * self.B * self.T * self.H * self.W * self.dtype.itemsize
 
 
-SHAPES = [
+SHORT = [
     Shape(64, 16, 4, 32, True, 1.3, 2.0),
     Shape(128, 32, 4, 64, True, 1.3, 2.0),
     Shape(512, 64, 8, 64, False, 1.3, 2.0),
     Shape(2048, 64, 8, 64, False, None, None),
+]
+LONG = [
     Shape(64, 128, 8, 64, False, 1.0, 1.2),
     Shape(16, 512, 8, 64, False, None, 0.8),
     Shape(4, 2048, 8, 64, False, None, 0.8),
 ]
+WITH_FLEX = [SHORT[2], *LONG[:2]]
 
 
 def inputs(shape: Shape, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,38 +90,29 @@ def sdpa(qkv: Tensor, lengths: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def rivals(shape: Shape, device: str) -> dict[str, Attention]:
-    """By name. Those that cannot do this shape or dtype raise when they are called."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
+BACKENDS = {  # in the order of their priority
+    "math": [MATH],
+    "flash": [FLASH],
+    "memory-efficient": [EFFICIENT],
+    "cuDNN": [CUDNN],
+    "cuDNN before flash": [CUDNN, FLASH, EFFICIENT, MATH],
+    "flash before cuDNN": [FLASH, CUDNN, EFFICIENT, MATH],
+}
 
-    def by(backend: Any) -> Attention:
+
+def rivals() -> dict[str, Attention]:
+    """By name. Those that cannot do a shape or dtype raise when they are called."""
+
+    def by(backends: list[SDPBackend]) -> Attention:
         def call(qkv: Tensor, lengths: Tensor | None) -> Tensor:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backends, set_priority=True):
                 return sdpa(qkv, lengths)
 
         return call
 
-    found: dict[str, Attention] = {
-        f"SDPA {name}": by(backend)
-        for name, backend in (
-            ("math", SDPBackend.MATH),
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
-            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-        )
-    }
-    if device == "cpu":
-        return found
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, shape.T, shape.T, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def flex(qkv: Tensor, lengths: Tensor | None) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
-
-    found["FlexAttention"] = flex
+    found = {f"SDPA {name}": by(backends) for name, backends in BACKENDS.items()}
     if is_installed("flash_attn"):
         from flash_attn import flash_attn_qkvpacked_func
 
@@ -134,6 +126,20 @@ def rivals(shape: Shape, device: str) -> dict[str, Attention]:
     return found
 
 
+def flex(shape: Shape, device: str) -> Attention:
+    """FlexAttention, compiled when it is called first."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, shape.T, shape.T, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(qkv: Tensor, lengths: Tensor | None) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return call
+
+
 def forward_backward(attention: Attention, qkv: Tensor, grad: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """(result, gradient of qkv)"""
     out = attention(qkv, lengths)
@@ -141,15 +147,20 @@ def forward_backward(attention: Attention, qkv: Tensor, grad: Tensor, lengths: T
 
 
 class Gate:
-    """Lets pass who is as right as torch's own products in this dtype, measured from float64."""
+    """Lets pass who is as right as torch's own products in this dtype, measured from float64.
+
+    Everyone computes the whole batch; its first and last sequences are compared, of long ones the last but one.
+    """
 
     def __init__(self, shape: Shape, device: str) -> None:
-        B = min(shape.B, 4)  # sequences do not know each other
-        self.qkv, self.grad, self.lengths = inputs(shape._replace(B=B), 0, device)
-        exact = self.qkv.detach().double().requires_grad_()
-        self.exact = forward_backward(reference.attention, exact, self.grad.double(), self.lengths)
-        real = torch.full((B,), shape.T, device=device) if self.lengths is None else self.lengths
-        self.real = is_real(real, shape.T)[..., None, None]
+        self.qkv, self.grad, self.lengths = inputs(shape, 0, device)
+        ends = range(4) if shape.T < 512 else range(1)  # float64 on a CPU takes seconds for a long sequence
+        self.of = torch.tensor([(i - 2) % shape.B for i in ends], device=device)
+        qkv, grad = (x.detach()[self.of].cpu().double() for x in (self.qkv, self.grad))
+        lengths = None if self.lengths is None else self.lengths[self.of].cpu()
+        self.exact = [x.detach() for x in forward_backward(reference.attention, qkv.requires_grad_(), grad, lengths)]
+        real = is_real(torch.full((len(self.of),), shape.T) if lengths is None else lengths, shape.T)
+        self.real = real[..., None, None], real[..., None, None, None]
         self.bar = [ERROR_OVER_EAGER * max(e, 1e-6) for e in self.errors(self._by_products)]
 
     @staticmethod
@@ -162,49 +173,83 @@ class Gate:
 
     def errors(self, attention: Attention) -> list[float]:
         """Largest deviations of (result, gradient), at real tokens."""
-        out, grad = (x.detach() for x in forward_backward(attention, self.qkv, self.grad, self.lengths))
-        real = self.real, self.real[..., None]
-        pairs = zip((out, grad), self.exact, real, strict=True)
-        return [float(((found.double() - exact.detach()) * mask).abs().max()) for found, exact, mask in pairs]
+        whole = forward_backward(attention, self.qkv, self.grad, self.lengths)
+        pairs = zip((x.detach()[self.of].cpu().double() for x in whole), self.exact, self.real, strict=True)
+        return [float(((found - exact) * mask).abs().max()) for found, exact, mask in pairs]
 
-    def check(self, name: str, attention: Attention) -> None:
-        """Raises ValueError for a wrong answer."""
+    def wrong(self, attention: Attention) -> str:
+        """What is wrong with its answer; empty: nothing."""
         errors = self.errors(attention)
-        if not all(e <= bar for e, bar in zip(errors, self.bar, strict=True)):
-            raise ValueError(f"{name} is wrong by {errors}, allowed are {self.bar}")
+        if all(e <= bar for e, bar in zip(errors, self.bar, strict=True)):
+            return ""
+        return f"result and gradient are wrong by {errors}, allowed are {self.bar}"
 
 
-def measure(report: Report) -> None:
-    from benchmarks.contest import Claim
-    from benchmarks.gpu_check import N_INPUTS, claim_ratio, compete
-
-    def call(attention: Attention, sets: list[tuple[Tensor, Tensor, Tensor | None]]) -> Callable[[int], object]:
-        return lambda i: forward_backward(attention, *sets[i])
-
+def short(report: Report, shapes: list[Shape] = SHORT) -> None:
+    """Ours and torch's backends."""
     for module in OPTIONAL:
         if not is_installed(module):
             report.note(f"{module} is not installed")
-    for shape in SHAPES:
-        what = str(shape)
-        if not report.has_time(what, LEAST_S):
-            continue
-        gate = Gate(shape, "cuda")
-        sets = [inputs(shape, i, "cuda") for i in range(N_INPUTS)]
-        gate.check("clmfast", ops.attention)
-        calls = {}
-        for name, attention in rivals(shape, "cuda").items():
-            try:
-                gate.check(name, attention)
-            except Exception as error:  # no kernel for this shape, or a wrong answer: no time
-                report.note(f"{what}: {name} left out: {type(error).__name__}: {str(error)[:160]}")
-                continue
-            calls[name] = ("graph", call(attention, sets))
-        times = compete(report, what, call(ops.attention, sets), calls)
-        others = {name: us for name, us in times.items() if name != "clmfast"}
-        if others and (shape.must is not None or shape.aim is not None):
-            claim_ratio(report, what, times, min(others, key=others.__getitem__), shape.must, shape.aim)
-        if shape.n_bytes >= COPY_FROM_BYTES and "copy_gbs" in report.limits:
-            # q, k, v, out forward; those, the gradient of out and that of q, k, v backward
-            moved = shape.n_bytes * (4 + 4 + 1 + 3) / 4
-            share = moved / times["clmfast"] / 1e3 / report.limits["copy_gbs"]
-            report.claims.append(Claim(f"{what}: share of the rate of copying", 100 * share, None, 85, " %"))
+    rate_gbs = copy_gbs(report.device) if any(shape.n_bytes >= COPY_FROM_BYTES for shape in shapes) else 0.0
+    for shape in shapes:
+        with report.shape(str(shape)):
+            measure(report, shape, rate_gbs)
+
+
+def long(report: Report, shapes: list[Shape] = LONG, with_flex: list[Shape] = WITH_FLEX) -> None:
+    """The same for longer sequences; then FlexAttention."""
+    short(report, shapes)
+    for shape in with_flex:
+        what = f"{shape}, FlexAttention"
+        with report.shape(what):
+            gate = Gate(shape, report.device)
+            report.check(what, gate.wrong(ops.attention))
+            sets = sets_of(shape, report.device)
+            ours = replayed_us(call_of(ops.attention, sets), report.device)
+            times = {"clmfast": report.time(what, "clmfast", ours, how="graph")}
+            rival = checked(report, what, {"FlexAttention": flex(shape, report.device)}, gate)
+            for name, attention in rival.items():
+                us = replayed_us(call_of(attention, sets), report.device)
+                times[name] = report.time(what, name, us, how="graph")
+            claim_ratio(report, what, times, "FlexAttention", None, shape.aim)
+
+
+def sets_of(shape: Shape, device: str) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    return [inputs(shape, i, device) for i in range(N_INPUTS)]
+
+
+def call_of(attention: Attention, sets: list[tuple[Tensor, Tensor, Tensor | None]]) -> Call:
+    return lambda i: forward_backward(attention, *sets[i])
+
+
+def checked(report: Report, what: str, contenders: dict[str, Attention], gate: Gate) -> dict[str, Attention]:
+    """Those that are right; the others are named."""
+    found = {}
+    for name, attention in contenders.items():
+        try:
+            why = gate.wrong(attention)
+        except Exception as error:  # no kernel for this shape
+            why = f"{type(error).__name__}: {str(error)[:160]}"
+        if why:
+            report.note(f"{what}: {name} left out: {why}")
+        else:
+            found[name] = attention
+    return found
+
+
+def measure(report: Report, shape: Shape, rate_gbs: float) -> None:
+    what = str(shape)
+    gate = Gate(shape, report.device)
+    report.check(what, gate.wrong(ops.attention))
+    sets = sets_of(shape, report.device)
+    right = checked(report, what, rivals(), gate)
+    calls = {name: ("graph", call_of(attention, sets)) for name, attention in right.items()}
+    times = compete(report, what, call_of(ops.attention, sets), calls)
+    others = {name: us for name, us in times.items() if name != "clmfast"}
+    if others and (shape.must is not None or shape.aim is not None):
+        claim_ratio(report, what, times, min(others, key=others.__getitem__), shape.must, shape.aim)
+    if shape.n_bytes >= COPY_FROM_BYTES:
+        # q, k, v, out forward; those, the gradient of out and that of q, k, v backward
+        moved = shape.n_bytes * (4 + 4 + 1 + 3) / 4
+        share = moved / times["clmfast"] / 1e3 / rate_gbs
+        report.claim(Claim(f"{what}: share of the rate of copying", 100 * share, None, 85, " %"))

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,9 +71,9 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def versions() -> dict[str, str]:
+def versions(names: Sequence[str] = DISTRIBUTIONS) -> dict[str, str]:
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
