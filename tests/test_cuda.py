@@ -306,6 +306,30 @@ def test_separation(separation: emulator.Library, dtype: torch.dtype, S: int, N:
         torch.testing.assert_close(out, expected, rtol=1e-13, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-19, 1.0, 1e18, 2.0**126])
+def test_separation_where_the_screen_cannot_decide(separation: emulator.Library, scale: float) -> None:
+    """Squares that underflow or overflow in float32, centroids that are equal or nearly so, and more than 32 of them."""
+    n_labels, D = 45, 70
+    centre = normal(n_labels, D)
+    centre[20:30] = centre[10:20]
+    centre[30:40] = centre[10:20] * (1 + 1e-7)
+    label = draw(n_labels, 120, seed=1)
+    points = (centre[label] + (draw(2, 120, 1, seed=3) * normal(120, D, seed=2)) * 0.3).clamp(-3.9, 3.9)[None] * scale
+    points[0, 3, 5] = -torch.inf
+    expected = ops.separation(points, label, n_labels)
+    out = torch.full((3, 1), torch.nan, dtype=torch.float64)
+    separation.run(points, 0, label, 1, 120, D, n_labels, out)
+    assert out.isfinite().all()
+    assert_same_bits([out[0]], [expected[0]])
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=0)
+
+
+def test_separation_of_no_points(separation: emulator.Library) -> None:
+    out = torch.zeros(3, 2, dtype=torch.float64)
+    separation.run(normal(2, 0, 3), 0, draw(2, 0), 2, 0, 3, 2, out)
+    assert torch.equal(out.isnan(), ops.separation(normal(2, 0, 3), draw(2, 0), 2).isnan())
+
+
 def test_separation_of_a_label_out_of_range_is_not_a_number(separation: emulator.Library) -> None:
     out = torch.zeros(3, 1, dtype=torch.float64)
     separation.run(normal(1, 4, 3), 0, torch.tensor([0, 1, 2, 0]), 1, 4, 3, 2, out)
