@@ -445,6 +445,7 @@ def other_ops(report: Report) -> None:
 
     points = [clustered(7, 2048, 256, i) for i in range(N_INPUTS)]
     label = torch.randint(20, (2048,), device="cuda")
+    many = torch.randint(4000, (6, 2048), device="cuda")
     index = ops.knn(points[0], 10).index
     for what, call in (
         ("separation 7 x 2048 x 256, 20 groups", lambda i: ops.separation(points[i], label, 20)),
@@ -453,6 +454,10 @@ def other_ops(report: Report) -> None:
         (
             "adjusted Rand, 5 truths x 7 x 2048",
             lambda i: ops.adjusted_rand(label.expand(5, -1), label.expand(7, -1), 20, 20),
+        ),
+        (
+            "adjusted Rand, 6 truths of 4000 x 7 x 2048",
+            lambda i: ops.adjusted_rand(many, label.expand(7, -1), 4000, 20),
         ),
     ):
         report.time(what, "clmfast", replayed_us(call), how="graph")

@@ -162,9 +162,7 @@ extern "C" void scratch_bytes(int64_t N, int64_t n_truth, int64_t n_label, int64
 """)
 
 
-def scores_of(
-    library: emulator.Library, truth: Tensor, label: Tensor, n_truth: int = -1, n_label: int = -1
-) -> Tensor:
+def scores_of(library: emulator.Library, truth: Tensor, label: Tensor, n_truth: int = -1, n_label: int = -1) -> Tensor:
     """Without a promise by default."""
     S, N = label.shape
     scores = torch.full((6, S), torch.nan, dtype=torch.float64)
@@ -308,13 +306,14 @@ def test_separation(separation: emulator.Library, dtype: torch.dtype, S: int, N:
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-19, 1.0, 1e18, 2.0**126])
 def test_separation_where_the_screen_cannot_decide(separation: emulator.Library, scale: float) -> None:
-    """Squares that underflow or overflow in float32, centroids that are equal or nearly so, and more than 32 of them."""
+    """Squares that underflow or overflow in float32, and more than 32 centroids, some equal and some nearly so."""
     n_labels, D = 45, 70
     centre = normal(n_labels, D)
     centre[20:30] = centre[10:20]
     centre[30:40] = centre[10:20] * (1 + 1e-7)
     label = draw(n_labels, 120, seed=1)
-    points = (centre[label] + (draw(2, 120, 1, seed=3) * normal(120, D, seed=2)) * 0.3).clamp(-3.9, 3.9)[None] * scale
+    spread = 0.3 * draw(2, 120, 1, seed=3)  # half of the points are centroids, but for rounding
+    points = (centre[label] + spread * normal(120, D, seed=2)).clamp(-3.9, 3.9)[None] * scale
     points[0, 3, 5] = -torch.inf
     expected = ops.separation(points, label, n_labels)
     out = torch.full((3, 1), torch.nan, dtype=torch.float64)

@@ -100,13 +100,13 @@ __device__ void write_scores(const Totals& totals, int64_t n, bool is_in_range, 
 
 struct Table {
   unsigned *owner, *count;  // [n_slots]: which point's value it is, plus 1; 0: free
-  uint64_t mask;            // n_slots - 1
+  uint32_t mask;            // n_slots - 1
 
   // Of the value that has this hash, which point i brings; is_same says whether another point has the same. What it reads
   // may be older than what others have just written, but only a free slot changes, and those are asked for atomically.
   template <class IsSame>
-  __device__ uint64_t slot(uint64_t hash, int64_t i, const IsSame& is_same) const {
-    for (uint64_t at = hash & mask;; at = (at + 1) & mask) {
+  __device__ uint32_t slot(uint64_t hash, int64_t i, const IsSame& is_same) const {
+    for (uint32_t at = static_cast<uint32_t>(hash) & mask;; at = (at + 1) & mask) {
       unsigned first = owner[at];
       if (first == 0) first = atomicCAS(&owner[at], 0u, static_cast<unsigned>(i + 1));
       if (first == 0 || is_same(first - 1)) return at;
@@ -136,26 +136,27 @@ struct Agreement {
   bool is_ari_only;
   double* scores;  // [6, V * S], or of ari alone [V * S]
   int64_t n_cells, n_rows, n_columns;  // slots
-  unsigned* memory;                    // [V * S, n_words]; null: in shared memory
+  unsigned* memory;                    // [V * S, n_words], where the tables are not in shared memory
 
   __host__ __device__ int64_t n_words() const {  // a multiple of four, which one store can clear
     return (2 * (n_cells + n_rows) + (is_ari_only ? 2 : 3) * n_columns + 3) / 4 * 4;
   }
 };
 
-template <bool IS_ARI_ONLY>
+// IN_SHARED is a constant so that the atomics are those of shared memory.
+template <bool IS_ARI_ONLY, bool IN_SHARED>
 __global__ void __launch_bounds__(THREADS) agreement_kernel(Agreement op) {
   const int64_t i_score = blockIdx.x, v = i_score / op.S, s = i_score % op.S, N = op.N;
   const int64_t* truth = op.truth + v * op.truth_step + s * op.set_truth_step;
   const int64_t* label = op.label + s * op.label_step;
-  unsigned* memory = op.memory ? op.memory + i_score * op.n_words() : dynamic_shared<unsigned>();
+  unsigned* memory = IN_SHARED ? dynamic_shared<unsigned>() : op.memory + i_score * op.n_words();
   const int64_t thread = threadIdx.x;
   for (int64_t i = thread; i < op.n_words() / 4; i += THREADS) reinterpret_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};
-  const Table cells{memory, memory + op.n_cells, static_cast<uint64_t>(op.n_cells - 1)};
+  const Table cells{memory, memory + op.n_cells, static_cast<uint32_t>(op.n_cells - 1)};
   unsigned* next = memory + 2 * op.n_cells;
-  const Table rows{next, next + op.n_rows, static_cast<uint64_t>(op.n_rows - 1)};
+  const Table rows{next, next + op.n_rows, static_cast<uint32_t>(op.n_rows - 1)};
   next += 2 * op.n_rows;
-  const Table columns{next, next + op.n_columns, static_cast<uint64_t>(op.n_columns - 1)};
+  const Table columns{next, next + op.n_columns, static_cast<uint32_t>(op.n_columns - 1)};
   unsigned* largest = next + 2 * op.n_columns;  // [n_columns]: a column's largest cell
   const auto row_of = [&](int64_t i) {
     return rows.slot(hash_of(truth[i]), i, [&](int64_t e) { return truth[e] == truth[i]; });
@@ -183,9 +184,9 @@ __global__ void __launch_bounds__(THREADS) agreement_kernel(Agreement op) {
         continue;
       }
       const uint64_t of_row = hash_of(t);
-      const uint64_t row = rows.slot(of_row, i, [=](int64_t other) { return truth[other] == t; });
-      const uint64_t column = columns.slot(hash_of(l), i, [=](int64_t other) { return label[other] == l; });
-      const uint64_t cell = cells.slot(hash_of(of_row + static_cast<uint64_t>(l)), i,
+      const uint32_t row = rows.slot(of_row, i, [=](int64_t other) { return truth[other] == t; });
+      const uint32_t column = columns.slot(hash_of(l), i, [=](int64_t other) { return label[other] == l; });
+      const uint32_t cell = cells.slot(hash_of(of_row + static_cast<uint64_t>(l)), i,
                                        [=](int64_t other) { return truth[other] == t && label[other] == l; });
       // A count that goes from c to c + 1 makes its square larger by 2 c + 1.
       totals.rows2 += 2 * Count{atomicAdd(&rows.count[row], 1u)} + 1;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(THREADS) agreement_kernel(Agreement op) {
     for (int64_t at = thread; at < op.n_cells; at += THREADS) {
       if (cells.owner[at] == 0) continue;
       const int64_t i = cells.owner[at] - 1;
-      const uint64_t column = column_of(i);
+      const uint32_t column = column_of(i);
       totals.information += information_of(cells.count[at], rows.count[row_of(i)], columns.count[column], N);
       atomicMax(&largest[column], cells.count[at]);
     }
@@ -270,12 +271,15 @@ size_t scratch_bytes(const Agreement& op) {
 
 void launch_agreement(Agreement op, void* scratch, CudaStream stream) {
   if (op.V * op.S == 0) return;
-  const bool is_shared = fits_shared(op);
-  op.memory = is_shared ? nullptr : static_cast<unsigned*>(scratch);
-  const size_t n_bytes = is_shared ? table_bytes(op) : 0;
+  op.memory = static_cast<unsigned*>(scratch);
   const auto n_blocks = static_cast<unsigned>(op.V * op.S);
-  if (op.is_ari_only) launch(agreement_kernel<true>, n_blocks, THREADS, n_bytes, stream, op);
-  else launch(agreement_kernel<false>, n_blocks, THREADS, n_bytes, stream, op);
+  if (fits_shared(op)) {
+    const auto kernel = op.is_ari_only ? agreement_kernel<true, true> : agreement_kernel<false, true>;
+    launch(kernel, n_blocks, THREADS, table_bytes(op), stream, op);
+  } else {
+    const auto kernel = op.is_ari_only ? agreement_kernel<true, false> : agreement_kernel<false, false>;
+    launch(kernel, n_blocks, THREADS, 0, stream, op);
+  }
 }
 
 }  // namespace
