@@ -9,7 +9,7 @@ namespace clmfast {
 
 template <int THREADS>
 struct Members {
-  static constexpr int PER_THREAD = 8;                 // whose loads are under way together
+  static constexpr int PER_THREAD = 8;                  // whose loads are under way together
   static constexpr int AT_ONCE = PER_THREAD * THREADS;  // items of one call of find
   static constexpr int WARPS = THREADS / 32;
 
@@ -17,7 +17,7 @@ struct Members {
   int item[AT_ONCE];
 
   // Of items [first, min(first + AT_ONCE, n_items)) those that is_member(i); returns how many, and `item` has them less
-  // `first`. All threads call it, and a barrier must lie between what they do with `item` and the next call.
+  // `first`, until all threads have come to the next call.
   template <class IsMember>
   __device__ int find(int64_t first, int64_t n_items, const IsMember& is_member) {
     bool is_mine[PER_THREAD];

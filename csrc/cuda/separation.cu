@@ -72,7 +72,7 @@ __device__ bool find_mean(const Separation& op, const Scratch& scratch, bool is_
         for (int64_t at = lane_id(); at < op.D; at += 32) is_row_finite &= isfinite(widen(row[at])) != 0;
         if (!warp_all(is_row_finite) && lane_id() == 0) members.item[e] = -1;
       }
-      __syncthreads();
+      if (is_checked) __syncthreads();
       const T* column = row_of<T>(op, s * op.N + first) + (d < op.D ? d : 0);
       for (int begin = 0; begin < n; begin += UNDER_WAY) {
         float x[UNDER_WAY];
@@ -85,7 +85,6 @@ __device__ bool find_mean(const Separation& op, const Scratch& scratch, bool is_
 #pragma unroll
         for (int e = 0; e < UNDER_WAY; ++e) sum += static_cast<double>(x[e]);  // adding 0 changes no sum
       }
-      __syncthreads();
     }
     if (d == 0) scratch.count[i_group] = count;
     is_finite &= isfinite(sum) != 0;

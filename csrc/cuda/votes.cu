@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(SHARES_THREADS)
 #pragma unroll 8
       for (int e = 0; e < n_queries; ++e) sum += shares.share[e];
     }
-    __syncthreads();
   }
   if (thread == 0) out[i_sum] = sum, out[near.S * n_labels + i_sum] = shares.n_counted;
 }
