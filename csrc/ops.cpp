@@ -443,41 +443,6 @@ Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& trut
 
 // ---- partition_scores
 
-// Of int64 [S, N], every row by itself: the values in order, and where they were.
-std::pair<Tensor, Tensor> sorted(const Tensor& x) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(x), from(std::optional<bool>(true)), from(int64_t{-1}), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-Tensor gathered(const Tensor& x, const Tensor& index) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(x), from(int64_t{1}), from(index), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gather", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// The way of a GPU where no table fits: truth and label [S, N]; of `op` the limits, the scores and is_ari_only are set.
-void score_sorted(SortedPartition op, const Tensor& truth, const Tensor& label, CudaStream stream) {
-  const auto [sorted_label, by_label] = sorted(label);
-  const auto [sorted_truth, by_truth] = sorted(gathered(truth, by_label));
-  const Tensor label_of = gathered(sorted_label, by_truth);
-  op.truth = data<int64_t>(sorted_truth);
-  op.label = data<int64_t>(label_of);
-  op.sorted_label = data<int64_t>(sorted_label);
-  op.S = truth.size(0), op.N = truth.size(1);
-  Tensor memory = scratch(truth, sorted_partition_cuda_scratch(op));
-  sorted_partition_cuda(op, memory.mutable_data_ptr(), stream);
-}
-
-// x [N] or [S, N] as [S, N].
-Tensor of_sets(const Tensor& x, int64_t S) {
-  Tensor sets = empty(x, {S, x.size(x.dim() - 1)}, ScalarType::Long);
-  torch::stable::copy_(sets, x);
-  return sets;
-}
-
 Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<int64_t> n_truth,
                         std::optional<int64_t> n_label) {
   const char* name = "partition_scores";
@@ -511,11 +476,8 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
   op.scores = mutable_data<double>(scores);
   if (is_on_gpu(truth)) {
     on_gpu_of(truth, [&](CudaStream stream) {
-      if (fits_shared(op.n_truth, op.n_label)) return partition_scores_cuda(op, stream);
-      SortedPartition by_sorting{};
-      if (n_truth) by_sorting.truth_end = op.n_truth, by_sorting.label_end = op.n_label;
-      by_sorting.scores = op.scores;
-      score_sorted(by_sorting, of_sets(truth, S), of_sets(label, S), stream);
+      Tensor memory = scratch(truth, partition_scores_cuda_scratch(op));
+      partition_scores_cuda(op, memory.mutable_data_ptr(), stream);
     });
     return scores;
   }
@@ -539,15 +501,8 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
                         truth.size(1),              n_truth,                    n_label,       mutable_data<double>(score)};
   if (is_on_gpu(truth)) {
     on_gpu_of(truth, [&](CudaStream stream) {
-      if (fits_shared(n_truth, n_label + 1)) return adjusted_rand_cuda(op, stream);
-      SortedPartition by_sorting{};
-      by_sorting.truth_end = n_truth, by_sorting.label_begin = -1, by_sorting.label_end = n_label;
-      by_sorting.is_ari_only = true;
-      // One truth at a time, each with all labelings: memory stays that of the labels.
-      for (int64_t v = 0; v < op.V; ++v) {
-        by_sorting.scores = op.score + v * op.S;
-        score_sorted(by_sorting, of_sets(torch::stable::select(truth, 0, v), op.S), of_sets(label, op.S), stream);
-      }
+      Tensor memory = scratch(truth, adjusted_rand_cuda_scratch(op));
+      adjusted_rand_cuda(op, memory.mutable_data_ptr(), stream);
     });
     return score;
   }

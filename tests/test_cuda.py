@@ -111,7 +111,8 @@ extern "C" void share(const int64_t* index, const int64_t* label, const int64_t*
 
 
 @pytest.mark.parametrize(
-    ("S", "Q", "k", "N", "n_labels"), [(1, 2, 1, 3, 2), (3, 45, 10, 40, 4), (2, 7, 77, 100, 5), (1, 0, 3, 4, 2)]
+    ("S", "Q", "k", "N", "n_labels"),
+    [(1, 2, 1, 3, 2), (3, 45, 10, 40, 4), (2, 7, 77, 100, 5), (1, 0, 3, 4, 2), (1, 600, 3, 50, 1), (2, 4500, 7, 90, 3)],
 )
 def test_votes(votes: emulator.Library, S: int, Q: int, k: int, N: int, n_labels: int) -> None:
     index, label, truth = draw(N, S, Q, k, low=-1), draw(n_labels, N, seed=1), draw(n_labels, Q, seed=2)
@@ -144,35 +145,28 @@ def partition() -> emulator.Library:
 #include "partition.cu"
 extern "C" void score(const int64_t* truth, const int64_t* label, int64_t truth_stride, int64_t label_stride, int64_t S,
                       int64_t N, int64_t n_truth, int64_t n_label, double* scores) {
-  clmfast::partition_scores_cuda({truth, label, truth_stride, label_stride, S, N, n_truth, n_label, scores}, nullptr);
+  const clmfast::PartitionScores op{truth, label, truth_stride, label_stride, S, N, n_truth, n_label, scores};
+  std::vector<char> scratch(clmfast::partition_scores_cuda_scratch(op), 99);
+  clmfast::partition_scores_cuda(op, scratch.data(), nullptr);
 }
 extern "C" void rand_score(const int64_t* truth, const int64_t* label, int64_t V, int64_t S, int64_t N, int64_t n_truth,
                            int64_t n_label, double* score) {
-  clmfast::adjusted_rand_cuda({truth, label, V, S, N, n_truth, n_label, score}, nullptr);
+  const clmfast::AdjustedRand op{truth, label, V, S, N, n_truth, n_label, score};
+  std::vector<char> scratch(clmfast::adjusted_rand_cuda_scratch(op), 99);
+  clmfast::adjusted_rand_cuda(op, scratch.data(), nullptr);
 }
-extern "C" void score_sorted(const int64_t* truth, const int64_t* label, const int64_t* sorted, int64_t S, int64_t N,
-                             const int64_t* limits, int64_t is_ari_only, double* scores) {
-  const clmfast::SortedPartition op{truth,     label,     sorted,    S,         N,      limits[0],
-                                    limits[1], limits[2], limits[3], scores, is_ari_only != 0};
-  std::vector<char> scratch(clmfast::sorted_partition_cuda_scratch(op), 99);
-  clmfast::sorted_partition_cuda(op, scratch.data(), nullptr);
+extern "C" void scratch_bytes(int64_t N, int64_t n_truth, int64_t n_label, int64_t* of_both) {
+  of_both[0] = clmfast::partition_scores_cuda_scratch({nullptr, nullptr, N, N, 1, N, n_truth, n_label, nullptr});
+  of_both[1] = clmfast::adjusted_rand_cuda_scratch({nullptr, nullptr, 1, 1, N, n_truth, n_label, nullptr});
 }
 """)
 
 
-def by_sorting(
-    library: emulator.Library, truth: Tensor, label: Tensor, limits: tuple[int, ...] = (0, 0, 0, 0)
-) -> Tensor:
-    """As csrc/ops.cpp does it."""
+def scores_of(library: emulator.Library, truth: Tensor, label: Tensor, n_truth: int = -1, n_label: int = -1) -> Tensor:
+    """Without a promise by default."""
     S, N = label.shape
-    sorted_label, by_label = label.sort(stable=True)
-    sorted_truth, by_truth = truth.gather(1, by_label).sort(stable=True)
     scores = torch.full((6, S), torch.nan, dtype=torch.float64)
-    label_of = sorted_label.gather(1, by_truth)
-    library.score_sorted(sorted_truth, label_of, sorted_label, S, N, torch.tensor(limits), False, scores)
-    only = torch.full((S,), torch.nan, dtype=torch.float64)
-    library.score_sorted(sorted_truth, label_of, sorted_label, S, N, torch.tensor(limits), True, only)
-    assert_same_bits([only], [scores[0]])
+    library.score(truth, label, N, N, S, N, n_truth, n_label, scores)
     return scores
 
 
@@ -186,9 +180,9 @@ def test_partition_scores(partition: emulator.Library, S: int, N: int, n_truth: 
     expected = torch.stack(ops.partition_scores(truth, label))
     found = []
     for seed in partition.seeds(2):
-        dense = torch.full((6, S), torch.nan, dtype=torch.float64)
-        partition.score(truth, label, N, N, S, N, n_truth, n_label, dense)
-        found += [dense] + ([by_sorting(partition, truth, label)] if seed == 0 else [])
+        found.append(scores_of(partition, truth, label, n_truth, n_label))
+        if seed == 0:
+            found.append(scores_of(partition, truth, label))
     for scores in found:
         assert_same_bits([scores], [found[0]])
         assert_same_bits([scores[0], scores[5]], [expected[0], expected[5]])
@@ -207,35 +201,73 @@ def test_partition_scores(partition: emulator.Library, S: int, N: int, n_truth: 
 )
 def test_special_partitions(partition: emulator.Library, truth: list[int], label: list[int]) -> None:
     t, l = torch.tensor([truth]), torch.tensor([label])
-    dense = torch.empty(6, 1, dtype=torch.float64)
-    partition.score(t, l, 0, 0, 1, len(truth), 3, 3, dense)
-    expected = torch.stack(ops.partition_scores(t, l))
-    assert_same_bits([dense], [by_sorting(partition, t, l)])
-    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-15)
-    assert torch.equal(dense == 0, expected == 0) and torch.equal(dense == 1, expected == 1)
+    found, expected = scores_of(partition, t, l, 3, 3), torch.stack(ops.partition_scores(t, l))
+    assert_same_bits([found], [scores_of(partition, t, l)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    assert torch.equal(found == 0, expected == 0) and torch.equal(found == 1, expected == 1)
 
 
 def test_partitions_of_any_values(partition: emulator.Library) -> None:
     values = torch.tensor([-(2**63), -1, 0, 7, 2**63 - 1])
     truth, label = draw(5, 2, 90), draw(4, 2, 90, seed=1)
-    assert_same_bits([by_sorting(partition, values[truth], values[label])], [by_sorting(partition, truth, label)])
+    assert_same_bits([scores_of(partition, values[truth], values[label])], [scores_of(partition, truth, label)])
 
 
 def test_partitions_out_of_range_are_not_numbers(partition: emulator.Library) -> None:
     truth, label = draw(4, 3, 50), draw(4, 3, 50, seed=1)
     label[0, 7], truth[1, 49] = 4, -1
-    dense = torch.empty(6, 3, dtype=torch.float64)
-    partition.score(truth, label, 50, 50, 3, 50, 4, 4, dense)
-    assert_same_bits([dense.isnan()], [by_sorting(partition, truth, label, (0, 4, 0, 4)).isnan()])
-    assert dense.isnan().all(dim=0).tolist() == [True, True, False] and not dense[:, 2].isnan().any()
+    found = scores_of(partition, truth, label, 4, 4)
+    assert found.isnan().all(dim=0).tolist() == [True, True, False] and not found[:, 2].isnan().any()
 
 
-@pytest.mark.parametrize(("V", "S", "N"), [(1, 1, 0), (2, 3, 1), (3, 2, 200)])
-def test_adjusted_rand(partition: emulator.Library, V: int, S: int, N: int) -> None:
-    truth, label = draw(70, V, N), draw(6, S, N, seed=1) - 1
-    score = torch.full((V, S), torch.nan, dtype=torch.float64)
-    partition.rand_score(truth, label, V, S, N, 90, 5, score)
-    assert_same_bits([score], [ops.adjusted_rand(truth, label, 90, 5)])
+def adjusted_rand_of(library: emulator.Library, truth: Tensor, label: Tensor, n_truth: int, n_label: int) -> Tensor:
+    score = torch.full((len(truth), len(label)), torch.nan, dtype=torch.float64)
+    library.rand_score(truth, label, len(truth), *label.shape, n_truth, n_label, score)
+    return score
+
+
+@pytest.mark.parametrize(
+    ("V", "S", "N", "n_truth", "n_label"),
+    [(1, 1, 0, 90, 5), (1, 1, 0, 0, 0), (2, 3, 1, 90, 5), (3, 2, 200, 90, 5), (2, 2, 700, 10**6, 20), (1, 1, 64, 1, 1)],
+)
+def test_adjusted_rand(partition: emulator.Library, V: int, S: int, N: int, n_truth: int, n_label: int) -> None:
+    truth, label = draw(max(n_truth, 1), V, N), draw(n_label + 1, S, N, seed=1) - 1
+    for _ in partition.seeds(2):
+        score = adjusted_rand_of(partition, truth, label, n_truth, n_label)
+        assert_same_bits([score], [ops.adjusted_rand(truth, label, n_truth, n_label)])
+
+
+@pytest.mark.parametrize("n_label", [1, 40, 3000])
+def test_adjusted_rand_of_as_many_values_as_points(partition: emulator.Library, n_label: int) -> None:
+    """Tables as full as they get: every point is a class and a cell of its own, and there are many or few clusters."""
+    N = 341  # of 512 slots, one more would double them
+    truth = torch.randperm(N, generator=torch.Generator().manual_seed(0)).mul(1 << 12)[None]
+    label = torch.arange(N)[None] % n_label
+    for _ in partition.seeds(2):
+        score = adjusted_rand_of(partition, truth, label, N << 12, n_label)
+        assert_same_bits([score], [ops.adjusted_rand(truth, label, N << 12, n_label)])
+
+
+def test_adjusted_rand_out_of_range_is_not_a_number(partition: emulator.Library) -> None:
+    truth, label = draw(4, 2, 50), draw(4, 3, 50, seed=1)
+    truth[0, 7], label[1, 49], label[2, 0] = 4, -2, -1
+    score = adjusted_rand_of(partition, truth, label, 4, 4)
+    assert score.isnan().tolist() == [[True, True, True], [False, True, False]]
+    assert adjusted_rand_of(partition, truth[1:], label[:1], 4, 0).isnan().all()
+
+
+def test_tables_that_shared_memory_does_not_hold(partition: emulator.Library) -> None:
+    N = 9000
+    truth, label = draw(7000, 1, N), draw(5000, 1, N, seed=1)
+    n_bytes = torch.zeros(2, dtype=torch.int64)
+    partition.scratch_bytes(N, 7000, 5000, n_bytes)
+    assert (n_bytes > 227 * 1024).all()
+    scores, score = (f(partition, truth, label, 7000, 5000) for f in (scores_of, adjusted_rand_of))
+    expected = torch.stack(ops.partition_scores(truth, label))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-13)
+    assert_same_bits([scores[0], score[0]], [expected[0], expected[0]])
+    partition.scratch_bytes(2048, 10**6, 20, n_bytes)  # a window, however many instructions there are
+    assert (n_bytes == 0).all()
 
 
 # ---- separation
@@ -270,6 +302,31 @@ def test_separation(separation: emulator.Library, dtype: torch.dtype, S: int, N:
         separation.run(points, DTYPES.index(dtype), label, S, N, D, n_labels + 2, out)
         assert_same_bits([out[0]], [expected[0]])
         torch.testing.assert_close(out, expected, rtol=1e-13, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-19, 1.0, 1e18, 2.0**126])
+def test_separation_where_the_screen_cannot_decide(separation: emulator.Library, scale: float) -> None:
+    """Squares that underflow or overflow in float32, and more than 32 centroids, some equal and some nearly so."""
+    n_labels, D = 45, 70
+    centre = normal(n_labels, D)
+    centre[20:30] = centre[10:20]
+    centre[30:40] = centre[10:20] * (1 + 1e-7)
+    label = draw(n_labels, 120, seed=1)
+    spread = 0.3 * draw(2, 120, 1, seed=3)  # half of the points are centroids, but for rounding
+    points = (centre[label] + spread * normal(120, D, seed=2)).clamp(-3.9, 3.9)[None] * scale
+    points[0, 3, 5] = -torch.inf
+    expected = ops.separation(points, label, n_labels)
+    out = torch.full((3, 1), torch.nan, dtype=torch.float64)
+    separation.run(points, 0, label, 1, 120, D, n_labels, out)
+    assert out.isfinite().all()
+    assert_same_bits([out[0]], [expected[0]])
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=0)
+
+
+def test_separation_of_no_points(separation: emulator.Library) -> None:
+    out = torch.zeros(3, 2, dtype=torch.float64)
+    separation.run(normal(2, 0, 3), 0, draw(2, 0), 2, 0, 3, 2, out)
+    assert torch.equal(out.isnan(), ops.separation(normal(2, 0, 3), draw(2, 0), 2).isnan())
 
 
 def test_separation_of_a_label_out_of_range_is_not_a_number(separation: emulator.Library) -> None:

@@ -38,7 +38,7 @@ def by_seed(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Ca
     label, truth = draw(7, 3, 200, seed=seed), draw(5, 3, 200, seed=seed + 1)
     start = draw(5, 2, 9, seed=seed)
     index = draw(200, 3, 50, 10, seed=seed, low=-1)
-    many = draw(5000, 3, 200, seed=seed)  # no table fits
+    many = draw(5000, 3, 200, seed=seed)
     return {
         "capture_rows": (capture, (normal(9, 6, 64, seed=seed).to(dtype), start, start + 1, torch.tensor([seed + 14]))),
         "knn": (lambda p: ops.knn(p, 10), (points,)),
@@ -47,6 +47,7 @@ def by_seed(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Ca
         "partition_scores": (lambda t, l: ops.partition_scores(t, l, n_truth=5, n_label=7), (truth, label)),
         "partition_scores of any": (ops.partition_scores, (truth, many)),
         "adjusted_rand": (lambda t, l: (ops.adjusted_rand(t, l - 1, 5, 7),), (truth, label)),
+        "adjusted_rand of many": (lambda t, l: (ops.adjusted_rand(t, l - 1, 5000, 7),), (many, label)),
         "majority_vote": (lambda i, l: (ops.majority_vote(i, l),), (index, label[0])),
         "label_shares": (lambda i, l, t: (ops.label_shares(i, l, t, 7),), (index, label[0], label[1, :50])),
         "separation": (lambda p, l: (ops.separation(p, l, 7),), (points, label[0])),

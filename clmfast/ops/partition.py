@@ -32,9 +32,9 @@ def partition_scores(
 
     truth, label: [N] or [S, N] int64; a labeling of shape [N] is shared by all sets, and two of them are one set (S =
     1).
-    n_truth, n_label: promise that values lie in [0, n_truth) and [0, n_label), which are then counted in a dense
-    table; a value outside, -1 included, is an error. Without them any values are allowed, each a class of its own,
-    counted by sorting.
+    n_truth, n_label: promise that values lie in [0, n_truth) and [0, n_label), which a CPU then counts in a dense
+    table; a value outside, -1 included, is an error. Without them any values are allowed, each a class of its own, and
+    a CPU counts by sorting.
 
     Chance: for independent labelings ari is 0 on average, and only ari. MI then exceeds 0 by about
     (classes - 1)(clusters - 1) / (2 N), and with it nmi, homogeneity and completeness; purity is at least the share

@@ -1,10 +1,14 @@
-// partition_scores and adjusted_rand on the GPU; the contract is ../partition.h.
+// partition_scores and adjusted_rand on the GPU by hashing; the contract is ../partition.h.
 //
-// Whoever counts, a thread that found a cell, a row or a column adds what it means to integers that a block shares: pair
-// counts, and the terms of the entropies in units of 2^-56. Integer sums have no order, so a score does not depend on how
-// its cells were found: in a table in shared memory, one block per score, or as runs of sorted pairs where no table fits.
+// One block per score counts the classes, the clusters and the pairs of both (cells) in three hash tables. A slot belongs
+// to the first point that came with its value, so that any int64 can be a value. The tables lie in shared memory, or where
+// they do not fit, in scratch memory.
+//
+// All that is added up are integers: pair counts, and the terms of the entropies in units of 2^-56. Such sums have no
+// order, so a score does not depend on who came first.
 #include "../partition.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
@@ -15,40 +19,59 @@
 namespace clmfast {
 namespace {
 
-constexpr int THREADS = 512;  // of a block, which makes one score. Not tuned yet
+constexpr int THREADS = 512;     // of a block, which makes one score. Not tuned yet
+constexpr int AT_ONCE = 4;       // points that a thread has under way
 constexpr double UNIT = 0x1p56;  // entropies are below 32, and so are sums of the sizes of their terms
 
 using Count = unsigned long long;
 
-// What one score is made of.
+// What one score is made of. Every thread has a part of its own: atomics on one place would be most of the time.
 struct Totals {
-  Count cells2, rows2, columns2;  // sums of squares
+  Count cells2, rows2, columns2;  // sums of squares: all that ari needs
   Count n_rows, n_columns, n_pure;
   Count information, truth_entropy, label_entropy;  // signed, in units
 };
 
-__device__ void add_entropy_term(Count* sum, double term) {
-  atomicAdd(sum, static_cast<Count>(llrint(term * UNIT)));
+struct Parts {
+  Totals of_warp[THREADS / 32];
+};
+
+// The first N_FIELDS of all threads' totals, in thread 0.
+template <int N_FIELDS>
+__device__ void add_up(Totals& totals) {
+  static_assert(THREADS / 32 <= 32, "");
+  Parts& parts = static_shared<Parts>();
+  Count* field = reinterpret_cast<Count*>(&totals);
+#pragma unroll
+  for (int i = 0; i < N_FIELDS; ++i) {
+    const Count sum = warp_sum(field[i]);
+    if (lane_id() == 0) reinterpret_cast<Count*>(&parts.of_warp[warp_id()])[i] = sum;
+  }
+  __syncthreads();
+  if (warp_id() > 0) return;
+#pragma unroll
+  for (int i = 0; i < N_FIELDS; ++i)
+    field[i] = warp_sum(lane_id() < THREADS / 32 ? reinterpret_cast<Count*>(&parts.of_warp[lane_id()])[i] : Count{0});
 }
+
+__device__ Count units(double term) { return static_cast<Count>(llrint(term * UNIT)); }
 
 __device__ double entropy_of(Count sum) { return static_cast<double>(static_cast<long long>(sum)) / UNIT; }
 
-__device__ void add_cell(Totals& totals, int64_t count, int64_t row, int64_t column, int64_t n) {
-  atomicAdd(&totals.cells2, static_cast<Count>(count) * static_cast<Count>(count));
+// What a cell adds to the mutual information.
+__device__ Count information_of(int64_t count, int64_t row, int64_t column, int64_t n) {
   // As independent as it can be: rounding would leave something, and independent labelings must score exactly 0.
-  if (count * n == row * column) return;
+  if (count * n == row * column) return 0;
   const double term = static_cast<double>(count) / static_cast<double>(n) *
                       (log(static_cast<double>(count)) + log(static_cast<double>(n)) - log(static_cast<double>(row)) -
                        log(static_cast<double>(column)));
-  if (fabs(term) >= DBL_EPSILON) add_entropy_term(&totals.information, term);  // less is noise, as in scikit-learn
+  return fabs(term) >= DBL_EPSILON ? units(term) : 0;  // less is noise, as in scikit-learn
 }
 
-// A row or a column of the table that is not empty.
-__device__ void add_line(Count* squares, Count* n_lines, Count* entropy, int64_t count, int64_t n) {
-  atomicAdd(squares, static_cast<Count>(count) * static_cast<Count>(count));
-  atomicAdd(n_lines, Count{1});
-  const double share = static_cast<double>(count) / static_cast<double>(n);
-  add_entropy_term(entropy, share * (log(static_cast<double>(n)) - log(static_cast<double>(count))));
+// What a row or a column adds to its labeling's entropy.
+__device__ Count entropy_term(int64_t count, int64_t n) {
+  return units(static_cast<double>(count) / static_cast<double>(n) *
+               (log(static_cast<double>(n)) - log(static_cast<double>(count))));
 }
 
 // [ari, nmi, homogeneity, completeness, v_measure, purity], `stride` apart; or ari alone.
@@ -73,170 +96,202 @@ __device__ void write_scores(const Totals& totals, int64_t n, bool is_in_range, 
     out[i * stride] = is_in_range ? scores[i] : __longlong_as_double(0x7ff8000000000000);
 }
 
-// ---- in a table
+// ---- hash tables: open addressing, linear probing
 
-__device__ bool is_below(int64_t value, int64_t n) { return static_cast<uint64_t>(value) < static_cast<uint64_t>(n); }
+struct Table {
+  unsigned *owner, *count;  // [n_slots]: which point's value it is, plus 1; 0: free
+  uint32_t mask;            // n_slots - 1
 
-// One block counts one pair of labelings, whose values begin at 0 and at `first_label`, and writes its score.
-__device__ void score_table(const int64_t* truth, const int64_t* label, int64_t N, int n_truth, int n_label,
-                            int first_label, bool is_ari_only, double* out, int64_t stride) {
-  unsigned* table = dynamic_shared<unsigned>();     // [n_truth, n_label]
-  unsigned* row_sum = table + n_truth * n_label;    // [n_truth]
-  unsigned* column_sum = row_sum + n_truth;         // [n_label]
-  Totals& totals = static_shared<Totals>();
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < n_truth * n_label; i += THREADS) table[i] = 0;
-  if (thread == 0) totals = {};
+  // Of the value that has this hash, which point i brings; is_same says whether another point has the same. What it reads
+  // may be older than what others have just written, but only a free slot changes, and those are asked for atomically.
+  template <class IsSame>
+  __device__ uint32_t slot(uint64_t hash, int64_t i, const IsSame& is_same) const {
+    for (uint32_t at = static_cast<uint32_t>(hash) & mask;; at = (at + 1) & mask) {
+      unsigned first = owner[at];
+      if (first == 0) first = atomicCAS(&owner[at], 0u, static_cast<unsigned>(i + 1));
+      if (first == 0 || is_same(first - 1)) return at;
+    }
+  }
+};
+
+__device__ uint64_t hash_of(uint64_t x) {
+  x = (x ^ x >> 32) * 0x9e3779b97f4a7c15;
+  return x ^ x >> 32;
+}
+
+// The values that are allowed: [begin, begin + n), or with n < 0 any.
+struct Range {
+  int64_t begin, n;
+  __device__ bool holds(int64_t x) const {
+    return n < 0 || static_cast<uint64_t>(x) - static_cast<uint64_t>(begin) < static_cast<uint64_t>(n);
+  }
+};
+
+// The scores of V truths with S labelings each.
+struct Agreement {
+  const int64_t *truth, *label;
+  int64_t truth_step, set_truth_step, label_step;  // between truths, and between sets
+  int64_t V, S, N;
+  Range truths, labels;
+  bool is_ari_only;
+  double* scores;  // [6, V * S], or of ari alone [V * S]
+  int64_t n_cells, n_rows, n_columns;  // slots
+  unsigned* memory;                    // [V * S, n_words], where the tables are not in shared memory
+
+  __host__ __device__ int64_t n_words() const {  // a multiple of four, which one store can clear
+    return (2 * (n_cells + n_rows) + (is_ari_only ? 2 : 3) * n_columns + 3) / 4 * 4;
+  }
+};
+
+// IN_SHARED is a constant so that the atomics are those of shared memory.
+template <bool IS_ARI_ONLY, bool IN_SHARED>
+__global__ void __launch_bounds__(THREADS) agreement_kernel(Agreement op) {
+  const int64_t i_score = blockIdx.x, v = i_score / op.S, s = i_score % op.S, N = op.N;
+  const int64_t* truth = op.truth + v * op.truth_step + s * op.set_truth_step;
+  const int64_t* label = op.label + s * op.label_step;
+  unsigned* memory = IN_SHARED ? dynamic_shared<unsigned>() : op.memory + i_score * op.n_words();
+  const int64_t thread = threadIdx.x;
+  for (int64_t i = thread; i < op.n_words() / 4; i += THREADS) reinterpret_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};
+  const Table cells{memory, memory + op.n_cells, static_cast<uint32_t>(op.n_cells - 1)};
+  unsigned* next = memory + 2 * op.n_cells;
+  const Table rows{next, next + op.n_rows, static_cast<uint32_t>(op.n_rows - 1)};
+  next += 2 * op.n_rows;
+  const Table columns{next, next + op.n_columns, static_cast<uint32_t>(op.n_columns - 1)};
+  unsigned* largest = next + 2 * op.n_columns;  // [n_columns]: a column's largest cell
+  const auto row_of = [&](int64_t i) {
+    return rows.slot(hash_of(truth[i]), i, [&](int64_t e) { return truth[e] == truth[i]; });
+  };
+  const auto column_of = [&](int64_t i) {
+    return columns.slot(hash_of(label[i]), i, [&](int64_t e) { return label[e] == label[i]; });
+  };
   __syncthreads();
+
+  Totals totals = {};
   bool is_in_range = true;
-  for (int64_t i = thread; i < N; i += THREADS) {
-    const int64_t t = truth[i], l = label[i] - first_label;
-    if (is_below(t, n_truth) && is_below(l, n_label)) atomicAdd(&table[t * n_label + l], 1u);
-    else is_in_range = false;
+  for (int64_t first = thread; first < N; first += THREADS * AT_ONCE) {
+    int64_t of_truth[AT_ONCE], of_label[AT_ONCE];
+#pragma unroll
+    for (int e = 0; e < AT_ONCE; ++e) {
+      const int64_t i = min(first + e * THREADS, N - 1);
+      of_truth[e] = truth[i], of_label[e] = label[i];
+    }
+#pragma unroll
+    for (int e = 0; e < AT_ONCE; ++e) {
+      const int64_t i = first + e * THREADS, t = of_truth[e], l = of_label[e];
+      if (i >= N) break;
+      if (!op.truths.holds(t) || !op.labels.holds(l)) {
+        is_in_range = false;
+        continue;
+      }
+      const uint64_t of_row = hash_of(t);
+      const uint32_t row = rows.slot(of_row, i, [=](int64_t other) { return truth[other] == t; });
+      const uint32_t column = columns.slot(hash_of(l), i, [=](int64_t other) { return label[other] == l; });
+      const uint32_t cell = cells.slot(hash_of(of_row + static_cast<uint64_t>(l)), i,
+                                       [=](int64_t other) { return truth[other] == t && label[other] == l; });
+      // A count that goes from c to c + 1 makes its square larger by 2 c + 1.
+      totals.rows2 += 2 * Count{atomicAdd(&rows.count[row], 1u)} + 1;
+      totals.columns2 += 2 * Count{atomicAdd(&columns.count[column], 1u)} + 1;
+      totals.cells2 += 2 * Count{atomicAdd(&cells.count[cell], 1u)} + 1;
+    }
   }
   is_in_range = __syncthreads_and(is_in_range);
-  for (int line = thread; line < n_truth + n_label; line += THREADS) {
-    const bool is_row = line < n_truth;
-    const int first = is_row ? line * n_label : line - n_truth, step = is_row ? 1 : n_label;
-    unsigned sum = 0, most = 0;
-    for (int i = 0; i < (is_row ? n_label : n_truth); ++i) {
-      const unsigned count = table[first + i * step];
-      sum += count;
-      most = max(most, count);
+
+  if constexpr (!IS_ARI_ONLY) {
+    for (int64_t at = thread; at < op.n_cells; at += THREADS) {
+      if (cells.owner[at] == 0) continue;
+      const int64_t i = cells.owner[at] - 1;
+      const uint32_t column = column_of(i);
+      totals.information += information_of(cells.count[at], rows.count[row_of(i)], columns.count[column], N);
+      atomicMax(&largest[column], cells.count[at]);
     }
-    row_sum[line] = sum;  // the columns' sums lie behind
-    if (sum == 0) continue;
-    if (is_row) {
-      add_line(&totals.rows2, &totals.n_rows, &totals.truth_entropy, sum, N);
-    } else {
-      add_line(&totals.columns2, &totals.n_columns, &totals.label_entropy, sum, N);
-      atomicAdd(&totals.n_pure, Count{most});
+    __syncthreads();
+    for (int64_t at = thread; at < op.n_rows; at += THREADS) {
+      if (rows.owner[at] == 0) continue;
+      ++totals.n_rows;
+      totals.truth_entropy += entropy_term(rows.count[at], N);
+    }
+    for (int64_t at = thread; at < op.n_columns; at += THREADS) {
+      if (columns.owner[at] == 0) continue;
+      ++totals.n_columns;
+      totals.label_entropy += entropy_term(columns.count[at], N);
+      totals.n_pure += largest[at];
     }
   }
-  __syncthreads();
-  for (int i = thread; i < n_truth * n_label; i += THREADS)
-    if (table[i]) add_cell(totals, table[i], row_sum[i / n_label], column_sum[i % n_label], N);
-  __syncthreads();
-  if (thread == 0) write_scores(totals, N, is_in_range, is_ari_only, out, stride);
+  add_up<IS_ARI_ONLY ? 3 : sizeof(Totals) / sizeof(Count)>(totals);
+  if (thread == 0) write_scores(totals, N, is_in_range, IS_ARI_ONLY, op.scores + i_score, op.V * op.S);
 }
 
-__global__ void __launch_bounds__(THREADS) table_kernel(PartitionScores op) {
-  const int64_t s = blockIdx.x;
-  score_table(op.truth + s * op.truth_stride, op.label + s * op.label_stride, op.N, static_cast<int>(op.n_truth),
-              static_cast<int>(op.n_label), 0, false, op.scores + s, op.S);
+// ---- launching
+
+// A power of two, so that at least a third is free: of N points with n different values, n < 0: unknown.
+int64_t slots_for(int64_t N, int64_t n) {
+  const int64_t most = n < 0 ? N : std::min(N, n);
+  int64_t n_slots = 1;
+  while (n_slots <= most + most / 2) n_slots *= 2;
+  return n_slots;
 }
 
-__global__ void __launch_bounds__(THREADS) rand_kernel(AdjustedRand op) {
-  const int64_t v = blockIdx.x / op.S, s = blockIdx.x % op.S;
-  score_table(op.truth + v * op.N, op.label + s * op.N, op.N, static_cast<int>(op.n_truth),
-              static_cast<int>(op.n_label) + 1, -1, true, op.score + v * op.S + s, 1);
+void set_slots(Agreement& op) {
+  const bool is_any = op.truths.n < 0 || op.labels.n < 0;
+  op.n_rows = slots_for(op.N, op.truths.n);
+  op.n_columns = slots_for(op.N, op.labels.n);
+  op.n_cells = slots_for(op.N, is_any ? -1 : op.truths.n * op.labels.n);
 }
 
-size_t table_bytes(int64_t n_truth, int64_t n_label) {
-  return static_cast<size_t>(n_truth * n_label + n_truth + n_label) * sizeof(unsigned);
+Agreement agreement_of(const PartitionScores& op) {
+  Agreement all{};
+  all.truth = op.truth, all.label = op.label;
+  all.set_truth_step = op.truth_stride, all.label_step = op.label_stride;
+  all.V = 1, all.S = op.S, all.N = op.N;
+  all.truths = {0, op.n_truth}, all.labels = {0, op.n_label};
+  all.scores = op.scores;
+  set_slots(all);
+  return all;
 }
 
-// ---- by sorted pairs
+Agreement agreement_of(const AdjustedRand& op) {
+  Agreement all{};
+  all.truth = op.truth, all.label = op.label;
+  all.truth_step = op.N, all.label_step = op.N;
+  all.V = op.V, all.S = op.S, all.N = op.N;
+  all.truths = {0, op.n_truth}, all.labels = {-1, op.n_label + 1};
+  all.is_ari_only = true;
+  all.scores = op.score;
+  set_slots(all);
+  return all;
+}
 
-constexpr int64_t POINTS = 4096;  // that one block looks through. Not tuned yet
+size_t table_bytes(const Agreement& op) { return static_cast<size_t>(op.n_words()) * sizeof(unsigned); }
 
-// The first place in ascending values [N], from `begin` on, of one above `value`, or with or_equal of one that is not
-// below it.
-__device__ int64_t first_above(const int64_t* values, int64_t begin, int64_t N, int64_t value, bool or_equal) {
-  int64_t low = begin, high = N;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    const bool is_above = or_equal ? values[middle] >= value : values[middle] > value;
-    if (is_above) high = middle;
-    else low = middle + 1;
+bool fits_shared(const Agreement& op) { return table_bytes(op) + sizeof(Parts) <= max_shared_bytes(); }
+
+size_t scratch_bytes(const Agreement& op) {
+  return fits_shared(op) ? 0 : static_cast<size_t>(op.V * op.S) * table_bytes(op);
+}
+
+void launch_agreement(Agreement op, void* scratch, CudaStream stream) {
+  if (op.V * op.S == 0) return;
+  op.memory = static_cast<unsigned*>(scratch);
+  const auto n_blocks = static_cast<unsigned>(op.V * op.S);
+  if (fits_shared(op)) {
+    const auto kernel = op.is_ari_only ? agreement_kernel<true, true> : agreement_kernel<false, true>;
+    launch(kernel, n_blocks, THREADS, table_bytes(op), stream, op);
+  } else {
+    const auto kernel = op.is_ari_only ? agreement_kernel<true, false> : agreement_kernel<false, false>;
+    launch(kernel, n_blocks, THREADS, 0, stream, op);
   }
-  return low;
-}
-
-struct SortedScratch {
-  Totals* totals;     // [S]
-  unsigned* largest;  // [S, N]: at a label's first place in the sorted labels, its largest cell
-  static constexpr size_t bytes(int64_t S, int64_t N) {
-    return static_cast<size_t>(S) * sizeof(Totals) + static_cast<size_t>(S * N) * sizeof(unsigned);
-  }
-  SortedScratch(void* scratch, int64_t S)
-      : totals(static_cast<Totals*>(scratch)), largest(reinterpret_cast<unsigned*>(totals + S)) {}
-};
-
-// A thread whose point begins a cell, a row or a column measures its length, and adds it up.
-__global__ void __launch_bounds__(THREADS) runs_kernel(SortedPartition op, SortedScratch scratch, int64_t n_parts) {
-  const int64_t N = op.N, s = blockIdx.x / n_parts, first = blockIdx.x % n_parts * POINTS;
-  const int64_t *truth = op.truth + s * N, *label = op.label + s * N, *sorted = op.sorted_label + s * N;
-  Totals& totals = static_shared<Totals>();
-  if (threadIdx.x == 0) totals = {};
-  __syncthreads();
-  for (int64_t i = first + threadIdx.x; i < min(first + POINTS, N); i += THREADS) {
-    const int64_t t = truth[i], l = label[i];
-    const bool begins_row = i == 0 || truth[i - 1] != t, begins_column = i == 0 || sorted[i - 1] != sorted[i];
-    if (begins_row || label[i - 1] != l) {
-      const int64_t row = first_above(truth, 0, N, t, true), row_end = first_above(truth, i, N, t, false);
-      const int64_t column = first_above(sorted, 0, N, l, true), column_end = first_above(sorted, column, N, l, false);
-      const int64_t count = first_above(label, i, row_end, l, false) - i;  // labels ascend within a row
-      add_cell(totals, count, row_end - row, column_end - column, N);
-      atomicMax(&scratch.largest[s * N + column], static_cast<unsigned>(count));
-      if (begins_row) add_line(&totals.rows2, &totals.n_rows, &totals.truth_entropy, row_end - row, N);
-    }
-    if (begins_column)
-      add_line(&totals.columns2, &totals.n_columns, &totals.label_entropy,
-               first_above(sorted, i, N, sorted[i], false) - i, N);
-  }
-  __syncthreads();
-  // The block's part of the set's totals.
-  const int n = sizeof(Totals) / sizeof(Count), thread = static_cast<int>(threadIdx.x);
-  Count *sum = reinterpret_cast<Count*>(scratch.totals + s), *part = reinterpret_cast<Count*>(&totals);
-  if (thread < n) atomicAdd(sum + thread, part[thread]);
-}
-
-struct Pure {
-  Count n;
-};
-
-__global__ void __launch_bounds__(THREADS) sorted_score_kernel(SortedPartition op, SortedScratch scratch) {
-  const int64_t N = op.N, s = blockIdx.x;
-  Pure& pure = static_shared<Pure>();
-  if (threadIdx.x == 0) pure.n = 0;
-  __syncthreads();
-  Count n_pure = 0;
-  for (int64_t i = threadIdx.x; i < N; i += THREADS) n_pure += scratch.largest[s * N + i];
-  atomicAdd(&pure.n, n_pure);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  Totals totals = scratch.totals[s];
-  totals.n_pure = pure.n;
-  const int64_t *truth = op.truth + s * N, *sorted = op.sorted_label + s * N;
-  const bool is_any = op.truth_begin == op.truth_end && op.label_begin == op.label_end;
-  const bool is_in_range = N == 0 || is_any ||
-                           (op.truth_begin <= truth[0] && truth[N - 1] < op.truth_end &&
-                            op.label_begin <= sorted[0] && sorted[N - 1] < op.label_end);
-  write_scores(totals, N, is_in_range, op.is_ari_only, op.scores + s, op.S);
 }
 
 }  // namespace
 
-void partition_scores_cuda(const PartitionScores& op, CudaStream stream) {
-  if (op.S == 0) return;
-  launch(table_kernel, static_cast<unsigned>(op.S), THREADS, table_bytes(op.n_truth, op.n_label), stream, op);
+size_t partition_scores_cuda_scratch(const PartitionScores& op) { return scratch_bytes(agreement_of(op)); }
+void partition_scores_cuda(const PartitionScores& op, void* scratch, CudaStream stream) {
+  launch_agreement(agreement_of(op), scratch, stream);
 }
 
-void adjusted_rand_cuda(const AdjustedRand& op, CudaStream stream) {
-  if (op.V * op.S == 0) return;
-  launch(rand_kernel, static_cast<unsigned>(op.V * op.S), THREADS, table_bytes(op.n_truth, op.n_label + 1), stream, op);
-}
-
-size_t sorted_partition_cuda_scratch(const SortedPartition& op) { return SortedScratch::bytes(op.S, op.N); }
-
-void sorted_partition_cuda(const SortedPartition& op, void* scratch, CudaStream stream) {
-  if (op.S == 0) return;
-  const SortedScratch parts(scratch, op.S);
-  check(cudaMemsetAsync(scratch, 0, SortedScratch::bytes(op.S, op.N), stream));
-  const int64_t n_parts = (op.N + POINTS - 1) / POINTS;
-  if (n_parts > 0) launch(runs_kernel, static_cast<unsigned>(op.S * n_parts), THREADS, 0, stream, op, parts, n_parts);
-  launch(sorted_score_kernel, static_cast<unsigned>(op.S), THREADS, 0, stream, op, parts);
+size_t adjusted_rand_cuda_scratch(const AdjustedRand& op) { return scratch_bytes(agreement_of(op)); }
+void adjusted_rand_cuda(const AdjustedRand& op, void* scratch, CudaStream stream) {
+  launch_agreement(agreement_of(op), scratch, stream);
 }
 
 }  // namespace clmfast
