@@ -1,7 +1,7 @@
 // kmeans on the GPU; the contract is ../kmeans.h. Labels, centroids and inertia are the CPU's bit for bit where the
 // first centroids are: exact sums have no order, and distances and inertia are added up in the CPU's.
 //
-// resident   One launch does all: a cluster of blocks per run keeps its points as bfloat16 in shared memory, and meets at
+// resident   One launch does all: a cluster of blocks per run keeps its points as float16 in shared memory, and meets at
 //            the cluster's barrier. What changes lies in global memory, that is, in the L2 cache: a read of it takes
 //            hardly longer than one of another block's shared memory, and the steps are those of `streaming`.
 // streaming  One launch per step, for points that fit no cluster, and devices without clusters. The host does not wait:
@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     cluster_sync();
   }
   write_start(op, team, z, run, points);
+  bound_moves(op, team, z, run);
   cluster_sync();
   place_centroids(team, z, run);
   cluster_sync();
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* sc
     case Prepare::start:
       return start_step<T, false>(op, team, z, run, points, Tiles(TILE, SLAB), step);
     case Prepare::write_start:
+      bound_moves(op, team, z, run);
       return write_start(op, team, z, run, points);
     case Prepare::place_centroids:
       return place_centroids(team, z, run);

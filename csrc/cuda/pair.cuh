@@ -41,11 +41,11 @@ __device__ inline X sum_of_lanes(X (&lane)[4]) {
   return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// What a lane whose first coordinate is `first` does for its quad's pair.
-template <class A, class B>
+// What a lane whose first coordinate is `first` does for its quad's pair, with AHEAD reads of either row on their way.
+template <int AHEAD, class A, class B>
 __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
   double lane[4] = {};
-#pragma unroll 4
+#pragma unroll AHEAD
   for (int64_t d = first; d < D; d += 16) {
     const float4 x = load_four(a, d, D, is_aligned), y = load_four(b, d, D, is_aligned);
     const double difference[4] = {
@@ -61,12 +61,12 @@ __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, 
 // the one and signed in the other: the other way round, knn's kernels take 14 and k-means' 6 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
-  return pair_dist2_from(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
+  return pair_dist2_from<4>(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
 }
-template <class A, class B>
+template <int AHEAD = 4, class A, class B>
 __device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
   const int thread = static_cast<int>(threadIdx.x);
-  return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
+  return pair_dist2_from<AHEAD>(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
 }
 
 }  // namespace clmfast
