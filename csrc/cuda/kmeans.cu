@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   const Sizes z(op);
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
-  const Run run = Run::at(op, scratch, team.run);
+  Run& run = static_shared<Run>();  // forty pointers, which would take the registers of the reads that are on their way
+  if (thread() == 0) run = Run::at(op, scratch, team.run);
+  __syncthreads();
   const T* points = points_of<T>(op, team.run);
   const Tiles tiles(ceil_div(z.n_tiles, team.n_blocks) * TILE, z.depth);
 
@@ -77,11 +79,14 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
 
   Verdict verdict{true, false};
   int64_t n_iter = 0;
+  const int depth = static_cast<int>(z.depth);
+  load_columns(z, run, tiles, 0, 0, depth);
   while (verdict.is_active) {
     const int parity = ++n_iter % 2;
-    label_points<T, true>(team, z, run, points, tiles, parity);
+    label_points<T, true>(team, z, run, points, tiles, parity, true);
     cluster_sync();
     int n_taken = 0;
+    const Piece piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
     if (has_empty(z, run)) {
       measure_own(team, z, run, points, false);
       cluster_sync();
@@ -89,14 +94,16 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
       cluster_sync();
       n_taken = run.control->n_taken;
     }
-    move_centroids(team, z, run, points, n_taken);
+    move_centroids(team, z, run, points, n_taken, piece);
     if (team.rank == 0 && thread() == 0)
       run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
     cluster_sync();
+    load_columns(z, run, tiles, 0, 0, depth);  // for the next labels, while it is found out whether there are any
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
   // Another block may still be reading what changed in the last iteration.
-  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2);
+  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2, true);
+  cp_async_wait<0>();
   measure_own(team, z, run, points, true);
   if (team.rank == 0 && thread() == 0) run.control->n_iter = n_iter;
 }
@@ -167,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scrat
     n_taken = run.control->n_taken;
   }
   const int64_t n_iter = run.control->n_iter + 1;
-  move_centroids(team, z, run, points, n_taken);
+  move_centroids(team, z, run, points, n_taken, Piece::first(team, z, run));
   __syncthreads();
   const Verdict verdict = judge(op, team, z, run, points, n_iter, n_taken, 0);
   __syncthreads();

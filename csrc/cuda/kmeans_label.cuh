@@ -20,7 +20,6 @@ constexpr int SLAB = 64;  // coordinates that are screened at a time where point
 constexpr int PAD = 8;    // elements behind each row, so that ldmatrix reads eight rows from eight different banks
 constexpr int MAX_TRIALS = 23;  // of a draw: 2 + ln K
 constexpr int TRIALS = 8;       // that are measured side by side
-constexpr int FAR_AHEAD = 8;    // reads of either row on their way: what is measured lies in the L2 cache
 constexpr int BUCKETS = 2 * LANES;  // of clusters, by which points that changed theirs are sorted
 
 // What a block keeps beside the points and the centroids.
@@ -67,7 +66,7 @@ struct Tiles {
            (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(half));
   }
 };
-static_assert(sizeof(Work) % 16 == 0, "what follows is copied by 16 bytes");
+static_assert(sizeof(Work) % 16 == 0 && sizeof(Column) == 16, "both are copied by 16 bytes");
 
 // What v is off by, in parts that depend on the point and parts that depend on the centroid.
 struct Bound {
@@ -110,7 +109,7 @@ __device__ inline void multiply(float (&sum)[2][4][4], const half* points, const
   const int lane = lane_id();
   points += (lane % 16) * stride + lane / 16 * 8;
   columns += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
-#pragma unroll 2
+#pragma unroll 4
   for (int step = 0; step < n_steps; ++step) {
     uint32_t a[2][4], b[4];
 #pragma unroll
@@ -145,7 +144,7 @@ __device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUM
   __syncwarp();
 }
 
-// Coordinates first_d ... of COLUMNS centroids from first_column on.
+// Coordinates first_d ... of COLUMNS centroids from first_column on: they are on their way.
 __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column,
                                     int64_t first_d, int width) {
   const int chunks = width / 8;
@@ -154,8 +153,8 @@ __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles&
     const int64_t from = (first_column + column) * z.depth + first_d + at;
     cp_async_16(tiles.columns + column * tiles.stride + at, run.placed + from);
   }
+  if (thread() < COLUMNS) cp_async_16(tiles.work->column + thread(), run.column + first_column + thread());
   cp_async_commit();
-  if (thread() < COLUMNS) tiles.work->column[thread()] = run.column[first_column + thread()];
 }
 
 // Coordinates first_d ... of n points, placed in the frame; zeros for rows that are none.
@@ -254,6 +253,19 @@ class Candidates {
 
 // ---- decide
 
+// Measures work.pair, each by LANES_EACH lanes with dist2_of.
+template <int LANES_EACH, class T, class Dist2>
+__device__ void measure_pairs(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first,
+                              const Dist2& dist2_of) {
+  for (int base = warp_id() * LANES / LANES_EACH; base < work->n_pairs; base += THREADS / LANES_EACH) {
+    const int at = base + lane_id() / LANES_EACH;
+    const bool is_one = at < work->n_pairs;
+    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
+    const double dist2 = dist2_of(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D);
+    if (is_one && lane_id() % LANES_EACH == 0) work->dist2[e][of_row] = dist2;
+  }
+}
+
 // Measures the close centroids of all rows that have more than one.
 template <class T>
 __device__ void measure_close(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
@@ -266,13 +278,12 @@ __device__ void measure_close(const Sizes& z, const Run& run, const T* points, W
   }
   if (n < 0) work->lost[atomicAdd(&work->n_lost, 1)] = static_cast<uint16_t>(row);
   __syncthreads();
-  for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
-    const int at = base + lane_id() / QUAD;
-    const bool is_one = at < work->n_pairs;
-    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
-    const double dist2 = pair_dist2<FAR_AHEAD>(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D, z.D);
-    if (is_one && lane_id() % QUAD == 0) work->dist2[e][of_row] = dist2;
-  }
+  if (work->n_pairs <= 2 * THREADS / HALF_WARP)
+    measure_pairs<HALF_WARP>(z, run, points, work, first,
+                             [&](const T* a, const float* b) { return half_warp_dist2(a, b, z.D); });
+  else
+    measure_pairs<QUAD>(z, run, points, work, first,
+                        [&](const T* a, const float* b) { return far_pair_dist2(a, b, z.D); });
   constexpr int SIDE_BY_SIDE = LANES / QUAD;
   for (int at = warp_id(); at < work->n_lost; at += N_WARPS) {
     const int of_row = work->lost[at], which = lane_id() / QUAD;
@@ -356,10 +367,11 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, con
 
 // ---- the steps
 
-// Labels the points, and brings the sums up to date with the labels.
+// Labels the points, and brings the sums up to date with the labels. has_columns: load_columns was called for the first
+// columns, which are all that a block with one tile needs.
 template <class T, bool IS_RESIDENT>
 __device__ void label_points(const Team& team, const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
-                             int parity) {
+                             int parity, bool has_columns = false) {
   Work* work = tiles.work;
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t, int64_t first, int n) {
@@ -372,7 +384,10 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
       screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
-                             [&](int64_t d, int width) { load_columns(z, run, tiles, column, d, width); });
+                             [&](int64_t d, int width) {
+                               if (!has_columns) load_columns(z, run, tiles, column, d, width);
+                               has_columns = false;
+                             });
       if (!isnan(norm.norm)) candidates.consider(static_cast<int32_t>(column), n_columns, bound);
     }
     candidates.finish();
@@ -416,7 +431,7 @@ __device__ void measure_own(const Team& team, const Sizes& z, const Run& run, co
       const int r = base + lane_id() / QUAD;
       const int64_t i = first + (r < n ? r : base);
       const int32_t label = run.label[i];
-      const double dist2 = pair_dist2<FAR_AHEAD>(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
+      const double dist2 = far_pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
       if (r < n && lane_id() % QUAD == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
     }
     if (!is_summed) return;

@@ -59,7 +59,32 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
 }
 
 // A row of centroids goes through a warp in pieces of LANES x AHEAD, all reads of a piece on their way together.
-constexpr int AHEAD = 4;  // with 8 the resident kernel needs more registers than there are
+constexpr int AHEAD = 8;
+
+// A piece of centroid k, from `base` on.
+struct Piece {
+  double sum[AHEAD];
+  float before[AHEAD], centre[AHEAD];
+  int32_t n_points;
+
+  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int64_t base) {
+    Piece piece;
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) {
+      const int64_t d = base + e * LANES + lane_id(), at = k * z.D + d;
+      const bool is_there = k < z.K && d < z.D;
+      piece.sum[e] = is_there ? run.sum[at] : 0;
+      piece.before[e] = is_there ? run.centroid[at] : 0;
+      piece.centre[e] = is_there ? run.centre[d] : 0;
+    }
+    piece.n_points = k < z.K ? run.count[k] : 0;
+    return piece;
+  }
+  // The first that for_clusters comes to.
+  static __device__ Piece first(const Team& team, const Sizes& z, const Run& run) {
+    return of(z, run, warp_id() * team.n_blocks + team.rank, 0);
+  }
+};
 
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
@@ -108,43 +133,39 @@ __device__ inline double quotient(double sum, double n, double inverse) {
   return fma(fma(-about, n, sum), inverse, about);
 }
 
-// Moves every centroid to the mean of its points and those that it takes over.
+// Moves every centroid to the mean of its points and those that it takes over. `piece` is the first.
 template <class T>
-__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken) {
+__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken,
+                               Piece piece) {
+  bool is_read = true;
   for_clusters(team, z, [&](int64_t k) {
-    int32_t n = run.count[k];
+    if (!is_read) piece = Piece::of(z, run, k, 0);
+    int32_t n = piece.n_points;
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
     double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
     for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
-      double sum[AHEAD];
-      float before[AHEAD], centre[AHEAD];
-#pragma unroll
-      for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = base + e * LANES + lane_id(), at = k * z.D + (d < z.D ? d : 0);
-        sum[e] = d < z.D ? run.sum[at] : 0;
-        before[e] = d < z.D ? run.centroid[at] : 0;
-        centre[e] = d < z.D ? run.centre[d] : 0;
-      }
+      if (base > 0) piece = Piece::of(z, run, k, base);
+      is_read = false;
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
         if (sign == 0) continue;
 #pragma unroll
         for (int e = 0; e < AHEAD; ++e) {
           const int64_t d = base + e * LANES + lane_id();
-          if (d < z.D) sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+          if (d < z.D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
         }
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         const int64_t d = base + e * LANES + lane_id();
-        const float next = n > 0 && d < z.D ? static_cast<float>(quotient(sum[e], n_points, inverse)) : before[e];
-        const double difference = static_cast<double>(before[e]) - static_cast<double>(next);
+        const float next = n > 0 && d < z.D ? static_cast<float>(quotient(piece.sum[e], n_points, inverse)) : piece.before[e];
+        const double difference = static_cast<double>(piece.before[e]) - static_cast<double>(next);
         const double square = __dmul_rn(difference, difference);
         move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
         if (d < z.D) run.centroid[k * z.D + d] = next;
-        placing.add(z, run, k, d, next, centre[e]);
+        placing.add(z, run, k, d, next, piece.centre[e]);
       }
     }
 #pragma unroll

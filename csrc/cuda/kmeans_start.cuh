@@ -140,17 +140,14 @@ __device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, 
 // float32; by four threads.
 template <class A, class B>
 __device__ float trial_dist2(const A* a, float unit_of_a, const B* b, float unit_of_b, int64_t D) {
-  const bool by_four = is_in_fours(a, D) && is_in_fours(b, D);
   const int64_t n_whole = D / 16 * 16;
   float lane[4] = {};
-#pragma unroll FAR_AHEAD
-  for (int64_t d = thread() % QUAD * 4; d < n_whole; d += 16) {
-    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
+  visit_fours(a, b, n_whole, [&](const float4& x, const float4& y) {
     const float difference[4] = {x.x * unit_of_a - y.x * unit_of_b, x.y * unit_of_a - y.y * unit_of_b,
                                  x.z * unit_of_a - y.z * unit_of_b, x.w * unit_of_a - y.w * unit_of_b};
 #pragma unroll
     for (int e = 0; e < 4; ++e) lane[e] = fmaf(difference[e], difference[e], lane[e]);
-  }
+  });
   float dist2 = sum_of_lanes(lane);
   for (int64_t d = n_whole; d < D; ++d) {
     const float difference = widen(a[d]) * unit_of_a - widen(b[d]) * unit_of_b;
