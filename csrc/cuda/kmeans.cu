@@ -50,12 +50,17 @@ __host__ __device__ int64_t n_start_steps(const Kmeans& op) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* scratch, float* within, int64_t room) {
-  const Sizes z(op);
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
-  Run& run = static_shared<Run>();  // forty pointers, which would take the registers of the reads that are on their way
-  if (thread() == 0) run = Run::at(op, scratch, team.run);
+  struct Shared {  // what would take the registers of the reads that are on their way
+    Run run;
+    Sizes sizes;
+  };
+  Shared& shared = static_shared<Shared>();
+  if (thread() == 0) shared = {Run::at(op, scratch, team.run), Sizes(op)};
   __syncthreads();
+  const Run& run = shared.run;
+  const Sizes& z = shared.sizes;
   const T* points = points_of<T>(op, team.run);
   const Tiles tiles(ceil_div(z.n_tiles, team.n_blocks) * TILE, z.depth);
 

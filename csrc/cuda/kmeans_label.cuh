@@ -109,7 +109,7 @@ __device__ inline void multiply(float (&sum)[2][4][4], const half* points, const
   const int lane = lane_id();
   points += (lane % 16) * stride + lane / 16 * 8;
   columns += (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
-#pragma unroll 4
+#pragma unroll 2
   for (int step = 0; step < n_steps; ++step) {
     uint32_t a[2][4], b[4];
 #pragma unroll

@@ -57,6 +57,7 @@ struct alignas(16) Column {
 struct Sizes {
   int64_t N, D, K, n_tiles, depth, n_columns, n_trials;
 
+  Sizes() = default;
   __host__ __device__ Sizes(const Kmeans& op)
       : N(op.N),
         D(op.D),
