@@ -267,6 +267,13 @@ def scores(report: Report, S: int = 7, N: int = 2048, K: int = 20) -> None:
         report.claim(Claim(f"{what}: microseconds", times["clmfast"], None, 4, "", at_most=True))
         many = [x.expand(5, -1) for x in truth]
         compete(report, f"adjusted Rand 5x{S}x{N}", lambda i: ops.adjusted_rand(many[i], label[i], K, K), {})
+    what, n_values = f"adjusted Rand 6x{S}x{N}, 4000 values", 4000  # as of instructions
+    with report.shape(what):
+        values = torch.randint(n_values, (6, N), device=report.device)
+        expected = [reference.partition_scores(x.cpu(), label[0].cpu()).ari for x in values]
+        report.check(what, differences([ops.adjusted_rand(values, label[0], n_values, K)], [torch.stack(expected)],
+                                       atol=1e-12))  # fmt: skip
+        compete(report, what, lambda i: ops.adjusted_rand(values, label[i], n_values, K), {})
 
 
 def capture(report: Report, n_layers: int = 7, B: int = 128, T: int = 32, D: int = 256, N: int = 2048) -> None:

@@ -30,6 +30,9 @@ extern "C" void run_kmeans(const float* points, int64_t element, const float* in
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) / 256 * 256);
   kmeans_cuda(op, static_cast<Element>(element), aligned, nullptr, static_cast<KmeansPath>(path));
 }
+extern "C" void quotients(const double* sum, const double* n, int64_t size, double* quotient) {
+  for (int64_t i = 0; i < size; ++i) quotient[i] = kmeans_gpu::quotient(sum[i], n[i], 1 / n[i]);
+}
 extern "C" void resident_bytes(int64_t N, int64_t D, int64_t n_blocks, int64_t* bytes) {
   bytes[0] = kmeans_gpu::Tiles::bytes((N + n_blocks - 1) / n_blocks, (D + 15) / 16 * 16);
 }
@@ -111,7 +114,7 @@ def blobs(S, N, D, K, spread=0.3, seed=0):
 @pytest.mark.parametrize("start", ["k-means++", "random", "given"])
 @pytest.mark.parametrize(
     ("S", "N", "D", "K"),
-    [(1, 2, 1, 1), (2, 63, 7, 5), (3, 130, 64, 20), (1, 300, 83, 40), (1, 20, 3, 20), (1, 600, 2, 3)],
+    [(1, 2, 1, 1), (2, 63, 7, 5), (3, 130, 64, 20), (1, 300, 83, 40), (1, 20, 3, 20), (1, 600, 2, 3), (1, 40, 260, 5)],
 )
 def test_odd_shapes(op, S, N, D, K, start):
     points = blobs(S, N, D, max(K // 2, 1), spread=1)
@@ -242,3 +245,17 @@ def test_seven_layers_of_the_window_stay_resident():
     bytes_needed = torch.zeros(1, dtype=torch.int64)
     library().resident_bytes(2048, 256, 8, bytes_needed)
     assert 0 < bytes_needed.item() <= 227 * 1024 - 12 * 1024
+
+
+@needs_emulator
+def test_a_mean_is_rounded_as_a_division_rounds():
+    generator = torch.Generator().manual_seed(0)
+    n = torch.randint(1, 2**31, (10**6,), generator=generator) >> torch.randint(0, 31, (10**6,), generator=generator)
+    n = n.clamp(min=1).double()
+    scale = torch.randint(-160, 128, n.shape, generator=generator).double().exp2()
+    near = (torch.rand(n.shape, generator=generator, dtype=torch.float64) + 1) * scale
+    awkward = torch.cat([near, near * n, (near.float().double() * (1 + 2**-24)) * n, -near, torch.zeros_like(near)])
+    n = n.repeat(5)
+    found = torch.full_like(awkward, torch.nan)
+    library().quotients(awkward, n, len(n), found)
+    assert_same_bits([found], [awkward / n])

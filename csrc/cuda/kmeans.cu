@@ -1,7 +1,7 @@
 // kmeans on the GPU; the contract is ../kmeans.h. Labels, centroids and inertia are the CPU's bit for bit where the
 // first centroids are: exact sums have no order, and distances and inertia are added up in the CPU's.
 //
-// resident   One launch does all: a cluster of blocks per run keeps its points as bfloat16 in shared memory, and meets at
+// resident   One launch does all: a cluster of blocks per run keeps its points as float16 in shared memory, and meets at
 //            the cluster's barrier. What changes lies in global memory, that is, in the L2 cache: a read of it takes
 //            hardly longer than one of another block's shared memory, and the steps are those of `streaming`.
 // streaming  One launch per step, for points that fit no cluster, and devices without clusters. The host does not wait:
@@ -50,10 +50,17 @@ __host__ __device__ int64_t n_start_steps(const Kmeans& op) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* scratch, float* within, int64_t room) {
-  const Sizes z(op);
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
-  const Run run = Run::at(op, scratch, team.run);
+  struct Shared {  // what would take the registers of the reads that are on their way
+    Run run;
+    Sizes sizes;
+  };
+  Shared& shared = static_shared<Shared>();
+  if (thread() == 0) shared = {Run::at(op, scratch, team.run), Sizes(op)};
+  __syncthreads();
+  const Run& run = shared.run;
+  const Sizes& z = shared.sizes;
   const T* points = points_of<T>(op, team.run);
   const Tiles tiles(ceil_div(z.n_tiles, team.n_blocks) * TILE, z.depth);
 
@@ -70,17 +77,21 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     cluster_sync();
   }
   write_start(op, team, z, run, points);
+  bound_moves(op, team, z, run);
   cluster_sync();
   place_centroids(team, z, run);
   cluster_sync();
 
   Verdict verdict{true, false};
   int64_t n_iter = 0;
+  const int depth = static_cast<int>(z.depth);
+  load_columns(z, run, tiles, 0, 0, depth);
   while (verdict.is_active) {
     const int parity = ++n_iter % 2;
-    label_points<T, true>(team, z, run, points, tiles, parity);
+    label_points<T, true>(team, z, run, points, tiles, parity, true);
     cluster_sync();
     int n_taken = 0;
+    const Piece piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
     if (has_empty(z, run)) {
       measure_own(team, z, run, points, false);
       cluster_sync();
@@ -88,14 +99,16 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
       cluster_sync();
       n_taken = run.control->n_taken;
     }
-    move_centroids(team, z, run, points, n_taken);
+    move_centroids(team, z, run, points, n_taken, piece);
     if (team.rank == 0 && thread() == 0)
       run.control->n_changed[1 - parity] = 0;  // read before the last barrier but one
     cluster_sync();
+    load_columns(z, run, tiles, 0, 0, depth);  // for the next labels, while it is found out whether there are any
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
   // Another block may still be reading what changed in the last iteration.
-  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2);
+  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2, true);
+  cp_async_wait<0>();
   measure_own(team, z, run, points, true);
   if (team.rank == 0 && thread() == 0) run.control->n_iter = n_iter;
 }
@@ -126,6 +139,7 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* sc
     case Prepare::start:
       return start_step<T, false>(op, team, z, run, points, Tiles(TILE, SLAB), step);
     case Prepare::write_start:
+      bound_moves(op, team, z, run);
       return write_start(op, team, z, run, points);
     case Prepare::place_centroids:
       return place_centroids(team, z, run);
@@ -165,7 +179,7 @@ __global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scrat
     n_taken = run.control->n_taken;
   }
   const int64_t n_iter = run.control->n_iter + 1;
-  move_centroids(team, z, run, points, n_taken);
+  move_centroids(team, z, run, points, n_taken, Piece::first(team, z, run));
   __syncthreads();
   const Verdict verdict = judge(op, team, z, run, points, n_iter, n_taken, 0);
   __syncthreads();

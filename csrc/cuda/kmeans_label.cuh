@@ -1,4 +1,4 @@
-// The nearest centroid of every point: screened by bfloat16 products of the tensor cores, decided in float64.
+// The nearest centroid of every point: screened by float16 products of the tensor cores, decided in float64.
 //
 // The screen of point p and centroid c, in the frame of kmeans_run.cuh (u = 2^-24, P = |p~|, C = |c~|):
 //   v = |c~|^2 - 2 p^.c^
@@ -17,9 +17,10 @@ namespace clmfast::kmeans_gpu {
 
 constexpr int CLOSE = 6;  // centroids of a point that are measured; with more, all are
 constexpr int SLAB = 64;  // coordinates that are screened at a time where points do not stay in shared memory
-constexpr int PAD = 8;    // bfloat16 behind each row, so that ldmatrix reads eight rows from eight different banks
+constexpr int PAD = 8;    // elements behind each row, so that ldmatrix reads eight rows from eight different banks
 constexpr int MAX_TRIALS = 23;  // of a draw: 2 + ln K
 constexpr int TRIALS = 8;       // that are measured side by side
+constexpr int BUCKETS = 2 * LANES;  // of clusters, by which points that changed theirs are sorted
 
 // What a block keeps beside the points and the centroids.
 struct Work {
@@ -30,13 +31,12 @@ struct Work {
       uint16_t pair[CLOSE * TILE];  // row * CLOSE + which
       uint16_t lost[TILE];          // rows with more than CLOSE close ones
     };
-    struct {  // points that enter a sum, or leave it
-      int32_t cluster[2 * TILE], sorted_cluster[2 * TILE];
-      uint16_t row[2 * TILE], sorted_row[2 * TILE];  // 2 * row + (leaves?)
+    struct {  // points that enter a sum, or leave it, by bucket
+      int32_t cluster[2 * TILE];
+      uint16_t row[2 * TILE];  // 2 * row + (leaves?)
     };
     struct {
       float least[MAX_TRIALS][TILE];
-      double warp_total[MAX_TRIALS][N_WARPS];
       uint16_t trial_pair[TRIALS * TILE];  // row * TRIALS + which
     };
   };
@@ -45,51 +45,66 @@ struct Work {
   int32_t n_close[TILE];  // -1: more than CLOSE
   int32_t label[TILE];
   Column column[COLUMNS];
-  int32_t n_pairs, n_lost, n_entries, n_changed;
+  int32_t n_of[BUCKETS];  // entries
+  int32_t n_pairs, n_lost;
 };
 
 // How shared memory is used.
 struct Tiles {
   Work* work;
-  bfloat16 *points, *columns;  // x^: [rows, stride], [COLUMNS, stride]
+  half *points, *columns;  // x^: [rows, stride], [COLUMNS, stride]
   int stride;
 
   __device__ Tiles(int64_t rows, int64_t depth) : stride(static_cast<int>(depth) + PAD) {
     work = dynamic_shared<Work>();
-    points = reinterpret_cast<bfloat16*>(work + 1);
+    points = reinterpret_cast<half*>(work + 1);
     columns = points + rows * stride;
   }
 
   static constexpr int64_t bytes(int64_t rows, int64_t depth) {
     return static_cast<int64_t>(sizeof(Work)) +
-           (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(bfloat16));
+           (rows + COLUMNS) * (depth + PAD) * static_cast<int64_t>(sizeof(half));
   }
 };
-static_assert(sizeof(Work) % 16 == 0, "what follows is copied by 16 bytes");
+static_assert(sizeof(Work) % 16 == 0 && sizeof(Column) == 16, "both are copied by 16 bytes");
 
+// What v is off by, in parts that depend on the point and parts that depend on the centroid.
 struct Bound {
-  float of_product, of_norm2, of_float64, eta;
+  float of_norm, of_error, own;  // times C; times F; the rest
 
-  __device__ explicit Bound(const Sizes& z) {
-    const float gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
-    of_product = 3 * gamma;  // 2, and half as much again: below the largest D gamma stays below 1/6
-    of_norm2 = (static_cast<float>(z.D) + 512) * 0x1p-28f;
-    of_float64 = (static_cast<float>(z.D) + 128) * 0x1p-56f;
-    eta = static_cast<float>(z.depth) * 0x1p-120f;
+  struct Rates {
+    float of_product, of_norm2, of_float64;
+
+    __device__ explicit Rates(const Sizes& z) {
+      const float gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
+      of_product = 3 * gamma;  // 2, and half as much again: below the largest D gamma stays below 1/6
+      of_norm2 = (static_cast<float>(z.D) + 512) * 0x1p-28f;
+      of_float64 = (static_cast<float>(z.D) + 128) * 0x1p-56f;
+    }
+  };
+  static constexpr float DOUBT = 1.02f;  // covers the float32 arithmetic done here, and E F
+
+  __device__ Bound(const Sizes& z, Norm point) {
+    const Rates rates(z);
+    of_norm = DOUBT * (2 * point.error + (rates.of_product + 2 * rates.of_norm2) * point.norm);
+    of_error = DOUBT * 2 * point.norm;
+    own = DOUBT * rates.of_float64 * point.norm * point.norm + static_cast<float>(z.depth) * 0x1p-120f;
   }
 
-  // 1.02 covers the float32 arithmetic done here, and E F.
-  __device__ float of(Norm p, Norm c) const {
-    return 1.02f * (2 * (p.error * c.norm + p.norm * c.error) + of_product * p.norm * c.norm +
-                    of_norm2 * c.norm * (c.norm + 2 * p.norm) + of_float64 * (p.norm * p.norm + c.norm * c.norm)) +
-           eta;
+  static __device__ float of_centroid(const Sizes& z, float norm) {
+    const Rates rates(z);
+    return DOUBT * (rates.of_norm2 + rates.of_float64) * norm * norm;
+  }
+
+  __device__ float to(const Column& centroid) const {
+    return fmaf(of_norm, centroid.bound.norm, fmaf(of_error, centroid.bound.error, centroid.own + own));
   }
 };
 
 // ---- screen
 
 // sum [2 x 16 rows, 4 x 8 columns] += the warp's rows of points . n_blocks x 8 columns
-__device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, const bfloat16* columns, int stride,
+__device__ inline void multiply(float (&sum)[2][4][4], const half* points, const half* columns, int stride,
                                 int n_steps, int n_blocks) {
   const int lane = lane_id();
   points += (lane % 16) * stride + lane / 16 * 8;
@@ -102,17 +117,17 @@ __device__ inline void multiply(float (&sum)[2][4][4], const bfloat16* points, c
 #pragma unroll
     for (int block = 0; block < 4; block += 2) {
       if (block >= n_blocks) break;
-      const bfloat16* from = columns + block * 8 * stride + step * 16;
+      const half* from = columns + block * 8 * stride + step * 16;
       const bool is_pair = block + 1 < n_blocks;
       if (is_pair)
         ldmatrix_x4(b, from);
       else
         ldmatrix_x2(b, from);
 #pragma unroll
-      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block], a[m], b, sum[m][block]);
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_fp16(sum[m][block], a[m], b, sum[m][block]);
       if (!is_pair) break;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(sum[m][block + 1], a[m], b + 2, sum[m][block + 1]);
+      for (int m = 0; m < 2; ++m) mma_m16n8k16_fp16(sum[m][block + 1], a[m], b + 2, sum[m][block + 1]);
     }
   }
 }
@@ -129,7 +144,7 @@ __device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUM
   __syncwarp();
 }
 
-// Coordinates first_d ... of COLUMNS centroids from first_column on.
+// Coordinates first_d ... of COLUMNS centroids from first_column on: they are on their way.
 __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column,
                                     int64_t first_d, int width) {
   const int chunks = width / 8;
@@ -138,8 +153,8 @@ __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles&
     const int64_t from = (first_column + column) * z.depth + first_d + at;
     cp_async_16(tiles.columns + column * tiles.stride + at, run.placed + from);
   }
+  if (thread() < COLUMNS) cp_async_16(tiles.work->column + thread(), run.column + first_column + thread());
   cp_async_commit();
-  if (thread() < COLUMNS) tiles.work->column[thread()] = run.column[first_column + thread()];
 }
 
 // Coordinates first_d ... of n points, placed in the frame; zeros for rows that are none.
@@ -155,7 +170,7 @@ __device__ void load_slab(const Sizes& z, const Run& run, const T* points, const
   for (int r = thread() / SLAB; r < TILE; r += ROWS) {
     const float x = r < n && d < z.D ? place(widen(points[(first + r) * z.D + d]), scale, centre) : 0;
     tiles.points[r * tiles.stride + column] =
-        narrow<bfloat16>(x);  // a point that is not finite spoils its own row alone
+        narrow<half>(x);  // a point that is not finite spoils its own row alone
   }
 }
 
@@ -184,15 +199,32 @@ class Candidates {
  public:
   __device__ explicit Candidates(Work* work) : work_(work) {}
 
-  __device__ void consider(int32_t k, float v, float slack) {
-    if (!(v - slack <= limit_)) return;
-    limit_ = fminf(limit_, v + slack);
-    if (n_ == CLOSE) shrink();
-    if (n_ == CLOSE) is_lost_ = true;
-    if (is_lost_) return;
-    work_->close[n_][thread()] = k;
-    work_->low[n_][thread()] = v - slack;
-    ++n_;
+  // n columns that have been screened, of which the first is centroid `first`. Two rounds, neither of which waits for
+  // what the column before it came to: the limit, then those that it leaves.
+  __device__ void consider(int32_t first, int n, const Bound& bound) {
+    const float* screened = work_->screened[warp_id()][lane_id()];
+    auto v_of = [&](int k, float norm2) { return fmaf(-2, screened[k], norm2); };
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) {
+      const Column column = work_->column[k];
+      limit_ = fminf(limit_, v_of(k, column.norm2) + bound.to(column));
+    }
+    uint32_t close = 0;
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) {
+      const Column column = work_->column[k];
+      if (v_of(k, column.norm2) - bound.to(column) <= limit_) close |= 1u << k;
+    }
+    for (; close && !is_lost_; close &= close - 1) {
+      if (n_ == CLOSE) shrink();
+      is_lost_ = n_ == CLOSE;
+      if (is_lost_) break;
+      const int k = __ffs(static_cast<int>(close)) - 1;
+      const Column column = work_->column[k];
+      work_->close[n_][thread()] = first + k;
+      work_->low[n_][thread()] = v_of(k, column.norm2) - bound.to(column);
+      ++n_;
+    }
   }
 
   __device__ void finish() {
@@ -221,6 +253,19 @@ class Candidates {
 
 // ---- decide
 
+// Measures work.pair, each by LANES_EACH lanes with dist2_of.
+template <int LANES_EACH, class T, class Dist2>
+__device__ void measure_pairs(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first,
+                              const Dist2& dist2_of) {
+  for (int base = warp_id() * LANES / LANES_EACH; base < work->n_pairs; base += THREADS / LANES_EACH) {
+    const int at = base + lane_id() / LANES_EACH;
+    const bool is_one = at < work->n_pairs;
+    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
+    const double dist2 = dist2_of(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D);
+    if (is_one && lane_id() % LANES_EACH == 0) work->dist2[e][of_row] = dist2;
+  }
+}
+
 // Measures the close centroids of all rows that have more than one.
 template <class T>
 __device__ void measure_close(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
@@ -233,13 +278,12 @@ __device__ void measure_close(const Sizes& z, const Run& run, const T* points, W
   }
   if (n < 0) work->lost[atomicAdd(&work->n_lost, 1)] = static_cast<uint16_t>(row);
   __syncthreads();
-  for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
-    const int at = base + lane_id() / QUAD;
-    const bool is_one = at < work->n_pairs;
-    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
-    const double dist2 = pair_dist2(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D, z.D);
-    if (is_one && lane_id() % QUAD == 0) work->dist2[e][of_row] = dist2;
-  }
+  if (work->n_pairs <= 2 * THREADS / HALF_WARP)
+    measure_pairs<HALF_WARP>(z, run, points, work, first,
+                             [&](const T* a, const float* b) { return half_warp_dist2(a, b, z.D); });
+  else
+    measure_pairs<QUAD>(z, run, points, work, first,
+                        [&](const T* a, const float* b) { return far_pair_dist2(a, b, z.D); });
   constexpr int SIDE_BY_SIDE = LANES / QUAD;
   for (int at = warp_id(); at < work->n_lost; at += N_WARPS) {
     const int of_row = work->lost[at], which = lane_id() / QUAD;
@@ -275,42 +319,47 @@ __device__ inline int32_t decide(const Work* work) {
 
 // ---- sums
 
-// Adds the points of `entries` that changed their cluster to the sums, and takes them from those they leave.
+// Adds the n points of `cluster` and `row` that changed their cluster to the sums, and takes them from those they leave.
+// Warps share out columns, and then points; a lane has WIDE columns, and AHEAD points on their way.
 template <class T>
-__device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
-  constexpr int AHEAD = 8;  // reads on their way
-  const int n = work->n_entries;
-  // By cluster, so that a thread adds many points before it must write.
-  for (int e = thread(); e < n; e += THREADS) {
-    const int32_t cluster = work->cluster[e];
-    int rank = 0;
-    for (int f = 0; f < n; ++f) rank += work->cluster[f] < cluster || (work->cluster[f] == cluster && f < e);
-    work->sorted_cluster[rank] = cluster;
-    work->sorted_row[rank] = work->row[e];
-    atomicAdd(&run.count[cluster], work->row[e] % 2 ? -1 : 1);
-  }
-  __syncthreads();
-  int width = THREADS;  // threads side by side, a column each; narrow points are summed in several parts
-  while (width / 2 >= z.D && width > LANES) width /= 2;
-  const int n_parts = THREADS / width, part = thread() / width;
-  const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
-  for (int64_t d = thread() % width; d < z.D; d += width) {
-    const double magic = run.magic[d];
-    double sum = 0;
-    for (int base = begin; base < end; base += AHEAD) {
-      float x[AHEAD];
+__device__ void sum_changed(const Sizes& z, const Run& run, const T* points, const Work* work, int64_t first, int n) {
+  constexpr int AHEAD = 8, WIDE = 4;
+  const int D = static_cast<int>(z.D), n_slices = max(static_cast<int>(ceil_div(D, WIDE * LANES)), 1),
+            n_parts = n_slices < N_WARPS ? N_WARPS / n_slices : 1;
+  for (int task = warp_id(); task < n_slices * n_parts; task += N_WARPS) {
+    const int part = task / n_slices, first_d = task % n_slices * WIDE * LANES + lane_id();
+    const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
+    double magic[WIDE], sum[WIDE] = {};
+    int32_t n_more = 0;
 #pragma unroll
-      for (int e = 0; e < AHEAD; ++e)
-        x[e] = widen(points[(first + work->sorted_row[min(base + e, end - 1)] / 2) * z.D + d]);
+    for (int c = 0; c < WIDE; ++c) magic[c] = first_d + c * LANES < D ? run.magic[first_d + c * LANES] : 0;
+    for (int base = begin; base < end; base += AHEAD) {
+      float x[AHEAD][WIDE];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const T* point = points + (first + work->row[min(base + e, end - 1)] / 2) * z.D;
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) x[e][c] = first_d + c * LANES < D ? widen(point[first_d + c * LANES]) : 0;
+      }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         if (base + e >= end) break;
-        const double own = rounded(x[e], magic);
-        sum += work->sorted_row[base + e] % 2 ? -own : own;
-        const int32_t cluster = work->sorted_cluster[base + e];
-        if (base + e + 1 < end && work->sorted_cluster[base + e + 1] == cluster) continue;
-        atomicAdd(&run.sum[cluster * z.D + d], sum);
-        sum = 0;
+        const bool leaves = work->row[base + e] % 2;
+        n_more += leaves ? -1 : 1;
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) {
+          const double own = rounded(x[e][c], magic[c]);
+          sum[c] += leaves ? -own : own;
+        }
+        const int32_t cluster = work->cluster[base + e];
+        if (base + e + 1 < end && work->cluster[base + e + 1] == cluster) continue;
+        if (task % n_slices == 0 && lane_id() == 0) atomicAdd(&run.count[cluster], n_more);
+        n_more = 0;
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) {
+          if (first_d + c * LANES < D) atomicAdd(&run.sum[cluster * z.D + first_d + c * LANES], sum[c]);
+          sum[c] = 0;
+        }
       }
     }
   }
@@ -318,48 +367,54 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, Wor
 
 // ---- the steps
 
-// Labels the points, and brings the sums up to date with the labels.
+// Labels the points, and brings the sums up to date with the labels. has_columns: load_columns was called for the first
+// columns, which are all that a block with one tile needs.
 template <class T, bool IS_RESIDENT>
 __device__ void label_points(const Team& team, const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
-                             int parity) {
+                             int parity, bool has_columns = false) {
   Work* work = tiles.work;
-  const Bound bound(z);
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t, int64_t first, int n) {
     const int64_t i = first + thread();
     const Norm norm = thread() < n ? run.norm[i] : Norm{NAN, 0};
+    const int32_t before = thread() < n ? run.label[i] : -1;
+    const Bound bound(z, norm);
+    if (thread() < BUCKETS) work->n_of[thread()] = 0;
     Candidates candidates(work);
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
       screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
-                             [&](int64_t d, int width) { load_columns(z, run, tiles, column, d, width); });
-      if (isnan(norm.norm)) continue;
-      for (int k = 0; k < n_columns; ++k) {
-        const Column of_column = work->column[k];
-        candidates.consider(static_cast<int32_t>(column) + k,
-                            of_column.norm2 - 2 * work->screened[warp_id()][lane_id()][k],
-                            bound.of(norm, of_column.bound));
-      }
+                             [&](int64_t d, int width) {
+                               if (!has_columns) load_columns(z, run, tiles, column, d, width);
+                               has_columns = false;
+                             });
+      if (!isnan(norm.norm)) candidates.consider(static_cast<int32_t>(column), n_columns, bound);
     }
     candidates.finish();
     __syncthreads();
     measure_close(z, run, points, work, first);
     const int32_t label = decide(work);
-    if (thread() == 0) work->n_entries = work->n_changed = 0;
-    __syncthreads();
-    if (thread() < n && label != run.label[i]) {
-      const int32_t before = run.label[i];
-      const bool enters = label >= 0, leaves = before >= 0;
-      int at = atomicAdd(&work->n_entries, enters + leaves);
-      atomicAdd(&work->n_changed, 1);
-      if (enters) work->cluster[at] = label, work->row[at++] = static_cast<uint16_t>(2 * thread());
-      if (leaves) work->cluster[at] = before, work->row[at] = static_cast<uint16_t>(2 * thread() + 1);
-      run.label[i] = label;
+    const bool has_changed = thread() < n && label != before, enters = has_changed && label >= 0,
+               leaves = has_changed && before >= 0;
+    const int rank_in = enters ? atomicAdd(&work->n_of[label % BUCKETS], 1) : 0,
+              rank_out = leaves ? atomicAdd(&work->n_of[before % BUCKETS], 1) : 0;
+    const int n_changed = __syncthreads_count(has_changed);
+    if (n_changed > 0) {
+      if (has_changed) run.label[i] = label;
+      if (thread() == 0) atomicAdd(&run.control->n_changed[parity], n_changed);
+      // Where each bucket begins: two buckets a lane.
+      const int of_two = work->n_of[2 * lane_id()] + work->n_of[2 * lane_id() + 1], up_to = warp_prefix(of_two);
+      auto begin_of = [&](int32_t cluster) {
+        const int bucket = max(cluster, 0) % BUCKETS, begin = warp_shuffle(up_to - of_two, bucket / 2);
+        return begin + (bucket % 2 ? work->n_of[bucket - 1] : 0);
+      };
+      const int at_in = begin_of(label) + rank_in, at_out = begin_of(before) + rank_out,
+                n_entries = warp_shuffle(up_to, LANES - 1);
+      if (enters) work->cluster[at_in] = label, work->row[at_in] = static_cast<uint16_t>(2 * thread());
+      if (leaves) work->cluster[at_out] = before, work->row[at_out] = static_cast<uint16_t>(2 * thread() + 1);
+      __syncthreads();
+      sum_changed(z, run, points, work, first, n_entries);
     }
-    __syncthreads();
-    if (thread() == 0 && work->n_changed > 0) atomicAdd(&run.control->n_changed[parity], work->n_changed);
-    sum_changed(z, run, points, work, first);
-    __syncthreads();
     row += TILE;
   });
 }
@@ -376,7 +431,7 @@ __device__ void measure_own(const Team& team, const Sizes& z, const Run& run, co
       const int r = base + lane_id() / QUAD;
       const int64_t i = first + (r < n ? r : base);
       const int32_t label = run.label[i];
-      const double dist2 = pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
+      const double dist2 = far_pair_dist2(points + i * z.D, run.centroid + (label < 0 ? 0 : label) * z.D, z.D);
       if (r < n && lane_id() % QUAD == 0) own.dist2[r] = run.dist2[i] = label < 0 ? 0 : dist2;
     }
     if (!is_summed) return;

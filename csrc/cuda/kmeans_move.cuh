@@ -59,7 +59,32 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
 }
 
 // A row of centroids goes through a warp in pieces of LANES x AHEAD, all reads of a piece on their way together.
-constexpr int AHEAD = 4;  // with 8 the resident kernel needs more registers than there are
+constexpr int AHEAD = 8;
+
+// A piece of centroid k, from `base` on.
+struct Piece {
+  double sum[AHEAD];
+  float before[AHEAD], centre[AHEAD];
+  int32_t n_points;
+
+  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int64_t base) {
+    Piece piece;
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) {
+      const int64_t d = base + e * LANES + lane_id(), at = k * z.D + d;
+      const bool is_there = k < z.K && d < z.D;
+      piece.sum[e] = is_there ? run.sum[at] : 0;
+      piece.before[e] = is_there ? run.centroid[at] : 0;
+      piece.centre[e] = is_there ? run.centre[d] : 0;
+    }
+    piece.n_points = k < z.K ? run.count[k] : 0;
+    return piece;
+  }
+  // The first that for_clusters comes to.
+  static __device__ Piece first(const Team& team, const Sizes& z, const Run& run) {
+    return of(z, run, warp_id() * team.n_blocks + team.rank, 0);
+  }
+};
 
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
@@ -70,11 +95,11 @@ __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visi
 struct Placing {
   float scale, squares = 0, errors = 0;
 
-  // x: coordinate d; beyond the last one, nothing.
-  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x) {
+  // x: coordinate d; beyond the last one, nothing. centre: of that coordinate.
+  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x, float centre) {
     if (d >= z.depth) return;
-    const float placed = d < z.D ? place(x, scale, run.centre[d]) : 0;
-    const bfloat16 rounded_x = narrow<bfloat16>(placed);
+    const float placed = d < z.D ? place(x, scale, centre) : 0;
+    const half rounded_x = narrow<half>(placed);
     const float error = placed - widen(rounded_x);
     squares = fmaf(placed, placed, squares);
     errors = fmaf(error, error, errors);
@@ -84,7 +109,9 @@ struct Placing {
   __device__ void finish(const Sizes& z, const Run& run, int64_t k) {
     squares = warp_sum(squares);
     errors = warp_sum(errors);
-    if (lane_id() == 0) run.column[k] = {squares, norm_of(z, squares, errors)};
+    if (lane_id() > 0) return;
+    const Norm norm = norm_of(z, squares, errors);
+    run.column[k] = {squares, norm, Bound::of_centroid(z, norm.norm)};
   }
 };
 
@@ -92,46 +119,53 @@ __device__ inline void place_centroids(const Team& team, const Sizes& z, const R
   for_clusters(team, z, [&](int64_t k) {
     Placing placing{scale_of(run)};
     for (int64_t d = lane_id(); d < z.depth; d += LANES)
-      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0);
+      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0, run.centre[d]);
     placing.finish(z, run, k);
   });
 }
 
-// Moves every centroid to the mean of its points and those that it takes over.
+// sum / n, rounded as a division rounds, for which `inverse` is 1.0 / n: no branches, so that several are under way. The
+// quotient is off by at most 2 ulp, which leaves a remainder of few bits; corrected by it, by 2^-50 ulp. A quotient that
+// is that near the middle between two numbers lies on it, for n < 2^31 keeps others 2^-32 ulp away; and on it lies none:
+// the middle has 54 bits, and so had then the sum.
+__device__ inline double quotient(double sum, double n, double inverse) {
+  const double about = __dmul_rn(sum, inverse);
+  return fma(fma(-about, n, sum), inverse, about);
+}
+
+// Moves every centroid to the mean of its points and those that it takes over. `piece` is the first.
 template <class T>
-__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken) {
+__device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken,
+                               Piece piece) {
+  bool is_read = true;
   for_clusters(team, z, [&](int64_t k) {
-    int32_t n = run.count[k];
+    if (!is_read) piece = Piece::of(z, run, k, 0);
+    int32_t n = piece.n_points;
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
+    const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
     double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
     for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
-      double sum[AHEAD];
-      float before[AHEAD];
-#pragma unroll
-      for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = base + e * LANES + lane_id(), at = k * z.D + (d < z.D ? d : 0);
-        sum[e] = d < z.D ? run.sum[at] : 0;
-        before[e] = d < z.D ? run.centroid[at] : 0;
-      }
+      if (base > 0) piece = Piece::of(z, run, k, base);
+      is_read = false;
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
         if (sign == 0) continue;
 #pragma unroll
         for (int e = 0; e < AHEAD; ++e) {
           const int64_t d = base + e * LANES + lane_id();
-          if (d < z.D) sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+          if (d < z.D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
         }
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         const int64_t d = base + e * LANES + lane_id();
-        const float next = n > 0 && d < z.D ? static_cast<float>(sum[e] / n) : before[e];
-        const double difference = static_cast<double>(before[e]) - static_cast<double>(next);
+        const float next = n > 0 && d < z.D ? static_cast<float>(quotient(piece.sum[e], n_points, inverse)) : piece.before[e];
+        const double difference = static_cast<double>(piece.before[e]) - static_cast<double>(next);
         const double square = __dmul_rn(difference, difference);
         move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
         if (d < z.D) run.centroid[k * z.D + d] = next;
-        placing.add(z, run, k, d, next);
+        placing.add(z, run, k, d, next, piece.centre[e]);
       }
     }
 #pragma unroll
@@ -171,39 +205,20 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   return shared.result;
 }
 
-// Did the centroids move by more than tol? The norms of the points in their frame are mostly enough to tell.
-template <class T>
-__device__ bool has_moved(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
-                          double moved2) {
-  struct Bounds {
-    double exact, low, high;
-  };
-  Bounds& bounds = static_shared<Bounds>();
-  if (thread() == 0) bounds.exact = bounds.low = bounds.high = run.control->bound;
-  __syncthreads();
-  if (bounds.exact < 0) {
-    if (warp_id() == 0) {
-      double squares = 0;
-      for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
-      squares = warp_sum(squares);
-      if (lane_id() == 0) {
-        const double scale = scale_of(run), n = max(run.control->n_finite, 1);
-        const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale,
-                     doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
-        const double of_centre =
-            static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
-        bounds.low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
-        bounds.high = op.tol * ((squares / n * (1 + doubt) + of_centre) / unit);
-      }
-    }
-    __syncthreads();
-  }
-  if (moved2 > bounds.high) return true;
-  if (moved2 <= bounds.low) return false;
-  const double bound = op.tol * variance(z, run, points);
-  // Another block that reads it before it has left this function comes to the same verdict by it.
-  if (team.rank == 0 && thread() == 0) run.control->bound = bound;
-  return moved2 > bound;
+// What the squared moves are compared with, to run.control: the norms of the points in their frame mostly tell enough.
+__device__ inline void bound_moves(const Kmeans& op, const Team& team, const Sizes& z, const Run& run) {
+  if (team.rank > 0 || warp_id() > 0) return;
+  double squares = 0;
+  for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
+  squares = warp_sum(squares);
+  if (lane_id() > 0) return;
+  const double scale = scale_of(run), n = max(run.control->n_finite, 1);
+  const double unit = static_cast<double>(z.D < 1 ? 1 : z.D) * scale * scale,
+               doubt = (static_cast<double>(z.D) + 64) * 0x1p-22;
+  const double of_centre =
+      static_cast<double>(z.D) * 0x1p-46;  // its rounding: |scale mean - centre| < 2^-23 a coordinate
+  run.control->low = op.tol * ((squares / n * (1 - doubt) - of_centre) / unit);
+  run.control->high = op.tol * ((squares / n * (1 + doubt) + of_centre) / unit);
 }
 
 // All threads of all blocks come to the same verdict on iteration n_iter, counted from 1.
@@ -211,22 +226,28 @@ template <class T>
 __device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
                          int64_t n_iter, int n_taken, int parity) {
   struct Moved {
-    double move2[TILE], sum;
+    double move2[TILE], low, high;
   };
   Moved& moved = static_shared<Moved>();
-  if (thread() == 0) moved.sum = 0;
-  for (int64_t first = 0; first < z.K; first += TILE) {
-    __syncthreads();
-    if (first + thread() < z.K) moved.move2[thread()] = run.move2[first + thread()];
-    __syncthreads();
-    if (thread() == 0)
-      for (int64_t k = 0; k < TILE && first + k < z.K; ++k) moved.sum += moved.move2[k];
-  }
-  __syncthreads();
   const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
+  if (thread() == 0) moved.low = run.control->low, moved.high = run.control->high;
+  double moved2 = 0;
+  for (int64_t first = 0; first < z.K; first += TILE) {
+    const int n = static_cast<int>(z.K - first < TILE ? z.K - first : TILE);
+    if (first > 0) __syncthreads();
+    if (thread() < n) moved.move2[thread()] = run.move2[first + thread()];
+    __syncthreads();
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) moved2 += moved.move2[k];
+  }
   // Unchanged labels have the same means as before, so the centroids fit, unless an empty cluster took a point.
-  return {has_changed && n_iter < op.max_iter && has_moved(op, team, z, run, points, moved.sum),
-          !has_changed && n_taken == 0};
+  Verdict verdict{has_changed && n_iter < op.max_iter && moved2 > moved.low, !has_changed && n_taken == 0};
+  if (!verdict.is_active || moved2 > moved.high) return verdict;
+  const double bound = op.tol * variance(z, run, points);
+  // Another block that reads either of them before it has left this function comes to the same verdict.
+  if (team.rank == 0 && thread() == 0) run.control->low = run.control->high = bound;
+  verdict.is_active = moved2 > bound;
+  return verdict;
 }
 
 }  // namespace clmfast::kmeans_gpu

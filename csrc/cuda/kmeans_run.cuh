@@ -5,8 +5,9 @@
 // step none reads what another writes. So the steps are the same for a cluster, which waits at its barrier, and for
 // launches, each of which is a step.
 //
-// The frame. Points are screened as bfloat16 in a frame of their own: x~ = float32(scale x - centre), x^ = bfloat16(x~).
-// `scale` is a power of two that brings all coordinates below 1, `centre` about the mean. No result depends on it.
+// The frame. Points are screened as float16 in a frame of their own: x~ = float32(scale x - centre), x^ = float16(x~).
+// `scale` is a power of two that brings all coordinates below 1, `centre` about the mean. No result depends on it. float16
+// leaves an eighth of bfloat16's error, and |x~| < 8 (mostly < 2) is in its range.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@
 
 namespace clmfast::kmeans_gpu {
 
-using bfloat16 = __nv_bfloat16;
+using half = __half;
 
 constexpr int LANES = 32;
 constexpr int N_WARPS = 8;
@@ -29,7 +30,7 @@ constexpr int COLUMNS = 32;    // centroids, or points drawn, that are screened 
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Control {
-  double bound;  // on the squared moves of the centroids together; negative: not known yet
+  double low, high;  // bounds of what the squared moves of the centroids together must exceed for another iteration
   int64_t n_iter;
   int32_t reach;  // bits of the largest |coordinate|
   int32_t n_finite, n_taken;
@@ -47,14 +48,16 @@ struct Norm {
   float error;  // at least |scale x - centre - x^|
 };
 
-struct Column {
+struct alignas(16) Column {
   float norm2;  // |x~|^2 of a centroid; infinity: there is none
   Norm bound;
+  float own;  // what it adds to the bound of every point; kmeans_label.cuh
 };
 
 struct Sizes {
   int64_t N, D, K, n_tiles, depth, n_columns, n_trials;
 
+  Sizes() = default;
   __host__ __device__ Sizes(const Kmeans& op)
       : N(op.N),
         D(op.D),
@@ -94,7 +97,7 @@ struct Run {
   float* least;            // [2, n_trials, N]: dist2 to the nearest of the chosen and the trial; in the frame's units
   double* total;           // [2, n_trials, n_tiles]: its sum
   float* centroid;         // [K, D]
-  bfloat16* placed;        // [n_columns, depth]: x^ of the centroids
+  half* placed;        // [n_columns, depth]: x^ of the centroids
   Column* column;          // [n_columns]
   int32_t *label, *count;  // [N]: -1 before the first; [K]
   double* sum;             // [K, D]: of the rounded points of each cluster
@@ -131,7 +134,7 @@ struct Run {
     least = parts.take<float>(2 * z.n_trials * z.N);
     total = parts.take<double>(2 * z.n_trials * z.n_tiles);
     centroid = parts.take<float>(z.K * z.D);
-    placed = parts.take<bfloat16>(z.n_columns * z.depth);
+    placed = parts.take<half>(z.n_columns * z.depth);
     column = parts.take<Column>(z.n_columns);
     label = parts.take<int32_t>(z.N);
     count = parts.take<int32_t>(z.K);
@@ -144,6 +147,17 @@ struct Run {
 };
 
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }
+
+// Sum of the lanes up to and with this one.
+template <class X>
+__device__ X warp_prefix(X x) {
+#pragma unroll
+  for (int h = 1; h < LANES; h *= 2) {
+    const X below = warp_shuffle_up(x, h);
+    if (lane_id() >= h) x += below;
+  }
+  return x;
+}
 
 // The blocks that work on one run.
 struct Team {
@@ -194,12 +208,12 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 // within [S, room]: of `known`, which later calls must not trust; or null.
 __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within,
                              int64_t room) {
-  if (team.rank == 0 && thread() == 0) *run.control = {-1.0, 0, 0, 0, 0, {0, 0}, 1, 0};
+  if (team.rank == 0 && thread() == 0) *run.control = {0, 0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
   if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
-  team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}}; });
+  team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}, 0}; });
   team.for_each((z.n_columns - z.K) * z.depth, [&](int64_t e) { run.placed[z.K * z.depth + e] = 0.0f; });
 }
 
@@ -220,7 +234,7 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
       for (int64_t d = thread(); d < z.D; d += THREADS) {
         int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
         double sum = 0;
-#pragma unroll 16
+#pragma unroll 32
         for (int r = 0; r < n; ++r) {
           const float x = widen(points[(first + r) * z.D + d]);
           if (!found.is_finite[r]) continue;
@@ -294,9 +308,9 @@ __device__ inline Norm norm_of(const Sizes& z, float squares, float errors) {
 
 // Norms in the frame; and, where the points stay in shared memory, their x^ [rows of this block, stride].
 template <class T, bool IS_RESIDENT>
-__device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, bfloat16* resident,
+__device__ void place_points(const Team& team, const Sizes& z, const Run& run, const T* points, half* resident,
                              int stride) {
-  constexpr int ROWS = 4;  // of a warp at a time, so that enough reads are on their way
+  constexpr int ROWS = 8;  // of a warp at a time, so that enough reads are on their way
   struct Norm2 {
     float row[TILE];
   };
@@ -313,25 +327,27 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
 #pragma unroll 2
       for (int64_t d = lane_id(); d < z.depth; d += LANES) {
         const float centre = d < z.D ? centre_of(run, d, scale) : 0;
+        float x[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+          x[r] = base + r < n && d < z.D ? widen(points[(first + base + r) * z.D + d]) : 0;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float x =
-              is_point[r] && d < z.D ? place(widen(points[(first + base + r) * z.D + d]), scale, centre) : 0;
-          const bfloat16 rounded_x = narrow<bfloat16>(x);
-          const float error = x - widen(rounded_x);
-          squares[r] = fmaf(x, x, squares[r]);
+          const float placed = is_point[r] && d < z.D ? place(x[r], scale, centre) : 0;
+          const half rounded_x = narrow<half>(placed);
+          const float error = placed - widen(rounded_x);
+          squares[r] = fmaf(placed, placed, squares[r]);
           errors[r] = fmaf(error, error, errors[r]);
           if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
         }
       }
 #pragma unroll
+      for (int r = 0; r < ROWS; ++r) squares[r] = warp_sum(squares[r]), errors[r] = warp_sum(errors[r]);
+#pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        squares[r] = warp_sum(squares[r]);
-        errors[r] = warp_sum(errors[r]);
-        if (lane_id() > 0) continue;
+        if (lane_id() != r) continue;
         norm2[base + r] = squares[r];
-        if (!is_point[r]) continue;
-        run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
+        if (is_point[r]) run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
       }
     }
     __syncthreads();

@@ -27,17 +27,6 @@ __device__ inline double uniform(const Kmeans& op, int64_t run, int64_t draw) {
 
 // ---- by one warp
 
-// Sum of the lanes up to and with this one.
-template <class X>
-__device__ X warp_prefix(X x) {
-#pragma unroll
-  for (int h = 1; h < LANES; h *= 2) {
-    const X below = warp_shuffle_up(x, h);
-    if (lane_id() >= h) x += below;
-  }
-  return x;
-}
-
 __device__ inline int first_lane(uint32_t ballot) { return __ffs(static_cast<int>(ballot)) - 1; }
 __device__ inline int last_lane(uint32_t ballot) { return 31 - __clz(static_cast<int>(ballot)); }
 
@@ -147,26 +136,66 @@ __device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, 
   }
 }
 
-// float32 dist2 of two points in `unit`, a power of two that keeps squares from leaving float32; by four threads.
-template <class T>
-__device__ float trial_dist2(const T* a, const T* b, int64_t D, float unit) {
-  const bool by_four = is_in_fours(a, D) && is_in_fours(b, D);
+// float32 dist2 of two points whose coordinates are first multiplied by powers of two, which keep squares from leaving
+// float32; by four threads.
+template <class A, class B>
+__device__ float trial_dist2(const A* a, float unit_of_a, const B* b, float unit_of_b, int64_t D) {
   const int64_t n_whole = D / 16 * 16;
   float lane[4] = {};
-#pragma unroll 4
-  for (int64_t d = thread() % QUAD * 4; d < n_whole; d += 16) {
-    const float4 x = load_four(a, d, D, by_four), y = load_four(b, d, D, by_four);
-    const float difference[4] = {x.x * unit - y.x * unit, x.y * unit - y.y * unit, x.z * unit - y.z * unit,
-                                 x.w * unit - y.w * unit};
+  visit_fours(a, b, n_whole, [&](const float4& x, const float4& y) {
+    const float difference[4] = {x.x * unit_of_a - y.x * unit_of_b, x.y * unit_of_a - y.y * unit_of_b,
+                                 x.z * unit_of_a - y.z * unit_of_b, x.w * unit_of_a - y.w * unit_of_b};
 #pragma unroll
     for (int e = 0; e < 4; ++e) lane[e] = fmaf(difference[e], difference[e], lane[e]);
-  }
+  });
   float dist2 = sum_of_lanes(lane);
   for (int64_t d = n_whole; d < D; ++d) {
-    const float difference = widen(a[d]) * unit - widen(b[d]) * unit;
+    const float difference = widen(a[d]) * unit_of_a - widen(b[d]) * unit_of_b;
     dist2 = fmaf(difference, difference, dist2);
   }
   return dist2;
+}
+
+// Where a block that keeps its points in shared memory keeps those that it tries, unplaced but for the scale: behind
+// their placed form, where the other columns are when centroids are screened.
+struct TrialRows {
+  float* first;
+  int stride;  // so that rows begin in different banks
+
+  __device__ TrialRows(const Sizes& z, const Tiles& tiles)
+      : first(reinterpret_cast<float*>(tiles.columns + TRIALS * tiles.stride)), stride(static_cast<int>(z.depth) + 16) {
+    static_assert(TRIALS * (16 + 16) * sizeof(float) <= (COLUMNS - TRIALS) * (16 + PAD) * sizeof(half), "");
+    static_assert(TRIALS * sizeof(float) <= (COLUMNS - TRIALS) * sizeof(half), "for any greater depth");
+  }
+};
+
+// Coordinates first_d ... of n points, placed as columns; zeros behind them. A row each warp.
+template <class T, bool IS_RESIDENT>
+__device__ void load_trials(const Sizes& z, const Run& run, const T* points, const Tiles& tiles, const int32_t* trial,
+                            int n, int64_t first_d, int width) {
+  constexpr int AHEAD = 8;
+  const float scale = scale_of(run);
+  const TrialRows rows(z, tiles);
+  for (int t = warp_id(); t < TRIALS; t += N_WARPS) {
+    const T* point = points + (t < n ? trial[t] : 0) * z.D;
+    for (int base = lane_id(); base < width; base += LANES * AHEAD) {
+      float x[AHEAD], centre[AHEAD];
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int64_t d = first_d + base + e * LANES;
+        const bool is_there = t < n && base + e * LANES < width && d < z.D;
+        x[e] = is_there ? widen(point[d]) : 0;
+        centre[e] = is_there ? run.centre[d] : 0;
+      }
+#pragma unroll
+      for (int e = 0; e < AHEAD; ++e) {
+        const int at = base + e * LANES;
+        if (at >= width) break;
+        tiles.columns[t * tiles.stride + at] = narrow<half>(place(x[e], scale, centre[e]));
+        if (IS_RESIDENT) rows.first[t * rows.stride + at] = x[e] * scale;
+      }
+    }
+  }
 }
 
 // Which of n points tried (bits) may be nearer to this thread's point than `closest`, by the screen.
@@ -185,44 +214,46 @@ __device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm 
   return nearer;
 }
 
-// Measures a tile against TRIALS of the points drawn: work.least of `first_trial` and on, from this thread's `closest`.
+// Measures a tile against n <= TRIALS of the points drawn: work.least of `first_trial` and on, from this thread's
+// `closest`. norm: of this thread's point.
 template <class T, bool IS_RESIDENT>
 __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, const Tiles& tiles,
                                const int32_t* trial, int first_trial, int n, int64_t first, int n_rows, int64_t row,
-                               float closest) {
+                               Norm norm, float closest) {
   struct OfTrials {
     Norm norm[TRIALS];
   };
   auto& of_trial = static_shared<OfTrials>().norm;
   Work* work = tiles.work;
-  const float scale = scale_of(run);
+  trial += first_trial;
+  if (thread() < n) of_trial[thread()] = run.norm[trial[thread()]];
+  if (thread() == 0) work->n_pairs = 0;
+  if (IS_RESIDENT) load_trials<T, true>(z, run, points, tiles, trial, n, 0, static_cast<int>(z.depth));
   uint32_t nearer = closest > 0 ? (1u << n) - 1 : 0;
   if (__syncthreads_or(closest > 0 && closest < INFINITY)) {
-    if (thread() < n) of_trial[thread()] = run.norm[trial[first_trial + thread()]];
-    screen<T, IS_RESIDENT>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t first_d, int width) {
-      for (int e = thread(); e < TRIALS * width; e += THREADS) {
-        const int t = e / width;
-        const int64_t d = first_d + e % width;
-        const float x =
-            t < n && d < z.D ? place(widen(points[trial[first_trial + t] * z.D + d]), scale, run.centre[d]) : 0;
-        tiles.columns[t * tiles.stride + e % width] = narrow<bfloat16>(x);
-      }
+    screen<T, IS_RESIDENT>(z, run, points, tiles, first, n_rows, row, TRIALS, [&](int64_t d, int width) {
+      if (!IS_RESIDENT) load_trials<T, false>(z, run, points, tiles, trial, n, d, width);
     });
-    if (closest > 0) nearer = nearer_trials(z, work, run.norm[first + thread()], of_trial, n, closest);
+    if (closest > 0) nearer = nearer_trials(z, work, norm, of_trial, n, closest);
   }
   __syncthreads();
-  if (thread() == 0) work->n_pairs = 0;
-  __syncthreads();
   for (int t = 0; t < n; ++t) work->least[first_trial + t][thread()] = closest;
-  int at = nearer ? atomicAdd(&work->n_pairs, __popc(nearer)) : 0;
+  const int n_nearer = __popc(nearer), up_to = warp_prefix(n_nearer);
+  int at = lane_id() == LANES - 1 && up_to > 0 ? atomicAdd(&work->n_pairs, up_to) : 0;
+  at = warp_shuffle(at, LANES - 1) + up_to - n_nearer;
   for (; nearer; nearer &= nearer - 1)
-    work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(nearer) - 1);
+    work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(static_cast<int>(nearer)) - 1);
   __syncthreads();
+  const float scale = scale_of(run);
+  const TrialRows rows(z, tiles);
   for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
     const int e = base + lane_id() / QUAD;
-    const int pair = work->trial_pair[e < work->n_pairs ? e : base], r = pair / TRIALS, t = first_trial + pair % TRIALS;
-    const float dist2 = trial_dist2(points + (first + r) * z.D, points + trial[t] * z.D, z.D, scale);
-    if (e < work->n_pairs && lane_id() % QUAD == 0 && dist2 < work->least[t][r]) work->least[t][r] = dist2;
+    const int pair = work->trial_pair[e < work->n_pairs ? e : base], r = pair / TRIALS, t = pair % TRIALS;
+    const T* point = points + (first + r) * z.D;
+    const float dist2 = IS_RESIDENT ? trial_dist2(point, scale, rows.first + t * rows.stride, 1.0f, z.D)
+                                    : trial_dist2(point, scale, points + trial[t] * z.D, scale, z.D);
+    float& least = work->least[first_trial + t][r];
+    if (e < work->n_pairs && lane_id() % QUAD == 0 && dist2 < least) least = dist2;
   }
   __syncthreads();
 }
@@ -249,21 +280,21 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
     const int64_t i = first + thread();
+    const Norm norm = thread() < n ? run.norm[i] : Norm{NAN, 0};
+    const float to_chosen = step > 0 && thread() < n ? closest[i] : INFINITY;
     // Not finite: at no distance from anything, so that none is ever drawn.
-    const float own = thread() >= n || isnan(run.norm[i].norm) ? 0 : step == 0 ? INFINITY : closest[i];
+    const float own = isnan(norm.norm) ? 0 : to_chosen;
     for (int t = 0; t < n_trials; t += TRIALS)
-      measure_trials<T, IS_RESIDENT>(z, run, points, tiles, trial, t, min(TRIALS, n_trials - t), first, n, row, own);
-    for (int t = 0; t < n_trials; ++t) {
-      const float least = work->least[t][thread()];
-      if (thread() < n) run.least[(now + t) * z.N + i] = least;
-      const double sum = warp_sum(static_cast<double>(least));
-      if (lane_id() == 0) work->warp_total[t][warp_id()] = sum;
-    }
-    __syncthreads();
-    if (thread() < n_trials) {
+      measure_trials<T, IS_RESIDENT>(z, run, points, tiles, trial, t, min(TRIALS, n_trials - t), first, n, row, norm,
+                                      own);
+    if (thread() < n)
+      for (int t = 0; t < n_trials; ++t) run.least[(now + t) * z.N + i] = work->least[t][thread()];
+    for (int t = warp_id(); t < n_trials; t += N_WARPS) {
       double sum = 0;
-      for (double x : work->warp_total[thread()]) sum += x;
-      run.total[(now + thread()) * z.n_tiles + tile] = sum;
+#pragma unroll
+      for (int r = 0; r < TILE; r += LANES) sum += work->least[t][r + lane_id()];
+      sum = warp_sum(sum);
+      if (lane_id() == 0) run.total[(now + t) * z.n_tiles + tile] = sum;
     }
     __syncthreads();
     row += TILE;

@@ -41,6 +41,42 @@ __device__ inline X sum_of_lanes(X (&lane)[4]) {
   return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
+__device__ inline void add_squares(double (&lane)[4], const float4& x, const float4& y) {
+  const double difference[4] = {
+      static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
+      static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
+}
+
+// Calls visit(x, y) with the coordinates that a quad's lane has of a pair, four at a time up to D. FAR_AHEAD reads of
+// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it.
+// Behind D come zeros.
+constexpr int FAR_AHEAD = 8;
+template <bool IS_ALIGNED, class A, class B, class Visit>
+__device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
+  constexpr int AHEAD = IS_ALIGNED ? FAR_AHEAD : FAR_AHEAD / 4;  // reads of four, or four times as many of one
+  constexpr float4 NONE = {0, 0, 0, 0};
+  for (int64_t base = threadIdx.x % QUAD * 4; base < D; base += 16 * AHEAD) {
+    float4 x[AHEAD], y[AHEAD];
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) {
+      const int64_t d = base + 16 * e;
+      x[e] = d < D ? load_four(a, d, D, IS_ALIGNED) : NONE;
+      y[e] = d < D ? load_four(b, d, D, IS_ALIGNED) : NONE;
+    }
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) visit(x[e], y[e]);
+  }
+}
+template <class A, class B, class Visit>
+__device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
+  if (is_in_fours(a, D) && is_in_fours(b, D))  // here, so that no read of the loop hangs on a branch
+    visit_fours<true>(a, b, D, visit);
+  else
+    visit_fours<false>(a, b, D, visit);
+}
+
 // What a lane whose first coordinate is `first` does for its quad's pair.
 template <class A, class B>
 __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
@@ -48,11 +84,7 @@ __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, 
 #pragma unroll 4
   for (int64_t d = first; d < D; d += 16) {
     const float4 x = load_four(a, d, D, is_aligned), y = load_four(b, d, D, is_aligned);
-    const double difference[4] = {
-        static_cast<double>(x.x) - static_cast<double>(y.x), static_cast<double>(x.y) - static_cast<double>(y.y),
-        static_cast<double>(x.z) - static_cast<double>(y.z), static_cast<double>(x.w) - static_cast<double>(y.w)};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) lane[e] = __dadd_rn(lane[e], __dmul_rn(difference[e], difference[e]));
+    add_squares(lane, x, y);
   }
   return sum_of_lanes(lane);
 }
@@ -67,6 +99,39 @@ template <class A, class B>
 __device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
   const int thread = static_cast<int>(threadIdx.x);
   return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
+}
+
+// For some pairs, far away.
+template <class A, class B>
+__device__ inline double far_pair_dist2(const A* a, const B* b, int64_t D) {
+  double lane[4] = {};
+  visit_fours(a, b, D, [&](const float4& x, const float4& y) { add_squares(lane, x, y); });
+  return sum_of_lanes(lane);
+}
+
+// For few pairs, far away: a warp measures two, and a lane keeps one of the sixteen sums.
+constexpr int HALF_WARP = 16;
+template <class A, class B>
+__device__ inline double half_warp_dist2(const A* a, const B* b, int64_t D) {
+  constexpr int AHEAD = 2 * FAR_AHEAD;
+  double lane = 0;
+  for (int64_t base = threadIdx.x % HALF_WARP; base < D; base += HALF_WARP * AHEAD) {
+    float x[AHEAD], y[AHEAD];
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) {
+      const int64_t d = base + HALF_WARP * e;
+      x[e] = d < D ? widen(a[d]) : 0;
+      y[e] = d < D ? widen(b[d]) : 0;
+    }
+#pragma unroll
+    for (int e = 0; e < AHEAD; ++e) {
+      const double difference = static_cast<double>(x[e]) - static_cast<double>(y[e]);
+      lane = __dadd_rn(lane, __dmul_rn(difference, difference));
+    }
+  }
+#pragma unroll
+  for (int mask = HALF_WARP / 2; mask > 0; mask /= 2) lane += warp_shuffle_xor(lane, mask);
+  return lane;
 }
 
 // pair_dist2 of one row and two others: the row is read, and widened, once.
