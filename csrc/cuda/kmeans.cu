@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, 1) label_kernel(Kmeans op, char* scra
 
 // After a labelling: where a cluster is empty, how far the points are. At the end: inertia.
 template <class T>
-__global__ void __launch_bounds__(THREADS) own_kernel(Kmeans op, char* scratch, int64_t n_blocks, bool is_last) {
+__global__ void __launch_bounds__(THREADS, 1) own_kernel(Kmeans op, char* scratch, int64_t n_blocks, bool is_last) {
   const Sizes z(op);
   const Team team = team_of_launch(n_blocks);
   const Run run = Run::at(op, scratch, team.run);

@@ -319,8 +319,8 @@ __device__ inline int32_t decide(const Work* work) {
 
 // ---- sums
 
-// Adds the n points of `cluster` and `row` that changed their cluster to the sums, and takes them from those they leave.
-// Warps share out columns, and then points; a lane has WIDE columns, and AHEAD points on their way.
+// Adds the n points of `cluster` and `row` that changed their cluster to the sums, and takes them from those that they
+// leave. Warps share out columns, and then points; a lane has WIDE columns, and AHEAD points on their way.
 template <class T>
 __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, const Work* work, int64_t first, int n) {
   constexpr int AHEAD = 8, WIDE = 4;

@@ -124,10 +124,10 @@ __device__ inline void place_centroids(const Team& team, const Sizes& z, const R
   });
 }
 
-// sum / n, rounded as a division rounds, for which `inverse` is 1.0 / n: no branches, so that several are under way. The
-// quotient is off by at most 2 ulp, which leaves a remainder of few bits; corrected by it, by 2^-50 ulp. A quotient that
-// is that near the middle between two numbers lies on it, for n < 2^31 keeps others 2^-32 ulp away; and on it lies none:
-// the middle has 54 bits, and so had then the sum.
+// Division sum / n by a reciprocal (Markstein 1990), the same bits; `inverse` is 1.0 / n. It has no branches, so that
+// several are under way. sum * inverse is off by at most 2 ulp, so the remainder is exact, and what it corrects is off by
+// 2^-50 ulp. That rounds wrongly only within 2^-50 ulp of the middle between two numbers: n < 2^31 keeps quotients 2^-32
+// ulp away from it, but for those that lie on it; and none does, for such a sum would have 54 bits.
 __device__ inline double quotient(double sum, double n, double inverse) {
   const double about = __dmul_rn(sum, inverse);
   return fma(fma(-about, n, sum), inverse, about);
@@ -160,7 +160,8 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         const int64_t d = base + e * LANES + lane_id();
-        const float next = n > 0 && d < z.D ? static_cast<float>(quotient(piece.sum[e], n_points, inverse)) : piece.before[e];
+        const float mean = static_cast<float>(quotient(piece.sum[e], n_points, inverse)),
+                    next = n > 0 && d < z.D ? mean : piece.before[e];
         const double difference = static_cast<double>(piece.before[e]) - static_cast<double>(next);
         const double square = __dmul_rn(difference, difference);
         move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));

@@ -6,8 +6,8 @@
 // launches, each of which is a step.
 //
 // The frame. Points are screened as float16 in a frame of their own: x~ = float32(scale x - centre), x^ = float16(x~).
-// `scale` is a power of two that brings all coordinates below 1, `centre` about the mean. No result depends on it. float16
-// leaves an eighth of bfloat16's error, and |x~| < 8 (mostly < 2) is in its range.
+// `scale` is a power of two that brings all coordinates below 1, `centre` about the mean. No result depends on it.
+// float16 leaves an eighth of bfloat16's error, and a coordinate of x~ (mostly < 2, always < 8) is in its range.
 #pragma once
 
 #include <cstdint>

@@ -137,12 +137,12 @@ __device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, 
 }
 
 // float32 dist2 of two points whose coordinates are first multiplied by powers of two, which keep squares from leaving
-// float32; by four threads.
-template <class A, class B>
+// float32; by four threads. IS_NEAR: b is in shared memory.
+template <bool IS_NEAR, class A, class B>
 __device__ float trial_dist2(const A* a, float unit_of_a, const B* b, float unit_of_b, int64_t D) {
   const int64_t n_whole = D / 16 * 16;
   float lane[4] = {};
-  visit_fours(a, b, n_whole, [&](const float4& x, const float4& y) {
+  visit_fours<IS_NEAR>(a, b, n_whole, [&](const float4& x, const float4& y) {
     const float difference[4] = {x.x * unit_of_a - y.x * unit_of_b, x.y * unit_of_a - y.y * unit_of_b,
                                  x.z * unit_of_a - y.z * unit_of_b, x.w * unit_of_a - y.w * unit_of_b};
 #pragma unroll
@@ -250,8 +250,8 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
     const int e = base + lane_id() / QUAD;
     const int pair = work->trial_pair[e < work->n_pairs ? e : base], r = pair / TRIALS, t = pair % TRIALS;
     const T* point = points + (first + r) * z.D;
-    const float dist2 = IS_RESIDENT ? trial_dist2(point, scale, rows.first + t * rows.stride, 1.0f, z.D)
-                                    : trial_dist2(point, scale, points + trial[t] * z.D, scale, z.D);
+    const float dist2 = IS_RESIDENT ? trial_dist2<true>(point, scale, rows.first + t * rows.stride, 1.0f, z.D)
+                                      : trial_dist2<false>(point, scale, points + trial[t] * z.D, scale, z.D);
     float& least = work->least[first_trial + t][r];
     if (e < work->n_pairs && lane_id() % QUAD == 0 && dist2 < least) least = dist2;
   }
@@ -262,11 +262,11 @@ struct Trials {
   int32_t point[MAX_TRIALS];
 };
 
-// Step number `step` of K: chooses the centroid of the step before, draws, measures.
+// Step number `step` of K: chooses the centroid of the step before, draws, measures. Without any finite point it draws
+// some point, which is at no distance from any.
 template <class T, bool IS_RESIDENT>
 __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
                                 const Tiles& tiles, int64_t step) {
-  if (run.control->n_finite == 0) return;
   auto& trial = static_shared<Trials>().point;
   Work* work = tiles.work;
   const int64_t now = step % 2 * z.n_trials, before = (step + 1) % 2 * z.n_trials;
@@ -303,7 +303,7 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
 
 // The last centroid.
 __device__ inline void finish_plus_plus(const Team& team, const Sizes& z, const Run& run) {
-  if (run.control->n_finite == 0 || team.rank > 0) return;
+  if (team.rank > 0) return;
   const Best best = best_trial(z, run, z.K);
   if (thread() == 0) run.chosen[z.K - 1] = run.trial[(z.K + 1) % 2 * z.n_trials + best.trial];
 }

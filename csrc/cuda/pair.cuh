@@ -50,31 +50,36 @@ __device__ inline void add_squares(double (&lane)[4], const float4& x, const flo
 }
 
 // Calls visit(x, y) with the coordinates that a quad's lane has of a pair, four at a time up to D. FAR_AHEAD reads of
-// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it.
-// Behind D come zeros.
+// either row are on their way together, or twice as many of `a` where `b` is near, in shared memory: rows come from the
+// L2 cache, and all that a few pairs take is waiting for it. Behind D come zeros.
 constexpr int FAR_AHEAD = 8;
-template <bool IS_ALIGNED, class A, class B, class Visit>
+template <bool IS_NEAR, bool IS_ALIGNED, class A, class B, class Visit>
 __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
-  constexpr int AHEAD = IS_ALIGNED ? FAR_AHEAD : FAR_AHEAD / 4;  // reads of four, or four times as many of one
+  constexpr int AHEAD = FAR_AHEAD * (IS_NEAR ? 2 : 1) / (IS_ALIGNED ? 1 : 4);  // else four reads instead of one
   constexpr float4 NONE = {0, 0, 0, 0};
   for (int64_t base = threadIdx.x % QUAD * 4; base < D; base += 16 * AHEAD) {
-    float4 x[AHEAD], y[AHEAD];
+    float4 x[AHEAD], y[IS_NEAR ? 1 : AHEAD];
+    auto read = [&](const auto* row, int e) {
+      return base + 16 * e < D ? load_four(row, base + 16 * e, D, IS_ALIGNED) : NONE;
+    };
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int64_t d = base + 16 * e;
-      x[e] = d < D ? load_four(a, d, D, IS_ALIGNED) : NONE;
-      y[e] = d < D ? load_four(b, d, D, IS_ALIGNED) : NONE;
+      x[e] = read(a, e);
+      if constexpr (!IS_NEAR) y[e] = read(b, e);
     }
 #pragma unroll
-    for (int e = 0; e < AHEAD; ++e) visit(x[e], y[e]);
+    for (int e = 0; e < AHEAD; ++e) {
+      if constexpr (IS_NEAR) y[0] = read(b, e);
+      visit(x[e], y[IS_NEAR ? 0 : e]);
+    }
   }
 }
-template <class A, class B, class Visit>
+template <bool IS_NEAR, class A, class B, class Visit>
 __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
   if (is_in_fours(a, D) && is_in_fours(b, D))  // here, so that no read of the loop hangs on a branch
-    visit_fours<true>(a, b, D, visit);
+    visit_fours<IS_NEAR, true>(a, b, D, visit);
   else
-    visit_fours<false>(a, b, D, visit);
+    visit_fours<IS_NEAR, false>(a, b, D, visit);
 }
 
 // What a lane whose first coordinate is `first` does for its quad's pair.
@@ -105,7 +110,7 @@ __device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
 template <class A, class B>
 __device__ inline double far_pair_dist2(const A* a, const B* b, int64_t D) {
   double lane[4] = {};
-  visit_fours(a, b, D, [&](const float4& x, const float4& y) { add_squares(lane, x, y); });
+  visit_fours<false>(a, b, D, [&](const float4& x, const float4& y) { add_squares(lane, x, y); });
   return sum_of_lanes(lane);
 }
 
