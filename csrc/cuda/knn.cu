@@ -2,11 +2,12 @@
 //
 //   centre    a set's centre and unit, from a sample of its rows
 //   prepare   every row in units from the centre, rounded to float16, and what that rounding can have cost
-//   repeats   of equal points, those that come after so many others that they are nobody's neighbour are left out
+//   repeats   finds equal points: a set of few different ones is not screened
 //   screen    tensor cores multiply queries by points; every query keeps the points of the smallest lower bounds, at
 //             least k of them
 //   rescore   measures those that can be neighbours as the contract says, in float64; if a point that the screen left
-//             out might be nearer than the k-th, the query is put on a list
+//             out might be nearer than the k-th, the query is put on a list. In a set of few different points it
+//             measures each of these
 //   exact     answers the queries on the list by measuring all points
 //
 // Why the screen is safe. Let y = (x - centre) unit be a row, h its float16, n = |h|^2, r = |y - h|, and P the product
@@ -20,6 +21,9 @@
 // so a point's lower bound ascends with its key. Float16 has a range as well: a row that leaves it is cut off at its
 // ends. For a point this is the nearest point of a box that holds all queries but the cut ones, which the exact kernel
 // answers, so its lower bound holds.
+//
+// Code is small where it runs once a tile: a kernel that goes once through 100 KB of unrolled code waits for instructions
+// ten times as long as for the products (measured on an H100).
 //
 // The answer does not depend on which points the screen keeps, only its cost does: so limits, grid and atomics may come
 // as they like. Symmetry of the self form is not used: 7 sets of 2048 points are one wave of query tiles, whose lists
@@ -48,6 +52,7 @@ constexpr int N_SAMPLES = 32;      // rows that centre and unit are taken from
 constexpr int SAMPLE_REACH = 11;   // the sample's largest coordinate is below 2^11 units: others may be 16 times larger
 constexpr double LARGEST = 65504;  // of float16
 constexpr double SHARE = 1.0 / 2048;  // e above: as small as r_p^2 / e allows, which it makes 1e-5 n or so
+constexpr int MOST_DIFFERENT = 1024;  // points of a set that each query may measure
 constexpr float ROUNDING = 0x1p-12f;  // |y - h| over |y|, or a little more than it usually is: the root mean square is
                                       // three quarters of it
 
@@ -67,10 +72,14 @@ __device__ float float_above(double x) { return __double2float_ru(x); }
 // What the screen needs of a point beside its cells.
 struct alignas(8) Column {
   float floor;    // infinity: nobody's neighbour
-  int32_t group;  // 32 bits of its group: of different ones, the groups differ
+  int32_t group;  // 0 without groups
 };
 
-__device__ int32_t bits_of_group(int64_t group) { return static_cast<int32_t>(group ^ group >> 32); }
+// Groups are compared as 32 bits. Other ones are OTHER_GROUP, which no query has: those that do are the exact kernel's.
+constexpr int32_t OTHER_GROUP = INT32_MIN;
+__device__ int32_t short_group(int64_t group) {
+  return group == static_cast<int32_t>(group) ? static_cast<int32_t>(group) : OTHER_GROUP;
+}
 
 struct Rows {
   __half* cell;     // [S, n, depth]: h, zeros behind the coordinates and behind the rows
@@ -93,6 +102,13 @@ struct Prepared {
   int64_t n_splits;   // parts of the points, each screened by its own blocks
   int64_t* n_listed;  // queries on the list
   int64_t* n_thinned; // how often warps of the screen thinned out what they had kept
+  int32_t* n_different;  // [S]  points that are not finite left out
+  int32_t* different;    // [S, MOST_DIFFERENT]  one row of every kind, if they are so few
+  int32_t* kind;         // [S, N]  its place there; -1: not finite
+
+  __device__ bool is_few(const Knn& op, int64_t s) const {
+    return n_different[s] <= MOST_DIFFERENT && 2 * int64_t{n_different[s]} <= op.N;
+  }
   int64_t* listed;    // [S Q]  s << 32 | i
 };
 
@@ -135,20 +151,27 @@ __global__ void __launch_bounds__(CENTRE_THREADS) knn_centre_kernel(Asked<T> ask
   const int64_t s = blockIdx.x, N = asked.op.N, D = asked.op.D;
   const int64_t n = min(N, static_cast<int64_t>(N_SAMPLES));
   auto row_of_sample = [&](int64_t i) { return N < N_SAMPLES ? i : i * N / N_SAMPLES; };  // a shift, not a division
+  constexpr int AT_ONCE = 8;
   double reach = 0, centre_reach = 0;
   for (int64_t d = threadIdx.x; d < D; d += CENTRE_THREADS) {
-    double sum = 0, low = INF, high = -INF;
+    double sum = 0;
+    float low = INF, high = -INF;
     int n_finite = 0;
-#pragma unroll 16
-    for (int64_t i = 0; i < n; ++i) {
-      const double x = widen(asked.point(s, row_of_sample(i))[d]);
-      const bool is_finite = isfinite(x);
-      sum += is_finite ? x : 0, low = is_finite ? min(low, x) : low, high = is_finite ? max(high, x) : high;
-      n_finite += is_finite;
+#pragma unroll 1
+    for (int64_t first = 0; first < n; first += AT_ONCE) {
+      float x[AT_ONCE];
+#pragma unroll
+      for (int e = 0; e < AT_ONCE; ++e) x[e] = first + e < n ? widen(asked.point(s, row_of_sample(first + e))[d]) : INF;
+#pragma unroll
+      for (int e = 0; e < AT_ONCE; ++e) {
+        const bool is_finite = fabsf(x[e]) < INF;
+        sum += is_finite ? x[e] : 0.f, n_finite += is_finite;
+        low = is_finite ? fminf(low, x[e]) : low, high = is_finite ? fmaxf(high, x[e]) : high;
+      }
     }
     const float centre = n_finite ? static_cast<float>(sum / n_finite) : 0.f;
     prepared.centre[s * D + d] = centre;
-    if (n_finite) reach = max(reach, max(high - centre, centre - low));
+    if (n_finite) reach = max(reach, max(static_cast<double>(high) - centre, static_cast<double>(centre) - low));
     centre_reach = max(centre_reach, fabs(static_cast<double>(centre)));
   }
   Reaches& reaches = static_shared<Reaches>();
@@ -165,6 +188,7 @@ __global__ void __launch_bounds__(CENTRE_THREADS) knn_centre_kernel(Asked<T> ask
     if (!(reach > 0)) reach = centre_reach;  // equal rows: the others are not, perhaps
     prepared.unit[s] = reach > 0 ? ldexp(1.0, SAMPLE_REACH - ilogb(reach) - 1) : 1;
     if (s == 0) *prepared.n_listed = *prepared.n_thinned = 0;
+    prepared.n_different[s] = 0;
   }
 }
 
@@ -230,38 +254,38 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   const double base = norm2 * (1 - product_error(D));
   if (is_point) {
     const bool is_neighbour = is_there && is_finite;
-    const int32_t group = is_neighbour && op.point_group ? bits_of_group(op.point_group[i]) : 0;
+    const int32_t group = is_neighbour && op.point_group ? short_group(op.point_group[i]) : 0;
     rows.column[at] = {is_neighbour ? float_below(base - rest2 / SHARE) : INF, group};
     rows.hash[at] = hash;
   }
   if (!is_query) return;
   rows.base[at] = float_below(base);
   const float rest = float_above(sqrt(rest2) + sqrt(norm2) * 0x1p-40);  // y itself is rounded, to float64
-  rows.rest[at] = is_there && is_finite && !is_inside ? INF : rest;
+  const bool has_group = is_there && op.query_group && short_group(op.query_group[i]) == OTHER_GROUP;
+  const bool is_exact = is_there && is_finite && (!is_inside || has_group);
+  rows.rest[at] = is_exact ? INF : rest;
   const float within = is_there ? within_of(op, s, i) : -1;
-  const bool may_ask = is_there && is_finite && is_inside && within >= 0;
+  const bool may_ask = is_there && is_finite && !is_exact && within >= 0;
   rows.limit[at] = may_ask ? limit_of(within, base, rest, unit) : -INF;
 }
 
 // ---- repeats: one block for every REPEAT_ROWS rows of a set
 
-// Where the rows of a set repeat, as the embeddings of a few tokens do, a query's distances to equal points are equal,
-// and of those the k first win. So a point that enough equal ones precede is nobody's neighbour: k, and one more where
-// the query may itself be one of them. Of points in groups as many pairs of different groups are needed, as a query bars
-// one group, and so at most one of each pair.
+// The states of a model's first layer are those of a few tokens at a few positions, and near each other where they are
+// of successive steps: float16 cannot tell them apart, but they are few. Equal rows are found by a hash table of the
+// block; that their numbers are equal, and not the hash alone, is seen from the rows.
 constexpr int REPEAT_ROWS = 2048, REPEAT_THREADS = 1024;  // of smaller sets fewer: half as many as rows
-constexpr int REPEAT_REACH = 256;  // equal points that are looked back at
-
-__device__ __host__ inline int64_t n_before(const Knn& op) { return op.k + op.is_self; }
+constexpr int TABLE = 2 * REPEAT_ROWS;
 
 struct Repeats {
-  uint64_t sorted[REPEAT_ROWS];       // the hash without its last bits, and in their place the row
-  uint32_t is_same[REPEAT_ROWS / 32]; // bit p: the row at p has the same numbers as the one at p - 1
+  uint64_t hash[REPEAT_ROWS];
+  int table[TABLE];        // the first row of a hash, or EMPTY
+  int kind[REPEAT_ROWS];   // first the row that is the first of its kind, then its place in Prepared::different
 };
 
 template <class T>
 __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> asked, Prepared prepared) {
-  constexpr uint64_t NONE = ~uint64_t{0};
+  constexpr int EMPTY = INT32_MAX, NONE = -1;
   const Knn& op = asked.op;
   const Rows& points = prepared.points;
   Repeats& repeats = static_shared<Repeats>();
@@ -269,56 +293,72 @@ __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> as
   const int64_t first = blockIdx.x % n_parts * REPEAT_ROWS;
   const int n = static_cast<int>(min(op.N - first, static_cast<int64_t>(REPEAT_ROWS)));
   const int thread = threadIdx.x, n_threads = blockDim.x;
-  Column* const column = points.column + s * points.n + first;
-  int size = 32;
-  while (size < n) size *= 2;
-  for (int p = thread; p < size; p += n_threads)
-    repeats.sorted[p] =
-        p < n && column[p].floor < INF ? (points.hash[s * points.n + first + p] & ~uint64_t{REPEAT_ROWS - 1}) | p : NONE;
-  for (int length = 2; length <= size; length *= 2)
-    for (int h = length / 2; h >= 1; h /= 2) {
-      __syncthreads();
-      for (int p = thread; p < size; p += n_threads)
-        if (!(p & h)) {
-          const uint64_t a = repeats.sorted[p], b = repeats.sorted[p | h];
-          if ((a > b) == !(p & length)) repeats.sorted[p] = b, repeats.sorted[p | h] = a;
-        }
-    }
+  for (int i = thread; i < TABLE; i += n_threads) repeats.table[i] = EMPTY;
+  for (int p = thread; p < n; p += n_threads) repeats.hash[p] = points.hash[s * points.n + first + p];
   __syncthreads();
-
-  auto row_at = [&](int p) { return static_cast<int>(repeats.sorted[p] & (REPEAT_ROWS - 1)); };
-  bool has_any = false;
-  for (int p = thread; p - lane_id() < size; p += n_threads) {  // size is a multiple of 32: whole warps
-    const bool is_alike = p > 0 && repeats.sorted[p] != NONE && repeats.sorted[p] - repeats.sorted[p - 1] < REPEAT_ROWS &&
-                          (repeats.sorted[p] ^ repeats.sorted[p - 1]) < REPEAT_ROWS;
-    uint32_t is_same = warp_ballot(is_alike);
-    for (uint32_t left = is_same; left; left &= left - 1) {  // the hash is no proof
-      const int bit = __ffs(static_cast<int>(left)) - 1, at = p - lane_id() + bit;
-      const T *a = asked.point(s, first + row_at(at)), *b = asked.point(s, first + row_at(at - 1));
-      bool is_equal = true;
-      for (int64_t d = lane_id(); d < op.D; d += 32)
-        is_equal &= __float_as_uint(widen(a[d])) == __float_as_uint(widen(b[d]));
-      if (!warp_all(is_equal)) is_same &= ~(uint32_t{1} << bit);
-    }
-    if (lane_id() == 0) repeats.is_same[p / 32] = is_same;
-    has_any |= is_same != 0;
-  }
-  if (!__syncthreads_or(has_any)) return;
-
-  auto is_same = [&](int p) { return repeats.is_same[p / 32] >> (p % 32) & 1; };
+  auto is_point = [&](int p) { return points.column[s * points.n + first + p].floor < INF; };
+#pragma unroll 1
   for (int p = thread; p < n; p += n_threads) {
-    if (repeats.sorted[p] == NONE) break;
-    int64_t n_found = 0, open = 0;
-    bool is_open = false;
-    for (int q = p; is_same(q) && n_found < n_before(op) && p - q < REPEAT_REACH; --q) {
-      const int64_t group = op.point_group ? op.point_group[first + row_at(q - 1)] : 0;
-      if (!op.point_group || (is_open && group != open)) {
-        ++n_found, is_open = false;
-      } else if (!is_open) {
-        open = group, is_open = true;
+    int slot = NONE;
+    if (is_point(p)) {
+      slot = static_cast<int>(repeats.hash[p] >> 40) & (TABLE - 1);
+      while (true) {
+        const int other = atomicCAS(&repeats.table[slot], EMPTY, p);
+        if (other == EMPTY) break;
+        if (repeats.hash[other] == repeats.hash[p]) {
+          atomicMin(&repeats.table[slot], p);
+          break;
+        }
+        slot = (slot + 1) & (TABLE - 1);
       }
     }
-    if (n_found >= n_before(op)) column[row_at(p)].floor = INF;
+    repeats.kind[p] = slot;
+  }
+  __syncthreads();
+  bool has_any = false;
+#pragma unroll 1
+  for (int p = thread; p < n; p += n_threads) {
+    if (repeats.kind[p] != NONE) repeats.kind[p] = repeats.table[repeats.kind[p]];
+    has_any |= repeats.kind[p] != NONE && repeats.kind[p] != p;
+  }
+  if (!__syncthreads_or(has_any)) {
+    if (thread == 0) atomicAdd(&prepared.n_different[s], n);  // or less: not few in any case
+    return;
+  }
+
+  const bool is_aligned = asked.is_in_fours();
+#pragma unroll 1
+  for (int p = thread / QUAD; p - lane_id() / QUAD < n; p += n_threads / QUAD) {  // eight rows of a warp at a time
+    const int of_kind = p < n ? repeats.kind[p] : NONE;
+    const bool is_repeat = of_kind != NONE && of_kind != p;
+    const T *a = asked.point(s, first + (is_repeat ? p : 0)), *b = asked.point(s, first + (is_repeat ? of_kind : 0));
+    bool is_equal = true;
+#pragma unroll 2
+    for (int64_t d = 4 * (lane_id() % QUAD); d < (is_repeat ? op.D : 0); d += 16) {
+      const float4 x = load_four(a, d, op.D, is_aligned), y = load_four(b, d, op.D, is_aligned);
+      is_equal &= x.x == y.x && x.y == y.y && x.z == y.z && x.w == y.w;
+    }
+    const bool all_equal = (warp_ballot(is_equal) >> (lane_id() & ~3) & 15) == 15;
+    if (is_repeat && !all_equal && lane_id() % QUAD == 0) repeats.kind[p] = p;
+  }
+  __syncthreads();
+  // The first of each kind get places, the others then take theirs.
+#pragma unroll 1
+  for (int p = thread; p - lane_id() < n; p += n_threads) {
+    const bool is_first = p < n && repeats.kind[p] == p;
+    const uint32_t firsts = warp_ballot(is_first);
+    int place = 0;
+    if (lane_id() == 0 && firsts) place = atomicAdd(&prepared.n_different[s], __popc(firsts));
+    place = warp_shuffle(place, 0) + __popc(firsts & ((1u << lane_id()) - 1));
+    if (is_first) repeats.table[p] = place;
+    if (is_first && place < MOST_DIFFERENT)
+      prepared.different[s * MOST_DIFFERENT + place] = static_cast<int32_t>(first) + p;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int p = thread; p < n; p += n_threads) {
+    const int of_kind = repeats.kind[p];
+    prepared.kind[s * op.N + first + p] = of_kind == NONE ? -1 : repeats.table[of_kind];
   }
 }
 
@@ -340,69 +380,84 @@ __device__ float limit_of_key(float key, float base, float rest, float gamma) {
   return fmaxf(dist * dist * PART - base, nextafterf(key, INF));
 }
 
+// A point that a row keeps.
+struct alignas(8) Fresh {
+  float key;
+  int32_t column;
+};
+
 // The points that a warp's 16 rows keep, unsorted. Lane 4 g + t looks at rows g and g + 8: what it finds below a row's
-// limit goes to slots of its own, by one compare and one guarded store. When a lane's slots fill up, all rows are thinned
-// out: a row's k-th smallest key brings its limit down, and what is left is shared out among the row's four lanes.
+// limit goes to slots of its own, by a few compares and a guarded store. When a lane's slots fill up, all rows are
+// thinned out: a row's k-th smallest key brings its limit down, and what is left is shared out among its four lanes.
 template <int R>
 struct RowSlots {
   static constexpr int SLOTS = R == 1 ? 16 : 12 * R, CAPACITY = 4 * SLOTS;
-  static constexpr int BYTES_PER_ROW = CAPACITY * (sizeof(float) + sizeof(int32_t));
+  static constexpr int BYTES_PER_ROW = CAPACITY * sizeof(Fresh);
 
-  float* keys;       // [2][SLOTS][32], and as many columns behind them
+  Fresh* slots;  // [2][SLOTS][32]
   float limit[2];
-  int32_t first_row, group[2];  // the second row is 8 behind the first
-  int n[2] = {0, 0};
+  int32_t itself, group[2];  // the column that the first row is, in the self form; the second is 8 behind
+  int next[2];               // place of the next point
   int n_thinned = 0;
 
   __device__ RowSlots(unsigned char* shared, const Knn& op, int64_t row_of_warp)
-      : keys(reinterpret_cast<float*>(shared)), first_row(static_cast<int32_t>(row_of_warp) + lane_id() / 4) {
+      : slots(reinterpret_cast<Fresh*>(shared)),
+        itself(op.is_self ? static_cast<int32_t>(row_of_warp) + lane_id() / 4 : INT32_MIN) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)  // points without a group have 0
-      group[half] = !op.query_group ? 1 : row(half) < op.Q ? bits_of_group(op.query_group[row(half)]) : 0;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = row_of_warp + half * 8 + lane_id() / 4;
+      group[half] = !op.query_group ? 1 : row < op.Q ? short_group(op.query_group[row]) : 0;
+      next[half] = place(half, 0, lane_id());
+    }
   }
 
-  __device__ int32_t row(int half) const { return first_row + 8 * half; }
-  __device__ int32_t& column_at(int place) const { return reinterpret_cast<int32_t*>(keys)[2 * SLOTS * 32 + place]; }
-
   __device__ static int place(int half, int slot, int lane) { return (half * SLOTS + slot) * 32 + lane; }
+  __device__ int n(int half) const { return next[half] / 32 - half * SLOTS; }
 
-  __device__ void look_at(const Knn& op, int half, float key, int32_t column, int32_t of_column) {
-    if (!(key < limit[half])) return;
-    if ((column == row(half) || of_column == group[half]) && is_barred(op, row(half), column)) return;
-    const int to = place(half, n[half]++, lane_id());
-    keys[to] = key, column_at(to) = column;
+  __device__ void look_at(int half, float key, int32_t column, int32_t of_column) {
+    if (key < limit[half] && of_column != group[half] && column != itself + 8 * half) {
+      slots[next[half]] = {key, column};
+      next[half] += 32;
+    }
   }
 
   // Can't every lane look at n_next more numbers of each row?
-  __device__ bool is_full(int n_next) const { return warp_any(max(n[0], n[1]) > SLOTS - n_next); }
+  __device__ bool is_full(int n_next) const {
+    return warp_any(next[0] >= (SLOTS - n_next + 1) * 32 || next[1] >= (2 * SLOTS - n_next + 1) * 32);
+  }
 
   // A row that keeps more than n_most even so is given up: its limit becomes -infinity.
   __device__ void thin_out(int k, const float* base, const float* rest, float gamma, int n_most) {
-    const int lane = lane_id(), most = warp_max(max(n[0], n[1]));
+    const int lane = lane_id();
+    const int most = warp_max(max(n(0), n(1)));
     int total[2];
-    float low[2], high[2];
+    float low[2] = {INF, INF}, high[2] = {-INF, -INF};
     bool is_open[2];
+#pragma unroll 1
+    for (int e = 0; e < most; ++e)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (e < n(half)) {
+          const float key = slots[place(half, e, lane)].key;
+          low[half] = fminf(low[half], key), high[half] = fmaxf(high[half], key);
+        }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      total[half] = quad_sum(n[half]), low[half] = INF, high[half] = -INF;
-      for (int e = 0; e < n[half]; ++e) {
-        const float key = keys[place(half, e, lane)];
-        low[half] = fminf(low[half], key), high[half] = fmaxf(high[half], key);
-      }
-      low[half] = quad_min(low[half]), high[half] = quad_max(high[half]);
+      total[half] = quad_sum(n(half)), low[half] = quad_min(low[half]), high[half] = quad_max(high[half]);
       is_open[half] = total[half] > k;
     }
     // At least k keys are at most `high`.
+#pragma unroll 1
     for (int i = 0; i < N_HALVINGS && warp_any(is_open[0] || is_open[1]); ++i) {
       int n_below[2] = {0, 0};
       float middle[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) middle[half] = low[half] + (high[half] - low[half]) / 2;
-#pragma unroll 4
+#pragma unroll 2
       for (int e = 0; e < most; ++e)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          n_below[half] += e < n[half] && keys[place(half, e, lane)] <= middle[half];
+          n_below[half] += e < n(half) && slots[place(half, e, lane)].key <= middle[half];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         n_below[half] = quad_sum(n_below[half]);
@@ -411,26 +466,33 @@ struct RowSlots {
         is_open[half] = n_below[half] != k;
       }
     }
-#pragma unroll
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      if (total[half] >= k) limit[half] = fminf(limit[half], limit_of_key(high[half], base[half], rest[half], gamma));
+      const bool is_second = half == 1;
+      const float reached = is_second ? high[1] : high[0];
+      float least = is_second ? limit[1] : limit[0];
+      if ((is_second ? total[1] : total[0]) >= k)
+        least = fminf(least, limit_of_key(reached, base[half * 8], rest[half * 8], gamma));
+      const int n_of_lane = is_second ? n(1) : n(0);
       int n_left = 0;
+#pragma unroll 1
       for (int e = 0; e < most; ++e) {
-        const int from = place(half, e, lane);
-        const bool is_one = e < n[half];
-        const float key = is_one ? keys[from] : INF;
-        const int32_t column = is_one ? column_at(from) : 0;
-        const bool stays = is_one && key < limit[half];
+        const bool is_one = e < n_of_lane;
+        const Fresh fresh = is_one ? slots[place(half, e, lane)] : Fresh{INF, 0};
+        const bool stays = is_one && fresh.key < least;
         const uint32_t of_quad = warp_ballot(stays) >> (lane & ~3) & 15;
         const int to = n_left + __popc(of_quad & ((1u << (lane & 3)) - 1));  // never behind 4 e + 3
         __syncwarp();
-        if (stays) keys[place(half, to / 4, (lane & ~3) + to % 4)] = key;
-        if (stays) column_at(place(half, to / 4, (lane & ~3) + to % 4)) = column;
+        if (stays) slots[place(half, to / 4, (lane & ~3) + to % 4)] = fresh;
         n_left += __popc(of_quad);
       }
       __syncwarp();
-      if (n_left > n_most) n_left = 0, limit[half] = -INF;
-      n[half] = (n_left + 3 - (lane & 3)) / 4;
+      if (n_left > n_most) n_left = 0, least = -INF;
+      const int end = place(half, (n_left + 3 - (lane & 3)) / 4, lane);
+      if (is_second)
+        limit[1] = least, next[1] = end;
+      else
+        limit[0] = least, next[0] = end;
     }
     ++n_thinned;
   }
@@ -440,16 +502,16 @@ struct RowSlots {
     const int lane = lane_id();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int before_2 = warp_shuffle_up(n[half], 1), in_row = half * 8 + lane / 4;
-      int first = lane & 1 ? before_2 : 0;                    // of the pair of lanes
-      const int of_pair = first + n[half];
-      const int before_4 = warp_shuffle(of_pair, (lane & ~3) + 1);
+      const int n_own = n(half), before_2 = warp_shuffle_up(n_own, 1), in_row = half * 8 + lane / 4;
+      int first = lane & 1 ? before_2 : 0;  // of the pair of lanes
+      const int before_4 = warp_shuffle(first + n_own, (lane & ~3) + 1);
       if (lane & 2) first += before_4;
-      for (int e = 0; e < n[half]; ++e) {
-        const int from = place(half, e, lane);
-        kept[in_row * CAPACITY + first + e] = make_entry(keys[from], column_at(from));
+#pragma unroll 1
+      for (int e = 0; e < n_own; ++e) {
+        const Fresh fresh = slots[place(half, e, lane)];
+        kept[in_row * CAPACITY + first + e] = make_entry(fresh.key, fresh.column);
       }
-      if (lane % 4 == 3) n_kept[in_row] = first + n[half];
+      if (lane % 4 == 3) n_kept[in_row] = first + n_own;
     }
   }
 };
@@ -474,6 +536,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   const int64_t s = blockIdx.x / (n_row_tiles * prepared.n_splits);
   const int64_t split = blockIdx.x / n_row_tiles % prepared.n_splits;
   const int64_t row = blockIdx.x % n_row_tiles * Engine::ROWS;
+  if (prepared.is_few(op, s)) return;
   const int64_t begin = n_tiles * split / prepared.n_splits, end = n_tiles * (split + 1) / prepared.n_splits;
   const int n_pieces = static_cast<int>(prepared.depth / PIECE);
 
@@ -490,13 +553,8 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   for (int half = 0; half < 2; ++half) nearest.limit[half] = queries.limit[at + half * 8 + lane_id() / 4];
   // Down to n_most points of each row.
   auto thin_out = [&](int n_most) {
-    float base[2], rest[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      base[half] = queries.base[at + half * 8 + lane_id() / 4];
-      rest[half] = queries.rest[at + half * 8 + lane_id() / 4];
-    }
-    nearest.thin_out(static_cast<int>(op.k), base, rest, gamma, n_most);
+    const int64_t of_lane = at + lane_id() / 4;
+    nearest.thin_out(static_cast<int>(op.k), queries.base + of_lane, queries.rest + of_lane, gamma, n_most);
   };
 
   // Pieces come in the order in which they are multiplied.
@@ -552,7 +610,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float key = __fmaf_rn(-2, products[4 * j + 2 * half + e], two.column[e].floor);
-              nearest.look_at(op, half, key, first + 8 * j + e, two.column[e].group);
+              nearest.look_at(half, key, first + 8 * j + e, two.column[e].group);
             }
         }
       }
@@ -578,7 +636,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
     Engine::template wait<0>(odd);
   }
   cp_async_wait<0>();
-  if (warp_any(max(quad_sum(nearest.n[0]), quad_sum(nearest.n[1])) > 32 * R)) thin_out(RowSlots<R>::CAPACITY);
+  if (warp_any(max(quad_sum(nearest.n(0)), quad_sum(nearest.n(1))) > 32 * R)) thin_out(RowSlots<R>::CAPACITY);
 
   const int64_t to = (s * prepared.n_splits + split) * queries.n + warp_row;
   nearest.write(prepared.kept + to * RowSlots<R>::CAPACITY, prepared.n_kept + to);
@@ -598,7 +656,50 @@ constexpr int PAIRS = 2 * 32 / QUAD;  // that a warp measures at a time, two by 
 template <int R>
 struct Measured {
   Entry of_warp[RESCORE_THREADS / 32][32 * R];
+  float of_kind[RESCORE_THREADS / 32][MOST_DIFFERENT];
 };
+
+// The query's neighbours in a set of few different points: each of these is measured, all points are looked at.
+template <class T, int R>
+__device__ void answer_few(const Asked<T>& asked, const Prepared& prepared, int64_t s, int64_t i, float* of_kind,
+                           bool is_aligned) {
+  const Knn& op = asked.op;
+  const int lane = lane_id(), n = prepared.n_different[s];
+  const int32_t* const different = prepared.different + s * MOST_DIFFERENT;
+#pragma unroll 1
+  for (int e = lane / QUAD; e - lane / QUAD < n; e += PAIRS) {
+    const int other = e + PAIRS / 2;
+    double dist2[2];
+    two_pairs_dist2(asked.query(s, i), asked.point(s, different[min(e, n - 1)]),
+                    asked.point(s, different[min(other, n - 1)]), op.D, is_aligned, dist2);
+    if (lane % QUAD > 1) continue;
+    const int place = lane % QUAD ? other : e;
+    const double found = dist2[lane % QUAD];
+    if (place < n) of_kind[place] = isfinite(found) ? static_cast<float>(found) : NAN;
+  }
+  __syncwarp();
+  const float within = within_of(op, s, i);
+  Entry list[R], bound = NO_ENTRY;
+#pragma unroll
+  for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
+#pragma unroll 1
+  for (int64_t first = 0; first < op.N; first += 32) {
+    const int64_t j = first + lane;
+    const int32_t kind = j < op.N ? prepared.kind[s * op.N + j] : -1;
+    const float dist2 = kind < 0 ? NAN : of_kind[kind];
+    Entry entry = dist2 <= within ? make_entry(dist2, static_cast<int32_t>(j)) : NO_ENTRY;
+    if (entry >= bound || is_barred(op, i, j)) entry = NO_ENTRY;
+    if (!warp_any(entry != NO_ENTRY)) continue;
+    take_32(list, entry, lane);
+    const int last = static_cast<int>(op.k) - 1;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (last / 32 == r) bound = warp_shuffle(list[r], last % 32);
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    if (32 * r + lane < op.k) write_neighbour(op, (s * op.Q + i) * op.k + 32 * r + lane, list[r]);
+}
 
 template <class T, int R>
 __global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
@@ -611,6 +712,10 @@ __global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_ke
   const float within = within_of(op, s, i);
   const double unit = prepared.unit[s];
   const bool is_aligned = asked.is_in_fours();
+  if (prepared.is_few(op, s)) {
+    answer_few<T, R>(asked, prepared, s, i, static_shared<Measured<R>>().of_kind[warp_id()], is_aligned);
+    return;
+  }
 
   Entry list[R];
   float cut = limit;
@@ -869,6 +974,9 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
   prepared.n_listed = scratch.take<int64_t>(1);
   prepared.n_thinned = scratch.take<int64_t>(1);
   prepared.listed = scratch.take<int64_t>(op.S * op.Q);
+  prepared.n_different = scratch.take<int32_t>(op.S);
+  prepared.different = scratch.take<int32_t>(op.S * MOST_DIFFERENT);
+  prepared.kind = scratch.take<int32_t>(op.S * op.N);
   return prepared;
 }
 
@@ -897,11 +1005,9 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
       const int64_t n_rows = op.S * (prepared.points.n + (op.is_self ? 0 : prepared.queries.n));
       launch(knn_prepare_kernel<T>, n_blocks_for(n_rows, PREPARE_THREADS / 32), PREPARE_THREADS, 0, stream, asked,
              prepared);
-      if (op.N > n_before(op)) {
-        const int64_t half = round_up(std::min<int64_t>(op.N, REPEAT_ROWS), 64) / 2;
-        launch(knn_repeats_kernel<T>, n_blocks_for(op.S * n_blocks_for(op.N, REPEAT_ROWS), 1),
-               static_cast<unsigned>(half), 0, stream, asked, prepared);
-      }
+      if (const auto half = static_cast<unsigned>(round_up(std::min<int64_t>(op.N, REPEAT_ROWS), 64) / 2))
+        launch(knn_repeats_kernel<T>, n_blocks_for(op.S * n_blocks_for(op.N, REPEAT_ROWS), 1), half, 0, stream, asked,
+               prepared);
       with_screen(plan, [&](auto engine, auto length) {
         using Engine = decltype(engine);
         constexpr int R = decltype(length)::R;
