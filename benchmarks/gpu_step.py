@@ -39,7 +39,10 @@ N_WARM, N_TIMED = 100, 64  # steps: until every kind of step is captured; of eac
 N_FIRST = 5
 N_RIVAL = 8  # steps of the compiled rival that are compared
 FIRST_TOLERANCE = 1e-3  # relative, of the loss of each of the first steps
-MEAN_TOLERANCE = 1e-2  # relative, of the losses of all warm steps, on average: another batch is 5 % off and more
+N_MEAN = 40  # later on, rounding makes another training of it: 5 % after 100 steps of the preset paper
+MEAN_TOLERANCE = (
+    1e-2  # relative, of the losses of the first N_MEAN steps, on average: another batch is 5 % off and more
+)
 
 
 def tiny(report: Report) -> None:
@@ -119,8 +122,8 @@ def losses_differ(found: list[list[float]], expected: list[float]) -> str:
         for step, share in enumerate(apart[:N_FIRST]):
             if not share <= FIRST_TOLERANCE:
                 return f"the loss of step {step} is {losses[step]}, must be {expected[step]}"
-        if not statistics.fmean(apart) <= MEAN_TOLERANCE:
-            return f"losses are off by {100 * statistics.fmean(apart):.2g} % on average, the last ones {losses[-3:]}"
+        if not (mean := statistics.fmean(apart[:N_MEAN])) <= MEAN_TOLERANCE:
+            return f"losses are off by {100 * mean:.2g} % on average, the last ones {losses[-3:]}"
     return ""
 
 
@@ -161,7 +164,7 @@ def measure(
     with report.shape(f"{what}, probe"):
         time_probe(report, preset, base, tasks)
     with report.shape(f"{what}, compiled rival"):
-        race(report, what, plain, measured, config, tasks, n_timed, n_tokens, expected[:N_RIVAL])
+        race(report, what, base, tasks, n_warm, n_timed, n_tokens, expected[:N_RIVAL])
 
 
 def time_ours(
@@ -223,11 +226,12 @@ def time_probe(report: Report, preset: str, base: RunConfig, tasks: TaskSet) -> 
 
 
 def race(
-    report: Report, what: str, plain: Contender, measured: Contender, config: RunConfig, tasks: TaskSet,
-    n_timed: int, n_tokens: float, expected: list[float],
+    report: Report, what: str, base: RunConfig, tasks: TaskSet, n_warm: int, n_timed: int, n_tokens: float,
+    expected: list[float],
 ) -> None:  # fmt: skip
     """All in turns, once the rival is compiled and its losses are as expected; the claim is from these times."""
     is_cpu = report.device == "cpu"  # where compiling takes long and makes no graphs
+    config = config_of(base, report.device, 0)
     rival = PlainTraining(Training(config, tasks), is_compiled=not is_cpu, mode=None if is_cpu else "reduce-overhead")
     begin_s = time.perf_counter()
     losses = [rival.step() for _ in expected]  # the fourth step or so is the first one that is replayed
@@ -235,6 +239,12 @@ def race(
     if wrong := losses_differ([losses], expected):
         report.note(f"{what}: the compiled rival left out: {wrong}")
         return
+    plain, measured = (
+        Contender(static_training(config_of(base, report.device, measure_every), tasks)) for measure_every in (0, 1)
+    )
+    for _ in range(n_warm):  # until every kind of step is captured
+        plain.step()
+        measured.step()
     contenders = {"clmfast": plain.step, "compiled rival": rival.step, "clmfast, measured": measured.step}
     times = {
         name: report.time(f"{what}, all in turns", name, 1e6 * s, tokens_per_s=round(n_tokens / s))

@@ -242,8 +242,13 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         for p in self.training.parameters:
             p.grad = None
+        # The memory that cuBLAS works in belongs to whoever used it first, and torch.compile frees it when it captures
+        # graphs of its own: a graph captured with it would then write to what is no longer ours. So the graph gets memory
+        # of its own pool, and nobody else gets that.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, stream=self.stream):
             result = self._compute(step, kind[0])
+        torch._C._cuda_clearCublasWorkspaces()
         self._graphs[kind] = graph, result
         graph.replay()
         return result

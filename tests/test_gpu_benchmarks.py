@@ -240,9 +240,9 @@ def test_smoke_reports_a_step_that_is_wrong(tiny_steps, small_tasks, monkeypatch
     fill = StaticBatch.fill
     seen = []
 
-    def fill_once(self, batch):  # as a graph that reads old memory
+    def fill_once(self, host, batch):  # as a graph that reads old memory
         if self not in seen:
-            fill(self, batch)
+            fill(self, host, batch)
             seen.append(self)
 
     monkeypatch.setattr(StaticBatch, "fill", fill_once)
