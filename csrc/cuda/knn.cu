@@ -1,4 +1,4 @@
-// knn on a GPU: the contract is ../knn.h. Six kernels, of which the last finds nothing to do on most data.
+// knn on a GPU: the contract is ../knn.h. Seven kernels, of which the last two find nothing to do on most data.
 //
 //   centre    a set's centre and unit, from a sample of its rows
 //   prepare   every row in units from the centre, rounded to float16, and what that rounding can have cost
@@ -6,8 +6,8 @@
 //   screen    tensor cores multiply queries by points; every query keeps the points of the smallest lower bounds, at
 //             least k of them
 //   rescore   measures those that can be neighbours as the contract says, in float64; if a point that the screen left
-//             out might be nearer than the k-th, the query is put on a list. In a set of few different points it
-//             measures each of these
+//             out might be nearer than the k-th, the query is put on a list
+//   few       answers the queries of sets of few different points by measuring each of these
 //   exact     answers the queries on the list by measuring all points
 //
 // Why the screen is safe. Let y = (x - centre) unit be a row, h its float16, n = |h|^2, r = |y - h|, and P the product
@@ -22,8 +22,9 @@
 // ends. For a point this is the nearest point of a box that holds all queries but the cut ones, which the exact kernel
 // answers, so its lower bound holds.
 //
-// Code is small where it runs once a tile: a kernel that goes once through 100 KB of unrolled code waits for instructions
-// ten times as long as for the products (measured on an H100).
+// Two things cost more than the arithmetic, measured on an H100 at 7 sets of 2048 x 256: instructions that are not in the
+// cache, as of a loop unrolled to 100 KB, and warps that hold each other up at barriers, each with work of its own at
+// another time.
 //
 // The answer does not depend on which points the screen keeps, only its cost does: so limits, grid and atomics may come
 // as they like. Symmetry of the self form is not used: 7 sets of 2048 points are one wave of query tiles, whose lists
@@ -280,6 +281,7 @@ constexpr int TABLE = 2 * REPEAT_ROWS;
 struct Repeats {
   uint64_t hash[REPEAT_ROWS];
   int table[TABLE];        // the first row of a hash, or EMPTY
+  int n_first;             // rows that are the first of their kind
   int kind[REPEAT_ROWS];   // first the row that is the first of its kind, then its place in Prepared::different
 };
 
@@ -315,14 +317,18 @@ __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> as
     repeats.kind[p] = slot;
   }
   __syncthreads();
-  bool has_any = false;
+  if (thread == 0) repeats.n_first = 0;
+  __syncthreads();
+  int n_first = 0;
 #pragma unroll 1
   for (int p = thread; p < n; p += n_threads) {
     if (repeats.kind[p] != NONE) repeats.kind[p] = repeats.table[repeats.kind[p]];
-    has_any |= repeats.kind[p] != NONE && repeats.kind[p] != p;
+    n_first += repeats.kind[p] == p;
   }
-  if (!__syncthreads_or(has_any)) {
-    if (thread == 0) atomicAdd(&prepared.n_different[s], n);  // or less: not few in any case
+  atomicAdd(&repeats.n_first, n_first);
+  __syncthreads();
+  if (repeats.n_first > MOST_DIFFERENT || 2 * repeats.n_first > n) {  // too many are different, so far
+    if (thread == 0) atomicAdd(&prepared.n_different[s], MOST_DIFFERENT + 1);
     return;
   }
 
@@ -333,7 +339,7 @@ __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> as
     const bool is_repeat = of_kind != NONE && of_kind != p;
     const T *a = asked.point(s, first + (is_repeat ? p : 0)), *b = asked.point(s, first + (is_repeat ? of_kind : 0));
     bool is_equal = true;
-#pragma unroll 2
+#pragma unroll 4
     for (int64_t d = 4 * (lane_id() % QUAD); d < (is_repeat ? op.D : 0); d += 16) {
       const float4 x = load_four(a, d, op.D, is_aligned), y = load_four(b, d, op.D, is_aligned);
       is_equal &= x.x == y.x && x.y == y.y && x.z == y.z && x.w == y.w;
@@ -426,14 +432,16 @@ struct RowSlots {
     return warp_any(next[0] >= (SLOTS - n_next + 1) * 32 || next[1] >= (2 * SLOTS - n_next + 1) * 32);
   }
 
-  // A row that keeps more than n_most even so is given up: its limit becomes -infinity.
-  __device__ void thin_out(int k, const float* base, const float* rest, float gamma, int n_most) {
+  // A row that keeps more than n_most even so is given up: its limit becomes -infinity. limit_for(half, key) is
+  // limit_of_key of that row.
+  template <class F>
+  __device__ void thin_out(int k, int n_most, const F& limit_for) {
     const int lane = lane_id();
     const int most = warp_max(max(n(0), n(1)));
     int total[2];
     float low[2] = {INF, INF}, high[2] = {-INF, -INF};
     bool is_open[2];
-#pragma unroll 1
+#pragma unroll 2
     for (int e = 0; e < most; ++e)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -446,6 +454,7 @@ struct RowSlots {
       total[half] = quad_sum(n(half)), low[half] = quad_min(low[half]), high[half] = quad_max(high[half]);
       is_open[half] = total[half] > k;
     }
+    if (!warp_any(max(total[0], total[1]) >= k || max(n(0), n(1)) > SLOTS / 2)) return;  // nothing to gain
     // At least k keys are at most `high`.
 #pragma unroll 1
     for (int i = 0; i < N_HALVINGS && warp_any(is_open[0] || is_open[1]); ++i) {
@@ -453,7 +462,7 @@ struct RowSlots {
       float middle[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) middle[half] = low[half] + (high[half] - low[half]) / 2;
-#pragma unroll 2
+#pragma unroll 4
       for (int e = 0; e < most; ++e)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -466,33 +475,38 @@ struct RowSlots {
         is_open[half] = n_below[half] != k;
       }
     }
-#pragma unroll 1
+    float least[2];
+    int n_left[2] = {0, 0};
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool is_second = half == 1;
-      const float reached = is_second ? high[1] : high[0];
-      float least = is_second ? limit[1] : limit[0];
-      if ((is_second ? total[1] : total[0]) >= k)
-        least = fminf(least, limit_of_key(reached, base[half * 8], rest[half * 8], gamma));
-      const int n_of_lane = is_second ? n(1) : n(0);
-      int n_left = 0;
+      least[half] = limit[half];
+      if (total[half] >= k)
+        least[half] = fminf(least[half], limit_for(half, high[half]));
+    }
 #pragma unroll 1
-      for (int e = 0; e < most; ++e) {
-        const bool is_one = e < n_of_lane;
-        const Fresh fresh = is_one ? slots[place(half, e, lane)] : Fresh{INF, 0};
-        const bool stays = is_one && fresh.key < least;
+    for (int e = 0; e < most; ++e) {
+      Fresh fresh[2];
+      int to[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        fresh[half] = e < n(half) ? slots[place(half, e, lane)] : Fresh{INF, 0};
+        const bool stays = e < n(half) && fresh[half].key < least[half];
         const uint32_t of_quad = warp_ballot(stays) >> (lane & ~3) & 15;
-        const int to = n_left + __popc(of_quad & ((1u << (lane & 3)) - 1));  // never behind 4 e + 3
-        __syncwarp();
-        if (stays) slots[place(half, to / 4, (lane & ~3) + to % 4)] = fresh;
-        n_left += __popc(of_quad);
+        const int at = n_left[half] + __popc(of_quad & ((1u << (lane & 3)) - 1));  // never behind 4 e + 3
+        to[half] = stays ? place(half, at / 4, (lane & ~3) + at % 4) : -1;
+        n_left[half] += __popc(of_quad);
       }
       __syncwarp();
-      if (n_left > n_most) n_left = 0, least = -INF;
-      const int end = place(half, (n_left + 3 - (lane & 3)) / 4, lane);
-      if (is_second)
-        limit[1] = least, next[1] = end;
-      else
-        limit[0] = least, next[0] = end;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (to[half] >= 0) slots[to[half]] = fresh[half];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool is_given_up = n_left[half] > n_most;
+      limit[half] = is_given_up ? -INF : least[half];
+      next[half] = place(half, is_given_up ? 0 : (n_left[half] + 3 - (lane & 3)) / 4, lane);
     }
     ++n_thinned;
   }
@@ -532,12 +546,14 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   using Memory = ScreenMemory<Engine, R>;
   constexpr int COLUMNS = Engine::COLUMNS;
   const Rows &points = prepared.points, &queries = prepared.queries;
-  const int64_t n_row_tiles = queries.n / Engine::ROWS, n_tiles = points.n / COLUMNS;
-  const int64_t s = blockIdx.x / (n_row_tiles * prepared.n_splits);
-  const int64_t split = blockIdx.x / n_row_tiles % prepared.n_splits;
-  const int64_t row = blockIdx.x % n_row_tiles * Engine::ROWS;
+  // A grid has fewer than 2^31 blocks, so 32 bits count what blocks and tiles count.
+  const auto block = static_cast<int>(blockIdx.x), n_splits = static_cast<int>(prepared.n_splits);
+  const auto n_row_tiles = static_cast<int>(queries.n / Engine::ROWS), n_tiles = static_cast<int>(points.n / COLUMNS);
+  const int s = block / n_row_tiles / n_splits, split = block / n_row_tiles % n_splits;
+  const int row = block % n_row_tiles * Engine::ROWS;
   if (prepared.is_few(op, s)) return;
-  const int64_t begin = n_tiles * split / prepared.n_splits, end = n_tiles * (split + 1) / prepared.n_splits;
+  const auto begin = static_cast<int>(int64_t{n_tiles} * split / n_splits);
+  const auto end = static_cast<int>(int64_t{n_tiles} * (split + 1) / n_splits);
   const int n_pieces = static_cast<int>(prepared.depth / PIECE);
 
   unsigned char* const columns = dynamic_shared<unsigned char>();
@@ -546,25 +562,27 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   const __half* const row_cells = queries.cell + (s * queries.n + row) * prepared.depth;
   const __half* const column_cells = points.cell + s * points.n * prepared.depth;
 
-  const int64_t warp_row = row + warp_id() * 16, at = s * queries.n + warp_row;
-  RowSlots<R> nearest(slots + warp_id() * 16 * RowSlots<R>::BYTES_PER_ROW, op, warp_row);
-  const float gamma = static_cast<float>(product_error(op.D));
+  RowSlots<R> nearest(slots + warp_id() * 16 * RowSlots<R>::BYTES_PER_ROW, op, row + warp_id() * 16);
+  auto of_row = [&](const float* of_rows, int half) {
+    return of_rows[s * queries.n + row + warp_id() * 16 + half * 8 + lane_id() / 4];
+  };
 #pragma unroll
-  for (int half = 0; half < 2; ++half) nearest.limit[half] = queries.limit[at + half * 8 + lane_id() / 4];
+  for (int half = 0; half < 2; ++half) nearest.limit[half] = of_row(queries.limit, half);
   // Down to n_most points of each row.
   auto thin_out = [&](int n_most) {
-    const int64_t of_lane = at + lane_id() / 4;
-    nearest.thin_out(static_cast<int>(op.k), queries.base + of_lane, queries.rest + of_lane, gamma, n_most);
+    nearest.thin_out(static_cast<int>(op.k), n_most, [&](int half, float key) {
+      return limit_of_key(key, of_row(queries.base, half), of_row(queries.rest, half),
+                          static_cast<float>(product_error(op.D)));
+    });
   };
 
   // Pieces come in the order in which they are multiplied.
-  int64_t next_tile = begin;
-  int next_piece = 0, next_stage = 0;
+  int next_tile = begin, next_piece = 0, next_stage = 0;
   auto load_next = [&] {
     if (next_tile < end) {
       load_piece<COLUMNS, Engine::THREADS>(
           columns + next_stage * Memory::COLUMN_BYTES,
-          column_cells + next_tile * COLUMNS * prepared.depth + next_piece * PIECE, prepared.depth);
+          column_cells + int64_t{next_tile} * COLUMNS * prepared.depth + next_piece * PIECE, prepared.depth);
       if (!is_resident)
         load_piece<Engine::ROWS, Engine::THREADS>(rows + next_stage * Memory::QUERY_BYTES,
                                                   row_cells + next_piece * PIECE, prepared.depth);
@@ -574,33 +592,21 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
     cp_async_commit();
   };
 
-  int stage = 0;
-  auto multiply_tile = [&](float (&products)[COLUMNS / 2]) {
-    for (int piece = 0; piece < n_pieces; ++piece) {
-      cp_async_wait<N_AHEAD - 1>();
-      Engine::copied();
-      Engine::template wait<1>(products);  // nobody reads the stage that is loaded next
-      __syncthreads();
-      load_next();
-      Engine::multiply(products, rows + (is_resident ? piece : stage) * Memory::QUERY_BYTES,
-                       columns + stage * Memory::COLUMN_BYTES, piece == 0);
-      stage = (stage + 1) % N_STAGES;
-    }
-  };
-
-  auto look_at_tile = [&](const float (&products)[COLUMNS / 2], int64_t tile) {
-    const int first = static_cast<int>(tile * COLUMNS) + 2 * (lane_id() % 4);
+  // Looks at a tile's products from group `next` to group `until`, and thins out the rows where they have no room, or when
+  // twice as many points have been seen as the last time: then all warps do so at once, and none waits for another.
+  constexpr int GROUP = 2, N_GROUPS = COLUMNS / 8 / GROUP;
+  auto look_at = [&](const float (&products)[COLUMNS / 2], int tile, int& next, int until) {
+    int first = tile * COLUMNS + 2 * (lane_id() % 4);
+    compute_here(first);  // and not a column for each of 32 products, in as many registers
     struct alignas(16) Two {
       Column column[2];
     };
     const Two* twos = reinterpret_cast<const Two*>(points.column + s * points.n + first);
-    // In groups, between which rows may have to be thinned out: there, and nowhere else, so that the code stays small.
-    constexpr int GROUP = 2;
-    int next = 0;
+    const int n_seen = tile - begin + 1;
     while (true) {
 #pragma unroll
-      for (int group = 0; group < COLUMNS / 8 / GROUP; ++group) {
-        if (group != next || nearest.is_full(2 * GROUP)) continue;
+      for (int group = 0; group < N_GROUPS; ++group) {
+        if (group != next || next >= until || nearest.is_full(2 * GROUP)) continue;
         ++next;
 #pragma unroll
         for (int j = group * GROUP; j < (group + 1) * GROUP; ++j) {
@@ -614,8 +620,10 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
             }
         }
       }
-      if (next == COLUMNS / 8 / GROUP) break;
+      const bool is_due = next == N_GROUPS && (n_seen & (n_seen - 1)) == 0 && tile + 1 < end;
+      if (next >= until && !is_due) break;
       thin_out(4 * (RowSlots<R>::SLOTS - 2 * GROUP));
+      if (next >= until) break;
     }
   };
 
@@ -625,20 +633,34 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
                                                 prepared.depth);
   for (int i = 0; i < N_AHEAD; ++i) load_next();
   // While a tile is multiplied, the one before is looked at.
-  float even[COLUMNS / 2], odd[COLUMNS / 2];
-  for (int64_t tile = begin; tile <= end; tile += 2) {
-    if (tile < end) multiply_tile(even);
-    if (tile > begin) look_at_tile(odd, tile - 1);
-    Engine::template wait<0>(even);
-    if (tile == end) break;
-    if (tile + 1 < end) multiply_tile(odd);
-    look_at_tile(even, tile);
-    Engine::template wait<0>(odd);
+  const int n_at_a_time = (N_GROUPS + n_pieces - 1) / n_pieces;
+  float products[COLUMNS / 2], before[COLUMNS / 2];
+  int stage = 0;
+#pragma unroll 1
+  for (int tile = begin; tile <= end; ++tile) {
+    int next = 0;
+#pragma unroll 1
+    for (int piece = 0; piece < n_pieces; ++piece) {
+      if (tile < end) {
+        cp_async_wait<N_AHEAD - 1>();
+        Engine::copied();
+        Engine::template wait<1>(products);  // nobody reads the stage that is loaded next
+        __syncthreads();
+        load_next();
+        Engine::multiply(products, rows + (is_resident ? piece : stage) * Memory::QUERY_BYTES,
+                         columns + stage * Memory::COLUMN_BYTES, piece == 0);
+        stage = (stage + 1) % N_STAGES;
+      }
+      if (tile > begin) look_at(before, tile - 1, next, min(next + n_at_a_time, N_GROUPS));
+    }
+    Engine::template wait<0>(products);
+#pragma unroll
+    for (int e = 0; e < COLUMNS / 2; ++e) before[e] = products[e];
   }
   cp_async_wait<0>();
   if (warp_any(max(quad_sum(nearest.n(0)), quad_sum(nearest.n(1))) > 32 * R)) thin_out(RowSlots<R>::CAPACITY);
 
-  const int64_t to = (s * prepared.n_splits + split) * queries.n + warp_row;
+  const int64_t to = (int64_t{s} * n_splits + split) * queries.n + row + warp_id() * 16;
   nearest.write(prepared.kept + to * RowSlots<R>::CAPACITY, prepared.n_kept + to);
   if (lane_id() % 4 == 0)
 #pragma unroll
@@ -656,53 +678,10 @@ constexpr int PAIRS = 2 * 32 / QUAD;  // that a warp measures at a time, two by 
 template <int R>
 struct Measured {
   Entry of_warp[RESCORE_THREADS / 32][32 * R];
-  float of_kind[RESCORE_THREADS / 32][MOST_DIFFERENT];
 };
 
-// The query's neighbours in a set of few different points: each of these is measured, all points are looked at.
 template <class T, int R>
-__device__ void answer_few(const Asked<T>& asked, const Prepared& prepared, int64_t s, int64_t i, float* of_kind,
-                           bool is_aligned) {
-  const Knn& op = asked.op;
-  const int lane = lane_id(), n = prepared.n_different[s];
-  const int32_t* const different = prepared.different + s * MOST_DIFFERENT;
-#pragma unroll 1
-  for (int e = lane / QUAD; e - lane / QUAD < n; e += PAIRS) {
-    const int other = e + PAIRS / 2;
-    double dist2[2];
-    two_pairs_dist2(asked.query(s, i), asked.point(s, different[min(e, n - 1)]),
-                    asked.point(s, different[min(other, n - 1)]), op.D, is_aligned, dist2);
-    if (lane % QUAD > 1) continue;
-    const int place = lane % QUAD ? other : e;
-    const double found = dist2[lane % QUAD];
-    if (place < n) of_kind[place] = isfinite(found) ? static_cast<float>(found) : NAN;
-  }
-  __syncwarp();
-  const float within = within_of(op, s, i);
-  Entry list[R], bound = NO_ENTRY;
-#pragma unroll
-  for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
-#pragma unroll 1
-  for (int64_t first = 0; first < op.N; first += 32) {
-    const int64_t j = first + lane;
-    const int32_t kind = j < op.N ? prepared.kind[s * op.N + j] : -1;
-    const float dist2 = kind < 0 ? NAN : of_kind[kind];
-    Entry entry = dist2 <= within ? make_entry(dist2, static_cast<int32_t>(j)) : NO_ENTRY;
-    if (entry >= bound || is_barred(op, i, j)) entry = NO_ENTRY;
-    if (!warp_any(entry != NO_ENTRY)) continue;
-    take_32(list, entry, lane);
-    const int last = static_cast<int>(op.k) - 1;
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-      if (last / 32 == r) bound = warp_shuffle(list[r], last % 32);
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-    if (32 * r + lane < op.k) write_neighbour(op, (s * op.Q + i) * op.k + 32 * r + lane, list[r]);
-}
-
-template <class T, int R>
-__global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
+__global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T> asked, Prepared prepared) {
   const Knn& op = asked.op;
   const int lane = lane_id();
   const int64_t task = static_cast<int64_t>(blockIdx.x) * (RESCORE_THREADS / 32) + warp_id();
@@ -712,10 +691,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_ke
   const float within = within_of(op, s, i);
   const double unit = prepared.unit[s];
   const bool is_aligned = asked.is_in_fours();
-  if (prepared.is_few(op, s)) {
-    answer_few<T, R>(asked, prepared, s, i, static_shared<Measured<R>>().of_kind[warp_id()], is_aligned);
-    return;
-  }
+  if (prepared.is_few(op, s)) return;
 
   Entry list[R];
   float cut = limit;
@@ -785,6 +761,79 @@ __global__ void __launch_bounds__(RESCORE_THREADS, R < 4 ? 5 : 4) knn_rescore_ke
   const bool is_certain = rest < INF && (cut == limit || cut >= limit_of(kth, base, rest, unit));
   if (lane == 0 && !is_certain)
     prepared.listed[atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_listed), 1ull)] = s << 32 | i;
+}
+
+// ---- few: blocks of a set take one kind of query after the other; queries that are no points are all of their own kind
+
+constexpr int FEW_THREADS = 256, FEW_BLOCKS = 64;
+constexpr int QUERIES = 2048;  // that are looked through at a time
+
+struct Few {
+  float dist2[MOST_DIFFERENT];  // from the query to every kind of point; NaN where one is not finite
+  int n_asking, asking[QUERIES];
+};
+
+// One warp: the query's k nearest of all points.
+template <int R>
+__device__ void choose_few(const Knn& op, const Few& few, const int32_t* kind, int64_t s, int64_t i) {
+  const int lane = lane_id(), last = static_cast<int>(op.k) - 1;
+  const float within = within_of(op, s, i);
+  Entry list[R], bound = NO_ENTRY;
+#pragma unroll
+  for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
+#pragma unroll 2
+  for (int64_t first = 0; first < op.N; first += 32) {
+    const int64_t j = first + lane;
+    const int32_t of_point = j < op.N ? kind[j] : -1;
+    const float dist2 = of_point < 0 ? NAN : few.dist2[of_point];
+    Entry entry = dist2 <= within ? make_entry(dist2, static_cast<int32_t>(j)) : NO_ENTRY;
+    if (entry >= bound || is_barred(op, i, j)) entry = NO_ENTRY;
+    if (!warp_any(entry != NO_ENTRY)) continue;
+    take_32(list, entry, lane);
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (last / 32 == r) bound = warp_shuffle(list[r], last % 32);
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    if (32 * r + lane < op.k) write_neighbour(op, (s * op.Q + i) * op.k + 32 * r + lane, list[r]);
+}
+
+template <class T, int R>
+__global__ void __launch_bounds__(FEW_THREADS, 2) knn_few_kernel(Asked<T> asked, Prepared prepared) {
+  const Knn& op = asked.op;
+  const int64_t s = blockIdx.x / FEW_BLOCKS;
+  if (!prepared.is_few(op, s)) return;
+  Few& few = static_shared<Few>();
+  const int thread = threadIdx.x, n = prepared.n_different[s];
+  const int32_t *different = prepared.different + s * MOST_DIFFERENT, *kind = prepared.kind + s * op.N;
+  const bool is_aligned = asked.is_in_fours();
+  const int64_t n_kinds = op.is_self ? n + 1 : op.Q;  // the last kind of points are those that are not finite
+#pragma unroll 1
+  for (int64_t a = blockIdx.x % FEW_BLOCKS; a < n_kinds; a += FEW_BLOCKS) {
+    const bool is_finite = !op.is_self || a < n;
+    const int64_t of_kind = op.is_self ? (is_finite ? different[a] : 0) : a;
+    __syncthreads();
+#pragma unroll 1
+    for (int e = thread / QUAD; e - lane_id() / QUAD < n; e += FEW_THREADS / QUAD) {
+      const T* const point = asked.point(s, different[min(e, n - 1)]);
+      const double dist2 = pair_dist2(asked.query(s, of_kind), point, op.D, is_aligned);
+      if (e < n && thread % QUAD == 0)
+        few.dist2[e] = is_finite && isfinite(dist2) ? static_cast<float>(dist2) : NAN;
+    }
+#pragma unroll 1
+    for (int64_t first = op.is_self ? 0 : a; first < (op.is_self ? op.Q : a + 1); first += QUERIES) {
+      __syncthreads();
+      if (thread == 0) few.n_asking = op.is_self ? 0 : 1, few.asking[0] = static_cast<int>(a);
+      __syncthreads();
+      if (op.is_self)
+        for (int64_t i = first + thread; i < min(op.Q, first + QUERIES); i += FEW_THREADS)
+          if (kind[i] == (is_finite ? a : -1)) few.asking[atomicAdd(&few.n_asking, 1)] = static_cast<int>(i);
+      __syncthreads();
+#pragma unroll 1
+      for (int e = warp_id(); e < few.n_asking; e += FEW_THREADS / 32) choose_few<R>(op, few, kind, s, few.asking[e]);
+    }
+  }
 }
 
 // ---- exact: one block per query, in rounds of as many neighbours as its pool can sort out
@@ -1019,9 +1068,13 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
         launch(knn_rescore_kernel<T, decltype(length)::R>, n_blocks_for(op.S * op.Q, RESCORE_THREADS / 32),
                RESCORE_THREADS, 0, stream, asked, prepared);
       };
-      if (plan.R == 1) rescore(Length<1>{});
-      if (plan.R == 2) rescore(Length<2>{});
-      if (plan.R == 4) rescore(Length<4>{});
+      auto few = [&](auto length) {
+        launch(knn_few_kernel<T, decltype(length)::R>, n_blocks_for(op.S * FEW_BLOCKS, 1), FEW_THREADS, 0, stream, asked,
+               prepared);
+      };
+      if (plan.R == 1) rescore(Length<1>{}), few(Length<1>{});
+      if (plan.R == 2) rescore(Length<2>{}), few(Length<2>{});
+      if (plan.R == 4) rescore(Length<4>{}), few(Length<4>{});
     }
     launch(knn_exact_kernel<T>, n_exact, EXACT_THREADS, 0, stream, asked, prepared.n_listed, prepared.listed);
   });

@@ -144,7 +144,7 @@ template <class T>
 __device__ inline void two_pairs_dist2(const T* a, const T* b0, const T* b1, int64_t D, bool is_aligned,
                                        double (&dist2)[2]) {
   double lanes[2][4] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int64_t d = 4 * (threadIdx.x % QUAD); d < D; d += 16) {
     const float4 x = load_four(a, d, D, is_aligned);
     const double of_a[4] = {x.x, x.y, x.z, x.w};

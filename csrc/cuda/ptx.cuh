@@ -97,6 +97,9 @@ __device__ __forceinline__ void barrier_sync(int barrier, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
+// Keeps the compiler from computing, and holding in registers, what follows from x before this place.
+__device__ __forceinline__ void compute_here(int& x) { asm volatile("" : "+r"(x)); }
+
 // ---- cp.async: 16 bytes from global to shared memory, both aligned to 16
 
 __device__ __forceinline__ void cp_async_16(void* to_shared, const void* from) {

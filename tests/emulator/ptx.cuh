@@ -310,6 +310,8 @@ T warp_min(T x) {
   return warp_reduce(x, [](T a, T b) { return b < a ? b : a; });
 }
 
+inline void compute_here(int&) {}
+
 inline void barrier_sync(int barrier, int n_threads) {
   if (barrier < 1 || barrier > 15 || n_threads % 32) emulator::fail("barrier_sync: 1..15, of whole warps");
   emulator::meet(emulator::self->block->named[barrier], n_threads, "barrier_sync");
