@@ -86,14 +86,22 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   int64_t n_iter = 0;
   const int depth = static_cast<int>(z.depth);
   load_columns(z, run, tiles, 0, 0, depth);
-  while (verdict.is_active) {
+  // Each step is called in one place, in the last round as before it: an iteration that is several times as long as it
+  // must be falls out of the caches of instructions, and then waits for them most of the time.
+#pragma unroll 1
+  for (bool is_last = false;; is_last = !verdict.is_active) {
     const int parity = ++n_iter % 2;
-    label_points<T, true>(team, z, run, points, tiles, parity, true);
-    cluster_sync();
+    if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, parity, true);
+    Piece piece;
+    if (!is_last) {
+      cluster_sync();
+      piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
+    }
+    const bool is_any_empty = !is_last && has_empty(z, run);
+    if (is_last || is_any_empty) measure_own(team, z, run, points, is_last);
+    if (is_last) break;
     int n_taken = 0;
-    const Piece piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
-    if (has_empty(z, run)) {
-      measure_own(team, z, run, points, false);
+    if (is_any_empty) {
       cluster_sync();
       if (team.rank == 0) take_over(z, run);
       cluster_sync();
@@ -106,10 +114,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     load_columns(z, run, tiles, 0, 0, depth);  // for the next labels, while it is found out whether there are any
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
-  // Another block may still be reading what changed in the last iteration.
-  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2, true);
   cp_async_wait<0>();
-  measure_own(team, z, run, points, true);
+  --n_iter;  // the last round moved no centroid
   if (team.rank == 0 && thread() == 0) run.control->n_iter = n_iter;
 }
 

@@ -12,6 +12,7 @@ struct Verdict {
 
 __device__ inline bool has_empty(const Sizes& z, const Run& run) {
   bool is_any = false;
+#pragma unroll 1
   for (int64_t k = thread(); k < z.K; k += THREADS) is_any |= run.count[k] == 0;
   return __syncthreads_or(is_any);
 }
@@ -88,6 +89,7 @@ struct Piece {
 
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
+#pragma unroll 1
   for (int64_t k = warp_id() * team.n_blocks + team.rank; k < z.K; k += N_WARPS * team.n_blocks) visit(k);
 }
 
@@ -118,6 +120,7 @@ struct Placing {
 __device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
   for_clusters(team, z, [&](int64_t k) {
     Placing placing{scale_of(run)};
+#pragma unroll 1
     for (int64_t d = lane_id(); d < z.depth; d += LANES)
       placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0, run.centre[d]);
     placing.finish(z, run, k);
@@ -141,6 +144,7 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
   for_clusters(team, z, [&](int64_t k) {
     if (!is_read) piece = Piece::of(z, run, k, 0);
     int32_t n = piece.n_points;
+#pragma unroll 1
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
@@ -148,6 +152,7 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
     for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
       if (base > 0) piece = Piece::of(z, run, k, base);
       is_read = false;
+#pragma unroll 1
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
         if (sign == 0) continue;

@@ -166,6 +166,7 @@ struct Team {
 
   template <class Visit>
   __device__ void for_tiles(const Sizes& z, const Visit& visit) const {
+#pragma unroll 1
     for (int64_t tile = rank; tile < z.n_tiles; tile += n_blocks) {
       const int64_t first = tile * TILE;
       visit(tile, first, static_cast<int>(z.N - first < TILE ? z.N - first : TILE));
@@ -175,6 +176,7 @@ struct Team {
   // Calls visit(i) for i in [0, n), the threads of all blocks side by side.
   template <class Visit>
   __device__ void for_each(int64_t n, const Visit& visit) const {
+#pragma unroll 1
     for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n;
          i += static_cast<int64_t>(n_blocks) * THREADS)
       visit(i);

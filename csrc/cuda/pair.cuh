@@ -117,14 +117,15 @@ __device__ inline double far_pair_dist2(const A* a, const B* b, int64_t D) {
 // For few pairs, far away: a warp measures two, and a lane keeps one of the sixteen sums.
 constexpr int HALF_WARP = 16;
 template <class A, class B>
-__device__ inline double half_warp_dist2(const A* a, const B* b, int64_t D) {
+__device__ inline double half_warp_dist2(const A* a, const B* b, int D) {
   constexpr int AHEAD = 2 * FAR_AHEAD;
   double lane = 0;
-  for (int64_t base = threadIdx.x % HALF_WARP; base < D; base += HALF_WARP * AHEAD) {
+#pragma unroll 1
+  for (int base = static_cast<int>(threadIdx.x) % HALF_WARP; base < D; base += HALF_WARP * AHEAD) {
     float x[AHEAD], y[AHEAD];
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int64_t d = base + HALF_WARP * e;
+      const int d = base + HALF_WARP * e;
       x[e] = d < D ? widen(a[d]) : 0;
       y[e] = d < D ? widen(b[d]) : 0;
     }

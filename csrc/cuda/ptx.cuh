@@ -97,6 +97,15 @@ __device__ __forceinline__ void barrier_sync(int barrier, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
+// Atomic sums in global memory whose result is not asked for: one instruction. Of an address that the compiler cannot tell
+// from one in shared memory atomicAdd takes twenty.
+__device__ __forceinline__ void add_global(double* to, double x) {
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(x) : "memory");
+}
+__device__ __forceinline__ void add_global(int32_t* to, int32_t x) {
+  asm volatile("red.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
+}
+
 // ---- cp.async: 16 bytes from global to shared memory, both aligned to 16
 
 __device__ __forceinline__ void cp_async_16(void* to_shared, const void* from) {
