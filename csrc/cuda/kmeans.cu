@@ -34,10 +34,8 @@ __device__ void start_step(const Kmeans& op, const Team& team, const Sizes& z, c
                            const Tiles& tiles, int64_t step) {
   if (op.start == KmeansStart::random)
     start_random(op, team, z, run);
-  else if (step < z.K)
-    start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
   else
-    finish_plus_plus(team, z, run);
+    start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
 }
 
 // How many steps the start takes.
@@ -72,6 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   cluster_sync();
   place_points<T, true>(team, z, run, points, tiles.points, tiles.stride);
   cluster_sync();
+#pragma unroll 1
   for (int64_t step = 0; step < n_start_steps(op); ++step) {
     start_step<T, true>(op, team, z, run, points, tiles, step);
     cluster_sync();

@@ -34,6 +34,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     auto consider = [&](double x, int64_t i) {
       if (x > dist2 || (x == dist2 && i < first)) dist2 = x, first = i;
     };
+#pragma unroll 4
     for (int64_t i = thread(); i < z.N; i += THREADS) consider(run.dist2[i], i);
 #pragma unroll
     for (int h = LANES / 2; h > 0; h /= 2) {
@@ -44,6 +45,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     if (lane_id() == 0) farthest.dist2[warp_id()] = dist2, farthest.i[warp_id()] = first;
     __syncthreads();
     if (thread() == 0) {
+#pragma unroll 1
       for (int w = 1; w < N_WARPS; ++w) consider(farthest.dist2[w], farthest.i[w]);
       farthest.first = dist2 > 0 ? first : -1;
       if (dist2 > 0) {
@@ -140,18 +142,15 @@ __device__ inline double quotient(double sum, double n, double inverse) {
 template <class T>
 __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken,
                                Piece piece) {
-  bool is_read = true;
   for_clusters(team, z, [&](int64_t k) {
-    if (!is_read) piece = Piece::of(z, run, k, 0);
     int32_t n = piece.n_points;
 #pragma unroll 1
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
     double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
-    for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
-      if (base > 0) piece = Piece::of(z, run, k, base);
-      is_read = false;
+#pragma unroll 1
+    for (int64_t base = 0; base < z.depth;) {
 #pragma unroll 1
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
@@ -173,6 +172,9 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
         if (d < z.D) run.centroid[k * z.D + d] = next;
         placing.add(z, run, k, d, next, piece.centre[e]);
       }
+      base += LANES * AHEAD;
+      const bool has_more = base < z.depth;
+      piece = Piece::of(z, run, has_more ? k : k + N_WARPS * team.n_blocks, has_more ? base : 0);
     }
 #pragma unroll
     for (int h = LANES / 4; h > 0; h /= 2) move2 += warp_shuffle_xor(move2, h);
@@ -190,10 +192,13 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   };
   Shared& shared = static_shared<Shared>();
   double squares = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < z.N; first += TILE) {
+#pragma unroll 1
     for (int r = warp_id(); r < TILE; r += N_WARPS) {
       double x = 0;
       if (first + r < z.N && run.label[first + r] >= 0)
+#pragma unroll 4
         for (int64_t d = lane_id(); d < z.D; d += LANES) {
           const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
           x += difference * difference;
@@ -203,6 +208,7 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
     }
     __syncthreads();
     if (thread() == 0)
+#pragma unroll 4
       for (double x : shared.dist2) squares += x;
     __syncthreads();
   }
@@ -215,6 +221,7 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
 __device__ inline void bound_moves(const Kmeans& op, const Team& team, const Sizes& z, const Run& run) {
   if (team.rank > 0 || warp_id() > 0) return;
   double squares = 0;
+#pragma unroll 1
   for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
   squares = warp_sum(squares);
   if (lane_id() > 0) return;
@@ -238,6 +245,7 @@ __device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, con
   const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
   if (thread() == 0) moved.low = run.control->low, moved.high = run.control->high;
   double moved2 = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < z.K; first += TILE) {
     const int n = static_cast<int>(z.K - first < TILE ? z.K - first : TILE);
     if (first > 0) __syncthreads();

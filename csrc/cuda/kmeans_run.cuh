@@ -225,46 +225,55 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
   struct Found {
     int32_t is_finite[TILE], n_finite;
   };
+  constexpr int AHEAD = 32;
+  static_assert(TILE % AHEAD == 0, "rows behind the last are not finite");
+  const int D = static_cast<int>(z.D);
   Found& found = static_shared<Found>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
     found.is_finite[thread()] = thread() < n;
     if (thread() == 0) found.n_finite = n;
     __syncthreads();
-    bool is_spoilt = false;
-    auto sum_columns = [&] {
-      is_spoilt = false;
-      for (int64_t d = thread(); d < z.D; d += THREADS) {
+    // Once, and if there are points that are not finite, once more without them.
+#pragma unroll 1
+    for (bool is_again = false;; is_again = true) {
+      bool is_spoilt = false;
+#pragma unroll 1
+      for (int d = thread(); d < D; d += THREADS) {
         int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
         double sum = 0;
-#pragma unroll 32
-        for (int r = 0; r < n; ++r) {
-          const float x = widen(points[(first + r) * z.D + d]);
-          if (!found.is_finite[r]) continue;
-          reach = max(reach, __float_as_int(fabsf(x)));
-          sum += x;
+        const T* column = points + first * D + d;
+#pragma unroll 1
+        for (int base = 0; base < n; base += AHEAD) {
+          float x[AHEAD];
+#pragma unroll
+          for (int r = 0; r < AHEAD; ++r) x[r] = found.is_finite[base + r] ? widen(column[r * D]) : 0;
+          column += AHEAD * D;
+#pragma unroll
+          for (int r = 0; r < AHEAD; ++r) {
+            reach = max(reach, __float_as_int(fabsf(x[r])));
+            sum += x[r];
+          }
         }
         is_spoilt |= reach >= 0x7f800000;
-        run.tile_reach[tile * z.D + d] = reach;
-        run.tile_sum[tile * z.D + d] = sum;
+        run.tile_reach[tile * D + d] = reach;
+        run.tile_sum[tile * D + d] = sum;
       }
-    };
-    sum_columns();
-    if (__syncthreads_or(is_spoilt)) {  // once more without the points that are not finite
+      if (!__syncthreads_or(is_spoilt && !is_again)) break;
+#pragma unroll 1
       for (int r = warp_id(); r < n; r += N_WARPS) {
         bool is_row_spoilt = false;
-        for (int64_t d = lane_id(); d < z.D; d += LANES)
-          is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
+#pragma unroll 4
+        for (int d = lane_id(); d < D; d += LANES) is_row_spoilt |= !isfinite(widen(points[(first + r) * D + d]));
         if (!warp_any(is_row_spoilt) || lane_id() > 0) continue;
         found.is_finite[r] = false;
         atomicAdd(&found.n_finite, -1);
       }
       __syncthreads();
-      sum_columns();
     }
     if (thread() < n) run.norm[first + thread()] = {found.is_finite[thread()] ? 0 : NAN, 0};
     if (thread() == 0) {
       run.tile_finite[tile] = found.n_finite;
-      atomicAdd(&run.control->n_finite, found.n_finite);
+      add_global(&run.control->n_finite, found.n_finite);
     }
     __syncthreads();
   });
@@ -321,12 +330,13 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
   team.for_each(z.depth, [&](int64_t d) { run.centre[d] = d < z.D ? centre_of(run, d, scale) : 0; });
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+#pragma unroll 1
     for (int base = warp_id() * ROWS; base < TILE; base += N_WARPS * ROWS) {
       bool is_point[ROWS];
       float squares[ROWS] = {}, errors[ROWS] = {};
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) is_point[r] = base + r < n && !isnan(run.norm[first + base + r].norm);
-#pragma unroll 2
+#pragma unroll 1
       for (int64_t d = lane_id(); d < z.depth; d += LANES) {
         const float centre = d < z.D ? centre_of(run, d, scale) : 0;
         float x[ROWS];
@@ -355,6 +365,7 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
     __syncthreads();
     if (warp_id() == 0) {
       double sum = 0;
+#pragma unroll 1
       for (int r = lane_id(); r < TILE; r += LANES) sum += norm2[r];
       sum = warp_sum(sum);
       if (lane_id() == 0) run.tile_norm2[tile] = sum;
