@@ -47,7 +47,8 @@ __host__ __device__ int64_t n_start_steps(const Kmeans& op) {
 // ---- resident
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* scratch, float* within, int64_t room) {
+__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes sizes, char* scratch, int64_t run_bytes,
+                                                              float* within, int64_t room) {
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
   struct Shared {  // what would take the registers of the reads that are on their way
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     Sizes sizes;
   };
   Shared& shared = static_shared<Shared>();
-  if (thread() == 0) shared = {Run::at(op, scratch, team.run), Sizes(op)};
+  if (thread() == 0) shared = {Run::at(sizes, scratch + team.run * run_bytes), sizes};
   __syncthreads();
   const Run& run = shared.run;
   const Sizes& z = shared.sizes;
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scrat
 // ---- both
 
 // The restart of lowest inertia, of equals the earliest, to the outputs. Blocks share out a set.
-__global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* scratch, int64_t n_blocks) {
-  const Sizes z(op);
+__global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, Sizes z, char* scratch, int64_t run_bytes,
+                                                             int64_t n_blocks) {
   const Team team = team_of_launch(n_blocks);
   const int64_t s = team.run;
   struct Best {
@@ -209,15 +210,17 @@ __global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* sc
   Best& best = static_shared<Best>();
   if (thread() == 0) {
     best.restart = -1;
+#pragma unroll 1
     for (int64_t restart = 0; restart < op.n_init; ++restart) {
-      const Run run = Run::at(op, scratch, s * op.n_init + restart);
+      const Run run = Run::at(z, scratch + (s * op.n_init + restart) * run_bytes);
       double inertia = 0;
+#pragma unroll 4
       for (int64_t tile = 0; tile < z.n_tiles; ++tile) inertia += run.tile_inertia[tile];
       if (best.restart < 0 || inertia < best.inertia) best.restart = restart, best.inertia = inertia;
     }
   }
   __syncthreads();
-  const Run run = Run::at(op, scratch, s * op.n_init + best.restart);
+  const Run run = Run::at(z, scratch + (s * op.n_init + best.restart) * run_bytes);
   team.for_each(z.N, [&](int64_t i) { op.label[s * z.N + i] = run.label[i]; });
   team.for_each(z.K * z.D, [&](int64_t e) { op.centroid[s * z.K * z.D + e] = run.centroid[e]; });
   if (team.rank > 0 || thread() > 0) return;
@@ -249,8 +252,8 @@ struct Launcher {
   template <class T>
   void resident(int cluster, float* within, int64_t room) {
     launch_cluster(resident_kernel<T>, cluster, dim3(static_cast<unsigned>(n_runs * cluster)), THREADS,
-                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, scratch,
-                   within, room);
+                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, z,
+                   scratch, static_cast<int64_t>(Run::bytes(op)), within, room);
   }
 
   template <class T>
@@ -298,8 +301,8 @@ void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream st
       launcher.streaming<T>(within, room);
   });
   const int64_t n_blocks = std::min<int64_t>(ceil_div(op.N, THREADS), 16);  // not tuned yet
-  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.scratch,
-         n_blocks);
+  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.z,
+         launcher.scratch, static_cast<int64_t>(Run::bytes(op)), n_blocks);
 }
 
 }  // namespace clmfast

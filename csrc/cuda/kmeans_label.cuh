@@ -327,8 +327,8 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, con
   for (int task = warp_id(); task < n_slices * n_parts; task += N_WARPS) {
     const int part = task / n_slices, first_d = task % n_slices * WIDE * LANES + lane_id();
     const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
+    const T* column = points + first * z.D + first_d;
     double magic[WIDE], sum[WIDE] = {};
-    int32_t n_more = 0;
 #pragma unroll
     for (int c = 0; c < WIDE; ++c) magic[c] = first_d + c * LANES < D ? run.magic[first_d + c * LANES] : 0;
 #pragma unroll 1
@@ -336,7 +336,7 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, con
       float x[AHEAD][WIDE];
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const T* point = points + (first + work->row[min(base + e, end - 1)] / 2) * z.D + first_d;
+        const T* point = column + work->row[min(base + e, end - 1)] / 2 * D;
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) x[e][c] = first_d + c * LANES < D ? widen(point[c * LANES]) : 0;
       }
@@ -344,15 +344,12 @@ __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, con
       for (int e = 0; e < AHEAD; ++e) {
         if (base + e >= end) break;
         const bool leaves = work->row[base + e] % 2;
-        n_more += leaves ? -1 : 1;
 #pragma unroll
         for (int c = 0; c < WIDE; ++c)
           sum[c] += rounded(leaves ? -x[e][c] : x[e][c], magic[c]);  // -rounded(x), as ties go to the even one
         const int32_t cluster = work->cluster[base + e];
         if (base + e + 1 < end && work->cluster[base + e + 1] == cluster) continue;
-        if (task % n_slices == 0 && lane_id() == 0) add_global(&run.count[cluster], n_more);
-        n_more = 0;
-        double* to = run.sum + cluster * z.D + first_d;
+        double* to = run.sum + static_cast<int64_t>(cluster) * D + first_d;
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) {
           if (first_d + c * LANES < D) add_global(to + c * LANES, sum[c]);
@@ -409,8 +406,13 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
       };
       const int at_in = begin_of(label) + rank_in, at_out = begin_of(before) + rank_out,
                 n_entries = warp_shuffle(up_to, LANES - 1);
-      if (enters) work->cluster[at_in] = label, work->row[at_in] = static_cast<uint16_t>(2 * thread());
-      if (leaves) work->cluster[at_out] = before, work->row[at_out] = static_cast<uint16_t>(2 * thread() + 1);
+      auto enter = [&](int at, int32_t cluster, int leaves) {
+        work->cluster[at] = cluster;
+        work->row[at] = static_cast<uint16_t>(2 * thread() + leaves);
+        add_global(&run.count[cluster], 1 - 2 * leaves);
+      };
+      if (enters) enter(at_in, label, 0);
+      if (leaves) enter(at_out, before, 1);
       __syncthreads();
       sum_changed(z, run, points, work, first, n_entries);
     }

@@ -70,15 +70,17 @@ struct Piece {
   float before[AHEAD], centre[AHEAD];
   int32_t n_points;
 
-  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int64_t base) {
+  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int base) {
     Piece piece;
+    const int D = k < z.K ? static_cast<int>(z.D) : 0, first_d = base + lane_id();
+    const double* sum = run.sum + k * z.D + first_d;
+    const float *before = run.centroid + k * z.D + first_d, *centre = run.centre + first_d;
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int64_t d = base + e * LANES + lane_id(), at = k * z.D + d;
-      const bool is_there = k < z.K && d < z.D;
-      piece.sum[e] = is_there ? run.sum[at] : 0;
-      piece.before[e] = is_there ? run.centroid[at] : 0;
-      piece.centre[e] = is_there ? run.centre[d] : 0;
+      const bool is_there = first_d + e * LANES < D;
+      piece.sum[e] = is_there ? sum[e * LANES] : 0;
+      piece.before[e] = is_there ? before[e * LANES] : 0;
+      piece.centre[e] = is_there ? centre[e * LANES] : 0;
     }
     piece.n_points = k < z.K ? run.count[k] : 0;
     return piece;
@@ -99,15 +101,15 @@ __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visi
 struct Placing {
   float scale, squares = 0, errors = 0;
 
-  // x: coordinate d; beyond the last one, nothing. centre: of that coordinate.
-  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x, float centre) {
-    if (d >= z.depth) return;
-    const float placed = d < z.D ? place(x, scale, centre) : 0;
+  // x: coordinate d of a centroid; beyond the last one, nothing. centre: of that coordinate. to [depth]: its placed form.
+  __device__ void add(int D, int depth, half* to, int d, float x, float centre) {
+    if (d >= depth) return;
+    const float placed = d < D ? place(x, scale, centre) : 0;
     const half rounded_x = narrow<half>(placed);
     const float error = placed - widen(rounded_x);
     squares = fmaf(placed, placed, squares);
     errors = fmaf(error, error, errors);
-    run.placed[k * z.depth + d] = rounded_x;
+    to[d] = rounded_x;
   }
 
   __device__ void finish(const Sizes& z, const Run& run, int64_t k) {
@@ -122,9 +124,10 @@ struct Placing {
 __device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
   for_clusters(team, z, [&](int64_t k) {
     Placing placing{scale_of(run)};
+    const int D = static_cast<int>(z.D), depth = static_cast<int>(z.depth);
 #pragma unroll 1
-    for (int64_t d = lane_id(); d < z.depth; d += LANES)
-      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0, run.centre[d]);
+    for (int d = lane_id(); d < depth; d += LANES)
+      placing.add(D, depth, run.placed + k * depth, d, d < D ? run.centroid[k * D + d] : 0, run.centre[d]);
     placing.finish(z, run, k);
   });
 }
@@ -148,32 +151,35 @@ __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run,
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
+    const int D = static_cast<int>(z.D), depth = static_cast<int>(z.depth);
+    float* centroid = run.centroid + k * D;
+    half* placed = run.placed + k * depth;
     double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
 #pragma unroll 1
-    for (int64_t base = 0; base < z.depth;) {
+    for (int base = 0; base < depth;) {
 #pragma unroll 1
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
         if (sign == 0) continue;
 #pragma unroll
         for (int e = 0; e < AHEAD; ++e) {
-          const int64_t d = base + e * LANES + lane_id();
-          if (d < z.D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+          const int d = base + e * LANES + lane_id();
+          if (d < D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
         }
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = base + e * LANES + lane_id();
+        const int d = base + e * LANES + lane_id();
         const float mean = static_cast<float>(quotient(piece.sum[e], n_points, inverse)),
-                    next = n > 0 && d < z.D ? mean : piece.before[e];
+                    next = n > 0 && d < D ? mean : piece.before[e];
         const double difference = static_cast<double>(piece.before[e]) - static_cast<double>(next);
         const double square = __dmul_rn(difference, difference);
         move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
-        if (d < z.D) run.centroid[k * z.D + d] = next;
-        placing.add(z, run, k, d, next, piece.centre[e]);
+        if (d < D) centroid[d] = next;
+        placing.add(D, depth, placed, d, next, piece.centre[e]);
       }
       base += LANES * AHEAD;
-      const bool has_more = base < z.depth;
+      const bool has_more = base < depth;
       piece = Piece::of(z, run, has_more ? k : k + N_WARPS * team.n_blocks, has_more ? base : 0);
     }
 #pragma unroll

@@ -112,9 +112,13 @@ struct Run {
   }
 
   static __device__ Run at(const Kmeans& op, char* scratch, int64_t run) {
-    Parts parts{scratch + run * bytes(op)};
+    return at(Sizes(op), scratch + run * bytes(op));
+  }
+
+  static __device__ Run at(const Sizes& z, char* own_scratch) {
+    Parts parts{own_scratch};
     Run result;
-    result.place(Sizes(op), parts);
+    result.place(z, parts);
     return result;
   }
 
@@ -157,6 +161,25 @@ __device__ X warp_prefix(X x) {
     if (lane_id() >= h) x += below;
   }
   return x;
+}
+
+// Sums of N numbers of each lane over the lanes, with as many shuffles as numbers and not five times as many: every step
+// halves the lanes that a number is spread over, and the numbers of a lane. Lane l gets number l * N / LANES.
+template <int N, int H = LANES / 2>
+__device__ float warp_sums(float (&x)[N]) {
+  if constexpr (H == 0) {
+    return x[0];
+  } else {
+    constexpr int LEFT = N * H / LANES;
+    const bool is_upper = lane_id() & H;
+    if constexpr (LEFT == 0) x[0] += warp_shuffle_xor(x[0], H);
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float kept = is_upper ? x[LEFT + i] : x[i], sent = is_upper ? x[i] : x[LEFT + i];
+      x[i] = kept + warp_shuffle_xor(sent, H);
+    }
+    return warp_sums<N, H / 2>(x);
+  }
 }
 
 // The blocks that work on one run.
@@ -286,7 +309,7 @@ __device__ inline void find_columns(const Team& team, const Sizes& z, const Run&
   team.for_each(z.D, [&](int64_t d) {
     int32_t reach = 0;
     double sum = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int64_t tile = 0; tile < z.n_tiles; ++tile) {
       reach = max(reach, run.tile_reach[tile * z.D + d]);
       sum += run.tile_sum[tile * z.D + d];
@@ -333,7 +356,7 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
 #pragma unroll 1
     for (int base = warp_id() * ROWS; base < TILE; base += N_WARPS * ROWS) {
       bool is_point[ROWS];
-      float squares[ROWS] = {}, errors[ROWS] = {};
+      float sums[2 * ROWS] = {};  // of squares, and behind them of squared errors
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) is_point[r] = base + r < n && !isnan(run.norm[first + base + r].norm);
 #pragma unroll 1
@@ -348,18 +371,17 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
           const float placed = is_point[r] && d < z.D ? place(x[r], scale, centre) : 0;
           const half rounded_x = narrow<half>(placed);
           const float error = placed - widen(rounded_x);
-          squares[r] = fmaf(placed, placed, squares[r]);
-          errors[r] = fmaf(error, error, errors[r]);
+          sums[r] = fmaf(placed, placed, sums[r]);
+          sums[ROWS + r] = fmaf(error, error, sums[ROWS + r]);
           if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
         }
       }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) squares[r] = warp_sum(squares[r]), errors[r] = warp_sum(errors[r]);
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        if (lane_id() != r) continue;
-        norm2[base + r] = squares[r];
-        if (is_point[r]) run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
+      const float squares = warp_sums(sums), errors = warp_shuffle_down(squares, LANES / 2);
+      constexpr int EACH = LANES / 2 / ROWS;  // lanes that have the squares of the same row
+      if (lane_id() < LANES / 2 && lane_id() % EACH == 0) {
+        const int r = base + lane_id() / EACH;
+        norm2[r] = squares;
+        if (r < n && !isnan(run.norm[first + r].norm)) run.norm[first + r] = norm_of(z, squares, errors);
       }
     }
     __syncthreads();

@@ -119,16 +119,18 @@ constexpr int HALF_WARP = 16;
 template <class A, class B>
 __device__ inline double half_warp_dist2(const A* a, const B* b, int D) {
   constexpr int AHEAD = 2 * FAR_AHEAD;
+  const int first = static_cast<int>(threadIdx.x) % HALF_WARP;
+  a += first, b += first;
   double lane = 0;
 #pragma unroll 1
-  for (int base = static_cast<int>(threadIdx.x) % HALF_WARP; base < D; base += HALF_WARP * AHEAD) {
+  for (int left = D - first; left > 0; left -= HALF_WARP * AHEAD) {
     float x[AHEAD], y[AHEAD];
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int d = base + HALF_WARP * e;
-      x[e] = d < D ? widen(a[d]) : 0;
-      y[e] = d < D ? widen(b[d]) : 0;
+      x[e] = HALF_WARP * e < left ? widen(a[HALF_WARP * e]) : 0;
+      y[e] = HALF_WARP * e < left ? widen(b[HALF_WARP * e]) : 0;
     }
+    a += HALF_WARP * AHEAD, b += HALF_WARP * AHEAD;
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
       const double difference = static_cast<double>(x[e]) - static_cast<double>(y[e]);
