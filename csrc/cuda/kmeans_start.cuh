@@ -183,16 +183,18 @@ __device__ void load_trials(const Sizes& z, const Run& run, const T* points, con
   const TrialRows rows(z, tiles);
 #pragma unroll 1
   for (int t = warp_id(); t < TRIALS; t += N_WARPS) {
-    const T* point = points + (t < n ? trial[t] : 0) * z.D;
+    const T* point = points + (t < n ? trial[t] : 0) * z.D + first_d;
+    const int n_there = t < n ? min(width, static_cast<int>(z.D - first_d)) : 0;
 #pragma unroll 1
     for (int base = lane_id(); base < width; base += LANES * AHEAD) {
       float x[AHEAD], centre[AHEAD];
+      const T* from = point + base;
+      const float* from_centre = run.centre + first_d + base;
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = first_d + base + e * LANES;
-        const bool is_there = t < n && base + e * LANES < width && d < z.D;
-        x[e] = is_there ? widen(point[d]) : 0;
-        centre[e] = is_there ? run.centre[d] : 0;
+        const bool is_there = base + e * LANES < n_there;
+        x[e] = is_there ? widen(from[e * LANES]) : 0;
+        centre[e] = is_there ? from_centre[e * LANES] : 0;
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {

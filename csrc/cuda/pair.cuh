@@ -50,17 +50,20 @@ __device__ inline void add_squares(double (&lane)[4], const float4& x, const flo
 }
 
 // Calls visit(x, y) with the coordinates that a quad's lane has of a pair, four at a time up to D. FAR_AHEAD reads of
-// either row are on their way together, or twice as many of `a` where `b` is near, in shared memory: rows come from the
-// L2 cache, and all that a few pairs take is waiting for it. Behind D come zeros.
+// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it. More
+// of them would be more instructions, which come from there too. IS_NEAR: b is in shared memory. Behind D come zeros.
 constexpr int FAR_AHEAD = 8;
 template <bool IS_NEAR, bool IS_ALIGNED, class A, class B, class Visit>
 __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
-  constexpr int AHEAD = FAR_AHEAD * (IS_NEAR ? 2 : 1) / (IS_ALIGNED ? 1 : 4);  // else four reads instead of one
+  constexpr int AHEAD = FAR_AHEAD / (IS_ALIGNED ? 1 : 4);  // else four reads instead of one
   constexpr float4 NONE = {0, 0, 0, 0};
-  for (int64_t base = threadIdx.x % QUAD * 4; base < D; base += 16 * AHEAD) {
+  const int first = static_cast<int>(threadIdx.x) % QUAD * 4;
+  a += first, b += first;
+#pragma unroll 1
+  for (int left = static_cast<int>(D) - first; left > 0; left -= 16 * AHEAD) {
     float4 x[AHEAD], y[IS_NEAR ? 1 : AHEAD];
     auto read = [&](const auto* row, int e) {
-      return base + 16 * e < D ? load_four(row, base + 16 * e, D, IS_ALIGNED) : NONE;
+      return 16 * e < left ? load_four(row, 16 * e, left, IS_ALIGNED) : NONE;
     };
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
@@ -72,6 +75,7 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
       if constexpr (IS_NEAR) y[0] = read(b, e);
       visit(x[e], y[IS_NEAR ? 0 : e]);
     }
+    a += 16 * AHEAD, b += 16 * AHEAD;
   }
 }
 template <bool IS_NEAR, class A, class B, class Visit>
