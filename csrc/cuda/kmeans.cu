@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes s
   const Run& run = shared.run;
   const Sizes& z = shared.sizes;
   const T* points = points_of<T>(op, team.run);
-  const Tiles tiles(ceil_div(z.n_tiles, team.n_blocks) * TILE, z.depth);
+  const int n_tiles = (static_cast<int>(z.n_tiles) + team.n_blocks - 1) / team.n_blocks;  // of a block
+  const Tiles tiles(n_tiles * TILE, z.depth);
 
   clear(team, z, run, op, within, room);
   cluster_sync();
@@ -122,8 +123,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes s
 // ---- streaming
 
 __device__ Team team_of_launch(int64_t n_blocks) {
-  return {static_cast<int64_t>(blockIdx.x) / n_blocks, static_cast<int>(blockIdx.x % n_blocks),
-          static_cast<int>(n_blocks)};
+  const uint32_t n = static_cast<uint32_t>(n_blocks);
+  return {static_cast<int64_t>(blockIdx.x / n), static_cast<int>(blockIdx.x % n), static_cast<int>(n)};
 }
 
 template <class T>

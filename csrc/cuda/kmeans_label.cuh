@@ -321,11 +321,11 @@ __device__ inline int32_t decide(const Work* work) {
 template <class T>
 __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, const Work* work, int64_t first, int n) {
   constexpr int AHEAD = 8, WIDE = 4;
-  const int D = static_cast<int>(z.D), n_slices = max(static_cast<int>(ceil_div(D, WIDE * LANES)), 1),
+  const int D = static_cast<int>(z.D), n_slices = (max(D, 1) + WIDE * LANES - 1) / (WIDE * LANES),
             n_parts = n_slices < N_WARPS ? N_WARPS / n_slices : 1;
 #pragma unroll 1
   for (int task = warp_id(); task < n_slices * n_parts; task += N_WARPS) {
-    const int part = task / n_slices, first_d = task % n_slices * WIDE * LANES + lane_id();
+    const int part = task / n_slices, first_d = (task - part * n_slices) * WIDE * LANES + lane_id();
     const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
     const T* column = points + first * z.D + first_d;
     double magic[WIDE], sum[WIDE] = {};

@@ -206,13 +206,18 @@ struct Team {
   }
 };
 
+// The set that a run is of. Runs are fewer than 2^31, and a division of 64 bits takes a hundred instructions.
+__device__ inline int64_t set_of(const Kmeans& op, int64_t run) {
+  return static_cast<uint32_t>(run) / static_cast<uint32_t>(op.n_init);
+}
+
 template <class T>
 __device__ const T* points_of(const Kmeans& op, int64_t run) {
-  return reinterpret_cast<const T*>(op.points) + run / op.n_init * op.N * op.D;
+  return reinterpret_cast<const T*>(op.points) + set_of(op, run) * op.N * op.D;
 }
 
 __device__ inline const float* init_of(const Kmeans& op, int64_t run) {
-  return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
+  return op.init ? op.init + set_of(op, run) * op.K * op.D : nullptr;
 }
 
 // What rounds the coordinates of a column: cpu/sums.h, of which this is find_magic.
@@ -235,7 +240,8 @@ __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, c
                              int64_t room) {
   if (team.rank == 0 && thread() == 0) *run.control = {0, 0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
-  if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
+  if (within) within += set_of(op, team.run) * room;
+  if (within) team.for_each(z.N, [&](int64_t i) { within[i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
   team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}, 0}; });

@@ -16,7 +16,8 @@ namespace clmfast::kmeans_gpu {
 // Uniform in [0, 1), as in cpu/kmeans.cpp.
 __device__ inline double uniform(const Kmeans& op, int64_t run, int64_t draw) {
   uint64_t hash = 0;
-  for (int64_t x : {op.seed, run / op.n_init, run % op.n_init, draw}) {
+  const int64_t set = set_of(op, run);
+  for (int64_t x : {op.seed, set, run - set * op.n_init, draw}) {
     hash += static_cast<uint64_t>(x) + 0x9e3779b97f4a7c15;
     hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9;
     hash = (hash ^ hash >> 27) * 0x94d049bb133111eb;
@@ -347,7 +348,7 @@ __device__ inline void start_random(const Kmeans& op, const Team& team, const Si
 
 template <class T>
 __device__ void write_start(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points) {
-  const int64_t s = team.run / op.n_init;
+  const int64_t s = set_of(op, team.run);
 #pragma unroll 1
   for (int64_t k = team.rank * N_WARPS + warp_id(); k < z.K; k += team.n_blocks * N_WARPS) {
     float* centroid = run.centroid + k * z.D;

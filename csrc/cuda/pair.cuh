@@ -86,7 +86,8 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
     visit_fours<IS_NEAR, false>(a, b, D, visit);
 }
 
-// What a lane whose first coordinate is `first` does for its quad's pair.
+// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned: where
+// it is signed, knn's kernels take 14 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
   double lane[4] = {};
@@ -97,17 +98,9 @@ __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, 
   }
   return sum_of_lanes(lane);
 }
-
-// All lanes of the warp call these, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned in
-// the one and signed in the other: the other way round, knn's kernels take 14 and k-means' 6 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
   return pair_dist2_from(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
-}
-template <class A, class B>
-__device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
-  const int thread = static_cast<int>(threadIdx.x);
-  return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
 }
 
 // For some pairs, far away.
