@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes s
   int64_t n_iter = 0;
   const int depth = static_cast<int>(z.depth);
   load_columns(z, run, tiles, 0, 0, depth);
-  // Each step is called in one place, in the last round as before it: an iteration that is several times as long as it
-  // must be falls out of the caches of instructions, and then waits for them most of the time.
+  // Each step is called in one place, in the last round as before it, and loops are unrolled for nothing but reads on
+  // their way: what an iteration runs through should stay in the caches of instructions, the larger of some 128 KB.
 #pragma unroll 1
   for (bool is_last = false;; is_last = !verdict.is_active) {
     const int parity = ++n_iter % 2;

@@ -101,7 +101,7 @@ __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visi
 struct Placing {
   float scale, squares = 0, errors = 0;
 
-  // x: coordinate d of a centroid; beyond the last one, nothing. centre: of that coordinate. to [depth]: its placed form.
+  // x: coordinate d of a centroid; beyond the last one, nothing. centre: of that coordinate. to [depth]: placed form.
   __device__ void add(int D, int depth, half* to, int d, float x, float centre) {
     if (d >= depth) return;
     const float placed = d < D ? place(x, scale, centre) : 0;

@@ -276,8 +276,8 @@ struct Trials {
   int32_t point[MAX_TRIALS];
 };
 
-// Step number `step` of K: chooses the centroid of the step before, draws, measures; step K only chooses. Without any finite point it draws
-// some point, which is at no distance from any.
+// Step number `step` of K: chooses the centroid of the step before, draws, measures; step K only chooses. Without any
+// finite point it draws some point, which is at no distance from any.
 template <class T, bool IS_RESIDENT>
 __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
                                 const Tiles& tiles, int64_t step) {

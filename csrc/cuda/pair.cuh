@@ -50,8 +50,9 @@ __device__ inline void add_squares(double (&lane)[4], const float4& x, const flo
 }
 
 // Calls visit(x, y) with the coordinates that a quad's lane has of a pair, four at a time up to D. FAR_AHEAD reads of
-// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it. More
-// of them would be more instructions, which come from there too. IS_NEAR: b is in shared memory. Behind D come zeros.
+// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it.
+// More of them would be more instructions, which come from there too. IS_NEAR: b is in shared memory. Behind D come
+// zeros.
 constexpr int FAR_AHEAD = 8;
 template <bool IS_NEAR, bool IS_ALIGNED, class A, class B, class Visit>
 __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
@@ -86,8 +87,8 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
     visit_fours<IS_NEAR, false>(a, b, D, visit);
 }
 
-// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned: where
-// it is signed, knn's kernels take 14 registers more (nvcc 13.0).
+// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned:
+// where it is signed, knn's kernels take 14 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
   double lane[4] = {};

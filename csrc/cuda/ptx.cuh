@@ -97,8 +97,8 @@ __device__ __forceinline__ void barrier_sync(int barrier, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
-// Atomic sums in global memory whose result is not asked for: one instruction. Of an address that the compiler cannot tell
-// from one in shared memory atomicAdd takes twenty. (A generic address of global memory is the global one.)
+// Atomic sums in global memory whose result is not asked for: one instruction. Of an address that the compiler cannot
+// tell from one in shared memory atomicAdd takes twenty. (A generic address of global memory is the global one.)
 __device__ __forceinline__ void add_global(double* to, double x) {
   asm volatile("red.global.add.f64 [%0], %1;" ::"l"(to), "d"(x) : "memory");
 }
