@@ -34,10 +34,8 @@ __device__ void start_step(const Kmeans& op, const Team& team, const Sizes& z, c
                            const Tiles& tiles, int64_t step) {
   if (op.start == KmeansStart::random)
     start_random(op, team, z, run);
-  else if (step < z.K)
-    start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
   else
-    finish_plus_plus(team, z, run);
+    start_plus_plus<T, IS_RESIDENT>(op, team, z, run, points, tiles, step);
 }
 
 // How many steps the start takes.
@@ -49,7 +47,8 @@ __host__ __device__ int64_t n_start_steps(const Kmeans& op) {
 // ---- resident
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* scratch, float* within, int64_t room) {
+__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes sizes, char* scratch, int64_t run_bytes,
+                                                              float* within, int64_t room) {
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
   struct Shared {  // what would take the registers of the reads that are on their way
@@ -57,12 +56,13 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     Sizes sizes;
   };
   Shared& shared = static_shared<Shared>();
-  if (thread() == 0) shared = {Run::at(op, scratch, team.run), Sizes(op)};
+  if (thread() == 0) shared = {Run::at(sizes, scratch + team.run * run_bytes), sizes};
   __syncthreads();
   const Run& run = shared.run;
   const Sizes& z = shared.sizes;
   const T* points = points_of<T>(op, team.run);
-  const Tiles tiles(ceil_div(z.n_tiles, team.n_blocks) * TILE, z.depth);
+  const int n_tiles = (static_cast<int>(z.n_tiles) + team.n_blocks - 1) / team.n_blocks;  // of a block
+  const Tiles tiles(n_tiles * TILE, z.depth);
 
   clear(team, z, run, op, within, room);
   cluster_sync();
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   cluster_sync();
   place_points<T, true>(team, z, run, points, tiles.points, tiles.stride);
   cluster_sync();
+#pragma unroll 1
   for (int64_t step = 0; step < n_start_steps(op); ++step) {
     start_step<T, true>(op, team, z, run, points, tiles, step);
     cluster_sync();
@@ -86,14 +87,22 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
   int64_t n_iter = 0;
   const int depth = static_cast<int>(z.depth);
   load_columns(z, run, tiles, 0, 0, depth);
-  while (verdict.is_active) {
+  // Each step is called in one place, in the last round as before it, and loops are unrolled for nothing but reads on
+  // their way: what an iteration runs through should stay in the caches of instructions, the larger of some 128 KB.
+#pragma unroll 1
+  for (bool is_last = false;; is_last = !verdict.is_active) {
     const int parity = ++n_iter % 2;
-    label_points<T, true>(team, z, run, points, tiles, parity, true);
-    cluster_sync();
+    if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, parity, true);
+    Piece piece;
+    if (!is_last) {
+      cluster_sync();
+      piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
+    }
+    const bool is_any_empty = !is_last && has_empty(z, run);
+    if (is_last || is_any_empty) measure_own(team, z, run, points, is_last);
+    if (is_last) break;
     int n_taken = 0;
-    const Piece piece = Piece::first(team, z, run);  // on its way while it is found out whether a cluster is empty
-    if (has_empty(z, run)) {
-      measure_own(team, z, run, points, false);
+    if (is_any_empty) {
       cluster_sync();
       if (team.rank == 0) take_over(z, run);
       cluster_sync();
@@ -106,18 +115,16 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, char* s
     load_columns(z, run, tiles, 0, 0, depth);  // for the next labels, while it is found out whether there are any
     verdict = judge(op, team, z, run, points, n_iter, n_taken, parity);
   }
-  // Another block may still be reading what changed in the last iteration.
-  if (!verdict.is_consistent) label_points<T, true>(team, z, run, points, tiles, (n_iter + 1) % 2, true);
   cp_async_wait<0>();
-  measure_own(team, z, run, points, true);
+  --n_iter;  // the last round moved no centroid
   if (team.rank == 0 && thread() == 0) run.control->n_iter = n_iter;
 }
 
 // ---- streaming
 
 __device__ Team team_of_launch(int64_t n_blocks) {
-  return {static_cast<int64_t>(blockIdx.x) / n_blocks, static_cast<int>(blockIdx.x % n_blocks),
-          static_cast<int>(n_blocks)};
+  const uint32_t n = static_cast<uint32_t>(n_blocks);
+  return {static_cast<int64_t>(blockIdx.x / n), static_cast<int>(blockIdx.x % n), static_cast<int>(n)};
 }
 
 template <class T>
@@ -193,8 +200,8 @@ __global__ void __launch_bounds__(THREADS, 1) move_kernel(Kmeans op, char* scrat
 // ---- both
 
 // The restart of lowest inertia, of equals the earliest, to the outputs. Blocks share out a set.
-__global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* scratch, int64_t n_blocks) {
-  const Sizes z(op);
+__global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, Sizes z, char* scratch, int64_t run_bytes,
+                                                             int64_t n_blocks) {
   const Team team = team_of_launch(n_blocks);
   const int64_t s = team.run;
   struct Best {
@@ -204,15 +211,17 @@ __global__ void __launch_bounds__(THREADS) write_best_kernel(Kmeans op, char* sc
   Best& best = static_shared<Best>();
   if (thread() == 0) {
     best.restart = -1;
+#pragma unroll 1
     for (int64_t restart = 0; restart < op.n_init; ++restart) {
-      const Run run = Run::at(op, scratch, s * op.n_init + restart);
+      const Run run = Run::at(z, scratch + (s * op.n_init + restart) * run_bytes);
       double inertia = 0;
+#pragma unroll 4
       for (int64_t tile = 0; tile < z.n_tiles; ++tile) inertia += run.tile_inertia[tile];
       if (best.restart < 0 || inertia < best.inertia) best.restart = restart, best.inertia = inertia;
     }
   }
   __syncthreads();
-  const Run run = Run::at(op, scratch, s * op.n_init + best.restart);
+  const Run run = Run::at(z, scratch + (s * op.n_init + best.restart) * run_bytes);
   team.for_each(z.N, [&](int64_t i) { op.label[s * z.N + i] = run.label[i]; });
   team.for_each(z.K * z.D, [&](int64_t e) { op.centroid[s * z.K * z.D + e] = run.centroid[e]; });
   if (team.rank > 0 || thread() > 0) return;
@@ -244,8 +253,8 @@ struct Launcher {
   template <class T>
   void resident(int cluster, float* within, int64_t room) {
     launch_cluster(resident_kernel<T>, cluster, dim3(static_cast<unsigned>(n_runs * cluster)), THREADS,
-                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, scratch,
-                   within, room);
+                   static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, z,
+                   scratch, static_cast<int64_t>(Run::bytes(op)), within, room);
   }
 
   template <class T>
@@ -293,8 +302,8 @@ void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream st
       launcher.streaming<T>(within, room);
   });
   const int64_t n_blocks = std::min<int64_t>(ceil_div(op.N, THREADS), 16);  // not tuned yet
-  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.scratch,
-         n_blocks);
+  launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.z,
+         launcher.scratch, static_cast<int64_t>(Run::bytes(op)), n_blocks);
 }
 
 }  // namespace clmfast

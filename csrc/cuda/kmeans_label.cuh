@@ -147,11 +147,12 @@ __device__ inline void turn(const float (&sum)[2][4][4], float (*screened)[COLUM
 // Coordinates first_d ... of COLUMNS centroids from first_column on: they are on their way.
 __device__ inline void load_columns(const Sizes& z, const Run& run, const Tiles& tiles, int64_t first_column,
                                     int64_t first_d, int width) {
-  const int chunks = width / 8;
-  for (int e = thread(); e < COLUMNS * chunks; e += THREADS) {
-    const int column = e / chunks, at = e % chunks * 8;
-    const int64_t from = (first_column + column) * z.depth + first_d + at;
-    cp_async_16(tiles.columns + column * tiles.stride + at, run.placed + from);
+#pragma unroll 1
+  for (int column = warp_id(); column < COLUMNS; column += N_WARPS) {
+    const half* from = run.placed + (first_column + column) * z.depth + first_d;
+#pragma unroll 1
+    for (int at = lane_id() * 8; at < width; at += LANES * 8)
+      cp_async_16(tiles.columns + column * tiles.stride + at, from + at);
   }
   if (thread() < COLUMNS) cp_async_16(tiles.work->column + thread(), run.column + first_column + thread());
   cp_async_commit();
@@ -215,6 +216,7 @@ class Candidates {
       const Column column = work_->column[k];
       if (v_of(k, column.norm2) - bound.to(column) <= limit_) close |= 1u << k;
     }
+#pragma unroll 1
     for (; close && !is_lost_; close &= close - 1) {
       if (n_ == CLOSE) shrink();
       is_lost_ = n_ == CLOSE;
@@ -236,6 +238,7 @@ class Candidates {
   // Forgets those that a later one has beaten.
   __device__ void shrink() {
     int n = 0;
+#pragma unroll 1
     for (int e = 0; e < n_; ++e) {
       if (work_->low[e][thread()] > limit_) continue;
       work_->close[n][thread()] = work_->close[e][thread()];
@@ -253,20 +256,8 @@ class Candidates {
 
 // ---- decide
 
-// Measures work.pair, each by LANES_EACH lanes with dist2_of.
-template <int LANES_EACH, class T, class Dist2>
-__device__ void measure_pairs(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first,
-                              const Dist2& dist2_of) {
-  for (int base = warp_id() * LANES / LANES_EACH; base < work->n_pairs; base += THREADS / LANES_EACH) {
-    const int at = base + lane_id() / LANES_EACH;
-    const bool is_one = at < work->n_pairs;
-    const int pair = work->pair[is_one ? at : base], of_row = pair / CLOSE, e = pair % CLOSE;
-    const double dist2 = dist2_of(points + (first + of_row) * z.D, run.centroid + work->close[e][of_row] * z.D);
-    if (is_one && lane_id() % LANES_EACH == 0) work->dist2[e][of_row] = dist2;
-  }
-}
-
-// Measures the close centroids of all rows that have more than one.
+// Measures the close centroids of all rows that have more than one. Half a warp takes a pair, and in a row that has lost
+// its list every other centroid, so that one copy of the distance does both.
 template <class T>
 __device__ void measure_close(const Sizes& z, const Run& run, const T* points, Work* work, int64_t first) {
   if (thread() == 0) work->n_pairs = work->n_lost = 0;
@@ -274,35 +265,40 @@ __device__ void measure_close(const Sizes& z, const Run& run, const T* points, W
   const int row = thread(), n = work->n_close[row];
   if (n > 1) {
     int at = atomicAdd(&work->n_pairs, n);
+#pragma unroll 1
     for (int e = 0; e < n; ++e) work->pair[at++] = static_cast<uint16_t>(row * CLOSE + e);
   }
   if (n < 0) work->lost[atomicAdd(&work->n_lost, 1)] = static_cast<uint16_t>(row);
   __syncthreads();
-  if (work->n_pairs <= 2 * THREADS / HALF_WARP)
-    measure_pairs<HALF_WARP>(z, run, points, work, first,
-                             [&](const T* a, const float* b) { return half_warp_dist2(a, b, z.D); });
-  else
-    measure_pairs<QUAD>(z, run, points, work, first,
-                        [&](const T* a, const float* b) { return far_pair_dist2(a, b, z.D); });
-  constexpr int SIDE_BY_SIDE = LANES / QUAD;
-  for (int at = warp_id(); at < work->n_lost; at += N_WARPS) {
-    const int of_row = work->lost[at], which = lane_id() / QUAD;
+  constexpr int SIDE_BY_SIDE = LANES / HALF_WARP;
+  const int which = lane_id() / HALF_WARP, D = static_cast<int>(z.D), n_pairs = work->n_pairs;
+  // First the pairs, SIDE_BY_SIDE of them a task, then the rows.
+  const int n_of_pairs = (n_pairs + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE, n_tasks = n_of_pairs + work->n_lost;
+#pragma unroll 1
+  for (int task = warp_id(); task < n_tasks; task += N_WARPS) {
+    const bool is_pair = task < n_of_pairs;
+    const int at = min(task * SIDE_BY_SIDE + which, n_pairs - 1), pair = is_pair ? work->pair[at] : 0,
+              of_row = is_pair ? pair / CLOSE : work->lost[task - n_of_pairs];
+    const int begin = is_pair ? work->close[pair % CLOSE][of_row] : which, last = static_cast<int>(z.K) - 1;
     double best = INFINITY;
-    int64_t label = z.K;
-    auto consider = [&](double dist2, int64_t k) {
+    int label = last + 1;
+    auto consider = [&](double dist2, int k) {
       if (dist2 < best || (dist2 == best && k < label)) best = dist2, label = k;
     };
-    for (int64_t k = 0; k < z.K; k += SIDE_BY_SIDE) {
-      const int64_t own = k + which < z.K ? k + which : k;
-      consider(pair_dist2(points + (first + of_row) * z.D, run.centroid + own * z.D, z.D), own);
+    const int n_rounds = is_pair ? 1 : last / SIDE_BY_SIDE + 1;
+#pragma unroll 1
+    for (int round = 0; round < n_rounds; ++round) {
+      const int k = min(begin + round * SIDE_BY_SIDE, last);
+      consider(half_warp_dist2(points + (first + of_row) * z.D, run.centroid + k * z.D, D), k);
     }
-#pragma unroll
-    for (int mask = LANES / 2; mask >= QUAD; mask /= 2) {
-      const double dist2 = warp_shuffle_xor(best, mask);
-      const int64_t k = warp_shuffle_xor(label, mask);
+    if (is_pair) {
+      if (lane_id() % HALF_WARP == 0) work->dist2[pair % CLOSE][of_row] = best;  // a last one alone is written twice
+    } else {
+      const double dist2 = warp_shuffle_xor(best, HALF_WARP);
+      const int k = warp_shuffle_xor(label, HALF_WARP);
       consider(dist2, k);
+      if (lane_id() == 0) work->label[of_row] = label;
     }
-    if (lane_id() == 0) work->label[of_row] = static_cast<int32_t>(label);
   }
   __syncthreads();
 }
@@ -312,6 +308,7 @@ __device__ inline int32_t decide(const Work* work) {
   const int row = thread(), n = work->n_close[row];
   if (n < 0) return work->label[row];
   int best = 0;
+#pragma unroll 1
   for (int e = 1; e < n; ++e)
     if (work->dist2[e][row] < work->dist2[best][row]) best = e;
   return n > 0 ? work->close[best][row] : -1;
@@ -324,40 +321,38 @@ __device__ inline int32_t decide(const Work* work) {
 template <class T>
 __device__ void sum_changed(const Sizes& z, const Run& run, const T* points, const Work* work, int64_t first, int n) {
   constexpr int AHEAD = 8, WIDE = 4;
-  const int D = static_cast<int>(z.D), n_slices = max(static_cast<int>(ceil_div(D, WIDE * LANES)), 1),
+  const int D = static_cast<int>(z.D), n_slices = (max(D, 1) + WIDE * LANES - 1) / (WIDE * LANES),
             n_parts = n_slices < N_WARPS ? N_WARPS / n_slices : 1;
+#pragma unroll 1
   for (int task = warp_id(); task < n_slices * n_parts; task += N_WARPS) {
-    const int part = task / n_slices, first_d = task % n_slices * WIDE * LANES + lane_id();
+    const int part = task / n_slices, first_d = (task - part * n_slices) * WIDE * LANES + lane_id();
     const int begin = n * part / n_parts, end = n * (part + 1) / n_parts;
+    const T* column = points + first * z.D + first_d;
     double magic[WIDE], sum[WIDE] = {};
-    int32_t n_more = 0;
 #pragma unroll
     for (int c = 0; c < WIDE; ++c) magic[c] = first_d + c * LANES < D ? run.magic[first_d + c * LANES] : 0;
+#pragma unroll 1
     for (int base = begin; base < end; base += AHEAD) {
       float x[AHEAD][WIDE];
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const T* point = points + (first + work->row[min(base + e, end - 1)] / 2) * z.D;
+        const T* point = column + work->row[min(base + e, end - 1)] / 2 * D;
 #pragma unroll
-        for (int c = 0; c < WIDE; ++c) x[e][c] = first_d + c * LANES < D ? widen(point[first_d + c * LANES]) : 0;
+        for (int c = 0; c < WIDE; ++c) x[e][c] = first_d + c * LANES < D ? widen(point[c * LANES]) : 0;
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
         if (base + e >= end) break;
         const bool leaves = work->row[base + e] % 2;
-        n_more += leaves ? -1 : 1;
 #pragma unroll
-        for (int c = 0; c < WIDE; ++c) {
-          const double own = rounded(x[e][c], magic[c]);
-          sum[c] += leaves ? -own : own;
-        }
+        for (int c = 0; c < WIDE; ++c)
+          sum[c] += rounded(leaves ? -x[e][c] : x[e][c], magic[c]);  // -rounded(x), as ties go to the even one
         const int32_t cluster = work->cluster[base + e];
         if (base + e + 1 < end && work->cluster[base + e + 1] == cluster) continue;
-        if (task % n_slices == 0 && lane_id() == 0) atomicAdd(&run.count[cluster], n_more);
-        n_more = 0;
+        double* to = run.sum + static_cast<int64_t>(cluster) * D + first_d;
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) {
-          if (first_d + c * LANES < D) atomicAdd(&run.sum[cluster * z.D + first_d + c * LANES], sum[c]);
+          if (first_d + c * LANES < D) add_global(to + c * LANES, sum[c]);
           sum[c] = 0;
         }
       }
@@ -381,6 +376,7 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     const Bound bound(z, norm);
     if (thread() < BUCKETS) work->n_of[thread()] = 0;
     Candidates candidates(work);
+#pragma unroll 1
     for (int64_t column = 0; column < z.K; column += COLUMNS) {
       const int n_columns = static_cast<int>(z.K - column < COLUMNS ? z.K - column : COLUMNS);
       screen<T, IS_RESIDENT>(z, run, points, tiles, first, n, row, n_columns,
@@ -401,7 +397,7 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
     const int n_changed = __syncthreads_count(has_changed);
     if (n_changed > 0) {
       if (has_changed) run.label[i] = label;
-      if (thread() == 0) atomicAdd(&run.control->n_changed[parity], n_changed);
+      if (thread() == 0) add_global(&run.control->n_changed[parity], n_changed);
       // Where each bucket begins: two buckets a lane.
       const int of_two = work->n_of[2 * lane_id()] + work->n_of[2 * lane_id() + 1], up_to = warp_prefix(of_two);
       auto begin_of = [&](int32_t cluster) {
@@ -410,8 +406,13 @@ __device__ void label_points(const Team& team, const Sizes& z, const Run& run, c
       };
       const int at_in = begin_of(label) + rank_in, at_out = begin_of(before) + rank_out,
                 n_entries = warp_shuffle(up_to, LANES - 1);
-      if (enters) work->cluster[at_in] = label, work->row[at_in] = static_cast<uint16_t>(2 * thread());
-      if (leaves) work->cluster[at_out] = before, work->row[at_out] = static_cast<uint16_t>(2 * thread() + 1);
+      auto enter = [&](int at, int32_t cluster, int leaves) {
+        work->cluster[at] = cluster;
+        work->row[at] = static_cast<uint16_t>(2 * thread() + leaves);
+        add_global(&run.count[cluster], 1 - 2 * leaves);
+      };
+      if (enters) enter(at_in, label, 0);
+      if (leaves) enter(at_out, before, 1);
       __syncthreads();
       sum_changed(z, run, points, work, first, n_entries);
     }
@@ -427,6 +428,7 @@ __device__ void measure_own(const Team& team, const Sizes& z, const Run& run, co
   };
   Own& own = static_shared<Own>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+#pragma unroll 1
     for (int base = warp_id() * LANES / QUAD; base < n; base += THREADS / QUAD) {
       const int r = base + lane_id() / QUAD;
       const int64_t i = first + (r < n ? r : base);

@@ -12,6 +12,7 @@ struct Verdict {
 
 __device__ inline bool has_empty(const Sizes& z, const Run& run) {
   bool is_any = false;
+#pragma unroll 1
   for (int64_t k = thread(); k < z.K; k += THREADS) is_any |= run.count[k] == 0;
   return __syncthreads_or(is_any);
 }
@@ -33,6 +34,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     auto consider = [&](double x, int64_t i) {
       if (x > dist2 || (x == dist2 && i < first)) dist2 = x, first = i;
     };
+#pragma unroll 4
     for (int64_t i = thread(); i < z.N; i += THREADS) consider(run.dist2[i], i);
 #pragma unroll
     for (int h = LANES / 2; h > 0; h /= 2) {
@@ -43,6 +45,7 @@ __device__ inline void take_over(const Sizes& z, const Run& run) {
     if (lane_id() == 0) farthest.dist2[warp_id()] = dist2, farthest.i[warp_id()] = first;
     __syncthreads();
     if (thread() == 0) {
+#pragma unroll 1
       for (int w = 1; w < N_WARPS; ++w) consider(farthest.dist2[w], farthest.i[w]);
       farthest.first = dist2 > 0 ? first : -1;
       if (dist2 > 0) {
@@ -67,15 +70,17 @@ struct Piece {
   float before[AHEAD], centre[AHEAD];
   int32_t n_points;
 
-  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int64_t base) {
+  static __device__ Piece of(const Sizes& z, const Run& run, int64_t k, int base) {
     Piece piece;
+    const int D = k < z.K ? static_cast<int>(z.D) : 0, first_d = base + lane_id();
+    const double* sum = run.sum + k * z.D + first_d;
+    const float *before = run.centroid + k * z.D + first_d, *centre = run.centre + first_d;
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int64_t d = base + e * LANES + lane_id(), at = k * z.D + d;
-      const bool is_there = k < z.K && d < z.D;
-      piece.sum[e] = is_there ? run.sum[at] : 0;
-      piece.before[e] = is_there ? run.centroid[at] : 0;
-      piece.centre[e] = is_there ? run.centre[d] : 0;
+      const bool is_there = first_d + e * LANES < D;
+      piece.sum[e] = is_there ? sum[e * LANES] : 0;
+      piece.before[e] = is_there ? before[e * LANES] : 0;
+      piece.centre[e] = is_there ? centre[e * LANES] : 0;
     }
     piece.n_points = k < z.K ? run.count[k] : 0;
     return piece;
@@ -88,6 +93,7 @@ struct Piece {
 
 template <class Visit>
 __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visit) {
+#pragma unroll 1
   for (int64_t k = warp_id() * team.n_blocks + team.rank; k < z.K; k += N_WARPS * team.n_blocks) visit(k);
 }
 
@@ -95,15 +101,15 @@ __device__ void for_clusters(const Team& team, const Sizes& z, const Visit& visi
 struct Placing {
   float scale, squares = 0, errors = 0;
 
-  // x: coordinate d; beyond the last one, nothing. centre: of that coordinate.
-  __device__ void add(const Sizes& z, const Run& run, int64_t k, int64_t d, float x, float centre) {
-    if (d >= z.depth) return;
-    const float placed = d < z.D ? place(x, scale, centre) : 0;
+  // x: coordinate d of a centroid; beyond the last one, nothing. centre: of that coordinate. to [depth]: placed form.
+  __device__ void add(int D, int depth, half* to, int d, float x, float centre) {
+    if (d >= depth) return;
+    const float placed = d < D ? place(x, scale, centre) : 0;
     const half rounded_x = narrow<half>(placed);
     const float error = placed - widen(rounded_x);
     squares = fmaf(placed, placed, squares);
     errors = fmaf(error, error, errors);
-    run.placed[k * z.depth + d] = rounded_x;
+    to[d] = rounded_x;
   }
 
   __device__ void finish(const Sizes& z, const Run& run, int64_t k) {
@@ -118,8 +124,10 @@ struct Placing {
 __device__ inline void place_centroids(const Team& team, const Sizes& z, const Run& run) {
   for_clusters(team, z, [&](int64_t k) {
     Placing placing{scale_of(run)};
-    for (int64_t d = lane_id(); d < z.depth; d += LANES)
-      placing.add(z, run, k, d, d < z.D ? run.centroid[k * z.D + d] : 0, run.centre[d]);
+    const int D = static_cast<int>(z.D), depth = static_cast<int>(z.depth);
+#pragma unroll 1
+    for (int d = lane_id(); d < depth; d += LANES)
+      placing.add(D, depth, run.placed + k * depth, d, d < D ? run.centroid[k * D + d] : 0, run.centre[d]);
     placing.finish(z, run, k);
   });
 }
@@ -137,37 +145,42 @@ __device__ inline double quotient(double sum, double n, double inverse) {
 template <class T>
 __device__ void move_centroids(const Team& team, const Sizes& z, const Run& run, const T* points, int n_taken,
                                Piece piece) {
-  bool is_read = true;
   for_clusters(team, z, [&](int64_t k) {
-    if (!is_read) piece = Piece::of(z, run, k, 0);
     int32_t n = piece.n_points;
+#pragma unroll 1
     for (int e = 0; e < n_taken; ++e) n += (run.taken[e].to == k) - (run.taken[e].from == k);
     const double n_points = max(n, 1), inverse = 1 / n_points;
     Placing placing{scale_of(run)};
+    const int D = static_cast<int>(z.D), depth = static_cast<int>(z.depth);
+    float* centroid = run.centroid + k * D;
+    half* placed = run.placed + k * depth;
     double move2 = 0;  // of lanes below 16, which are those of cpu/pair.h
-    for (int64_t base = 0; base < z.depth; base += LANES * AHEAD) {
-      if (base > 0) piece = Piece::of(z, run, k, base);
-      is_read = false;
+#pragma unroll 1
+    for (int base = 0; base < depth;) {
+#pragma unroll 1
       for (int t = 0; t < n_taken; ++t) {
         const int sign = (run.taken[t].to == k) - (run.taken[t].from == k);
         if (sign == 0) continue;
 #pragma unroll
         for (int e = 0; e < AHEAD; ++e) {
-          const int64_t d = base + e * LANES + lane_id();
-          if (d < z.D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
+          const int d = base + e * LANES + lane_id();
+          if (d < D) piece.sum[e] += sign * rounded(widen(points[run.taken[t].i * z.D + d]), run.magic[d]);
         }
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = base + e * LANES + lane_id();
+        const int d = base + e * LANES + lane_id();
         const float mean = static_cast<float>(quotient(piece.sum[e], n_points, inverse)),
-                    next = n > 0 && d < z.D ? mean : piece.before[e];
+                    next = n > 0 && d < D ? mean : piece.before[e];
         const double difference = static_cast<double>(piece.before[e]) - static_cast<double>(next);
         const double square = __dmul_rn(difference, difference);
         move2 = __dadd_rn(__dadd_rn(move2, square), warp_shuffle_down(square, LANES / 2));
-        if (d < z.D) run.centroid[k * z.D + d] = next;
-        placing.add(z, run, k, d, next, piece.centre[e]);
+        if (d < D) centroid[d] = next;
+        placing.add(D, depth, placed, d, next, piece.centre[e]);
       }
+      base += LANES * AHEAD;
+      const bool has_more = base < depth;
+      piece = Piece::of(z, run, has_more ? k : k + N_WARPS * team.n_blocks, has_more ? base : 0);
     }
 #pragma unroll
     for (int h = LANES / 4; h > 0; h /= 2) move2 += warp_shuffle_xor(move2, h);
@@ -185,10 +198,13 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
   };
   Shared& shared = static_shared<Shared>();
   double squares = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < z.N; first += TILE) {
+#pragma unroll 1
     for (int r = warp_id(); r < TILE; r += N_WARPS) {
       double x = 0;
       if (first + r < z.N && run.label[first + r] >= 0)
+#pragma unroll 4
         for (int64_t d = lane_id(); d < z.D; d += LANES) {
           const double difference = static_cast<double>(widen(points[(first + r) * z.D + d])) - run.mean[d];
           x += difference * difference;
@@ -198,6 +214,7 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
     }
     __syncthreads();
     if (thread() == 0)
+#pragma unroll 4
       for (double x : shared.dist2) squares += x;
     __syncthreads();
   }
@@ -210,6 +227,7 @@ __device__ double variance(const Sizes& z, const Run& run, const T* points) {
 __device__ inline void bound_moves(const Kmeans& op, const Team& team, const Sizes& z, const Run& run) {
   if (team.rank > 0 || warp_id() > 0) return;
   double squares = 0;
+#pragma unroll 1
   for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) squares += run.tile_norm2[tile];
   squares = warp_sum(squares);
   if (lane_id() > 0) return;
@@ -233,6 +251,7 @@ __device__ Verdict judge(const Kmeans& op, const Team& team, const Sizes& z, con
   const bool has_changed = n_iter == 1 ? run.control->n_finite > 0 : run.control->n_changed[parity] > 0;
   if (thread() == 0) moved.low = run.control->low, moved.high = run.control->high;
   double moved2 = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < z.K; first += TILE) {
     const int n = static_cast<int>(z.K - first < TILE ? z.K - first : TILE);
     if (first > 0) __syncthreads();

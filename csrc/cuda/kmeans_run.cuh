@@ -112,9 +112,13 @@ struct Run {
   }
 
   static __device__ Run at(const Kmeans& op, char* scratch, int64_t run) {
-    Parts parts{scratch + run * bytes(op)};
+    return at(Sizes(op), scratch + run * bytes(op));
+  }
+
+  static __device__ Run at(const Sizes& z, char* own_scratch) {
+    Parts parts{own_scratch};
     Run result;
-    result.place(Sizes(op), parts);
+    result.place(z, parts);
     return result;
   }
 
@@ -159,6 +163,25 @@ __device__ X warp_prefix(X x) {
   return x;
 }
 
+// Sums of N numbers of each lane over the lanes, with as many shuffles as numbers and not five times as many: every step
+// halves the lanes that a number is spread over, and the numbers of a lane. Lane l gets number l * N / LANES.
+template <int N, int H = LANES / 2>
+__device__ float warp_sums(float (&x)[N]) {
+  if constexpr (H == 0) {
+    return x[0];
+  } else {
+    constexpr int LEFT = N * H / LANES;
+    const bool is_upper = lane_id() & H;
+    if constexpr (LEFT == 0) x[0] += warp_shuffle_xor(x[0], H);
+#pragma unroll
+    for (int i = 0; i < LEFT; ++i) {
+      const float kept = is_upper ? x[LEFT + i] : x[i], sent = is_upper ? x[i] : x[LEFT + i];
+      x[i] = kept + warp_shuffle_xor(sent, H);
+    }
+    return warp_sums<N, H / 2>(x);
+  }
+}
+
 // The blocks that work on one run.
 struct Team {
   int64_t run;
@@ -166,6 +189,7 @@ struct Team {
 
   template <class Visit>
   __device__ void for_tiles(const Sizes& z, const Visit& visit) const {
+#pragma unroll 1
     for (int64_t tile = rank; tile < z.n_tiles; tile += n_blocks) {
       const int64_t first = tile * TILE;
       visit(tile, first, static_cast<int>(z.N - first < TILE ? z.N - first : TILE));
@@ -175,19 +199,25 @@ struct Team {
   // Calls visit(i) for i in [0, n), the threads of all blocks side by side.
   template <class Visit>
   __device__ void for_each(int64_t n, const Visit& visit) const {
+#pragma unroll 1
     for (int64_t i = static_cast<int64_t>(rank) * THREADS + thread(); i < n;
          i += static_cast<int64_t>(n_blocks) * THREADS)
       visit(i);
   }
 };
 
+// The set that a run is of. Runs are fewer than 2^31, and a division of 64 bits takes a hundred instructions.
+__device__ inline int64_t set_of(const Kmeans& op, int64_t run) {
+  return static_cast<uint32_t>(run) / static_cast<uint32_t>(op.n_init);
+}
+
 template <class T>
 __device__ const T* points_of(const Kmeans& op, int64_t run) {
-  return reinterpret_cast<const T*>(op.points) + run / op.n_init * op.N * op.D;
+  return reinterpret_cast<const T*>(op.points) + set_of(op, run) * op.N * op.D;
 }
 
 __device__ inline const float* init_of(const Kmeans& op, int64_t run) {
-  return op.init ? op.init + run / op.n_init * op.K * op.D : nullptr;
+  return op.init ? op.init + set_of(op, run) * op.K * op.D : nullptr;
 }
 
 // What rounds the coordinates of a column: cpu/sums.h, of which this is find_magic.
@@ -210,7 +240,8 @@ __device__ inline void clear(const Team& team, const Sizes& z, const Run& run, c
                              int64_t room) {
   if (team.rank == 0 && thread() == 0) *run.control = {0, 0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
-  if (within) team.for_each(z.N, [&](int64_t i) { within[team.run / op.n_init * room + i] = INFINITY; });
+  if (within) within += set_of(op, team.run) * room;
+  if (within) team.for_each(z.N, [&](int64_t i) { within[i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
   team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}, 0}; });
@@ -223,46 +254,55 @@ __device__ void find_reach(const Team& team, const Sizes& z, const Run& run, con
   struct Found {
     int32_t is_finite[TILE], n_finite;
   };
+  constexpr int AHEAD = 32;
+  static_assert(TILE % AHEAD == 0, "rows behind the last are not finite");
+  const int D = static_cast<int>(z.D);
   Found& found = static_shared<Found>();
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
     found.is_finite[thread()] = thread() < n;
     if (thread() == 0) found.n_finite = n;
     __syncthreads();
-    bool is_spoilt = false;
-    auto sum_columns = [&] {
-      is_spoilt = false;
-      for (int64_t d = thread(); d < z.D; d += THREADS) {
+    // Once, and if there are points that are not finite, once more without them.
+#pragma unroll 1
+    for (bool is_again = false;; is_again = true) {
+      bool is_spoilt = false;
+#pragma unroll 1
+      for (int d = thread(); d < D; d += THREADS) {
         int32_t reach = 0;  // of floats without their signs, the larger has the larger bits
         double sum = 0;
-#pragma unroll 32
-        for (int r = 0; r < n; ++r) {
-          const float x = widen(points[(first + r) * z.D + d]);
-          if (!found.is_finite[r]) continue;
-          reach = max(reach, __float_as_int(fabsf(x)));
-          sum += x;
+        const T* column = points + first * D + d;
+#pragma unroll 1
+        for (int base = 0; base < n; base += AHEAD) {
+          float x[AHEAD];
+#pragma unroll
+          for (int r = 0; r < AHEAD; ++r) x[r] = found.is_finite[base + r] ? widen(column[r * D]) : 0;
+          column += AHEAD * D;
+#pragma unroll
+          for (int r = 0; r < AHEAD; ++r) {
+            reach = max(reach, __float_as_int(fabsf(x[r])));
+            sum += x[r];
+          }
         }
         is_spoilt |= reach >= 0x7f800000;
-        run.tile_reach[tile * z.D + d] = reach;
-        run.tile_sum[tile * z.D + d] = sum;
+        run.tile_reach[tile * D + d] = reach;
+        run.tile_sum[tile * D + d] = sum;
       }
-    };
-    sum_columns();
-    if (__syncthreads_or(is_spoilt)) {  // once more without the points that are not finite
+      if (!__syncthreads_or(is_spoilt && !is_again)) break;
+#pragma unroll 1
       for (int r = warp_id(); r < n; r += N_WARPS) {
         bool is_row_spoilt = false;
-        for (int64_t d = lane_id(); d < z.D; d += LANES)
-          is_row_spoilt |= !isfinite(widen(points[(first + r) * z.D + d]));
+#pragma unroll 4
+        for (int d = lane_id(); d < D; d += LANES) is_row_spoilt |= !isfinite(widen(points[(first + r) * D + d]));
         if (!warp_any(is_row_spoilt) || lane_id() > 0) continue;
         found.is_finite[r] = false;
         atomicAdd(&found.n_finite, -1);
       }
       __syncthreads();
-      sum_columns();
     }
     if (thread() < n) run.norm[first + thread()] = {found.is_finite[thread()] ? 0 : NAN, 0};
     if (thread() == 0) {
       run.tile_finite[tile] = found.n_finite;
-      atomicAdd(&run.control->n_finite, found.n_finite);
+      add_global(&run.control->n_finite, found.n_finite);
     }
     __syncthreads();
   });
@@ -275,7 +315,7 @@ __device__ inline void find_columns(const Team& team, const Sizes& z, const Run&
   team.for_each(z.D, [&](int64_t d) {
     int32_t reach = 0;
     double sum = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int64_t tile = 0; tile < z.n_tiles; ++tile) {
       reach = max(reach, run.tile_reach[tile * z.D + d]);
       sum += run.tile_sum[tile * z.D + d];
@@ -319,12 +359,13 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
   team.for_each(z.depth, [&](int64_t d) { run.centre[d] = d < z.D ? centre_of(run, d, scale) : 0; });
   int64_t row = 0;
   team.for_tiles(z, [&](int64_t tile, int64_t first, int n) {
+#pragma unroll 1
     for (int base = warp_id() * ROWS; base < TILE; base += N_WARPS * ROWS) {
       bool is_point[ROWS];
-      float squares[ROWS] = {}, errors[ROWS] = {};
+      float sums[2 * ROWS] = {};  // of squares, and behind them of squared errors
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) is_point[r] = base + r < n && !isnan(run.norm[first + base + r].norm);
-#pragma unroll 2
+#pragma unroll 1
       for (int64_t d = lane_id(); d < z.depth; d += LANES) {
         const float centre = d < z.D ? centre_of(run, d, scale) : 0;
         float x[ROWS];
@@ -336,23 +377,23 @@ __device__ void place_points(const Team& team, const Sizes& z, const Run& run, c
           const float placed = is_point[r] && d < z.D ? place(x[r], scale, centre) : 0;
           const half rounded_x = narrow<half>(placed);
           const float error = placed - widen(rounded_x);
-          squares[r] = fmaf(placed, placed, squares[r]);
-          errors[r] = fmaf(error, error, errors[r]);
+          sums[r] = fmaf(placed, placed, sums[r]);
+          sums[ROWS + r] = fmaf(error, error, sums[ROWS + r]);
           if (IS_RESIDENT) resident[(row + base + r) * stride + d] = rounded_x;
         }
       }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) squares[r] = warp_sum(squares[r]), errors[r] = warp_sum(errors[r]);
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        if (lane_id() != r) continue;
-        norm2[base + r] = squares[r];
-        if (is_point[r]) run.norm[first + base + r] = norm_of(z, squares[r], errors[r]);
+      const float squares = warp_sums(sums), errors = warp_shuffle_down(squares, LANES / 2);
+      constexpr int EACH = LANES / 2 / ROWS;  // lanes that have the squares of the same row
+      if (lane_id() < LANES / 2 && lane_id() % EACH == 0) {
+        const int r = base + lane_id() / EACH;
+        norm2[r] = squares;
+        if (r < n && !isnan(run.norm[first + r].norm)) run.norm[first + r] = norm_of(z, squares, errors);
       }
     }
     __syncthreads();
     if (warp_id() == 0) {
       double sum = 0;
+#pragma unroll 1
       for (int r = lane_id(); r < TILE; r += LANES) sum += norm2[r];
       sum = warp_sum(sum);
       if (lane_id() == 0) run.tile_norm2[tile] = sum;

@@ -16,7 +16,8 @@ namespace clmfast::kmeans_gpu {
 // Uniform in [0, 1), as in cpu/kmeans.cpp.
 __device__ inline double uniform(const Kmeans& op, int64_t run, int64_t draw) {
   uint64_t hash = 0;
-  for (int64_t x : {op.seed, run / op.n_init, run % op.n_init, draw}) {
+  const int64_t set = set_of(op, run);
+  for (int64_t x : {op.seed, set, run - set * op.n_init, draw}) {
     hash += static_cast<uint64_t>(x) + 0x9e3779b97f4a7c15;
     hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9;
     hash = (hash ^ hash >> 27) * 0x94d049bb133111eb;
@@ -37,6 +38,7 @@ __device__ int64_t find_part(int64_t n, X target, X& before, const Value& value)
   X base = 0;
   int64_t last = 0;
   before = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < n; first += LANES) {
     const X x = first + lane_id() < n ? value(first + lane_id()) : X(0), sum = base + warp_prefix(x);
     const uint32_t found = warp_ballot(x > 0 && sum > target), any = warp_ballot(x > 0);
@@ -90,6 +92,7 @@ __device__ inline int64_t drawn_point(const Sizes& z, const float* least, const 
 
 __device__ inline double sum_of_tiles(const Sizes& z, const double* total) {
   double sum = 0;
+#pragma unroll 1
   for (int64_t tile = lane_id(); tile < z.n_tiles; tile += LANES) sum += total[tile];
   return warp_sum(sum);
 }
@@ -106,6 +109,7 @@ __device__ inline Best best_trial(const Sizes& z, const Run& run, int64_t step) 
   const int n = step == 1 ? 1 : static_cast<int>(z.n_trials);
   const double* total = run.total + (step + 1) % 2 * z.n_trials * z.n_tiles;
   Best best{0, 0};
+#pragma unroll 1
   for (int base = 0; base < n; base += 4) {
     double potential[4];
 #pragma unroll
@@ -127,6 +131,7 @@ __device__ inline void draw(const Kmeans& op, const Team& team, const Sizes& z, 
     return;
   }
   const int64_t before = (step + 1) % 2 * z.n_trials + best.trial;
+#pragma unroll 1
   for (int64_t t = warp_id(); t < z.n_trials; t += N_WARPS) {
     const int64_t i = best.potential > 0
                           ? drawn_point(z, run.least + before * z.N, run.total + before * z.n_tiles,
@@ -149,6 +154,7 @@ __device__ float trial_dist2(const A* a, float unit_of_a, const B* b, float unit
     for (int e = 0; e < 4; ++e) lane[e] = fmaf(difference[e], difference[e], lane[e]);
   });
   float dist2 = sum_of_lanes(lane);
+#pragma unroll 1
   for (int64_t d = n_whole; d < D; ++d) {
     const float difference = widen(a[d]) * unit_of_a - widen(b[d]) * unit_of_b;
     dist2 = fmaf(difference, difference, dist2);
@@ -176,16 +182,20 @@ __device__ void load_trials(const Sizes& z, const Run& run, const T* points, con
   constexpr int AHEAD = 8;
   const float scale = scale_of(run);
   const TrialRows rows(z, tiles);
+#pragma unroll 1
   for (int t = warp_id(); t < TRIALS; t += N_WARPS) {
-    const T* point = points + (t < n ? trial[t] : 0) * z.D;
+    const T* point = points + (t < n ? trial[t] : 0) * z.D + first_d;
+    const int n_there = t < n ? min(width, static_cast<int>(z.D - first_d)) : 0;
+#pragma unroll 1
     for (int base = lane_id(); base < width; base += LANES * AHEAD) {
       float x[AHEAD], centre[AHEAD];
+      const T* from = point + base;
+      const float* from_centre = run.centre + first_d + base;
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
-        const int64_t d = first_d + base + e * LANES;
-        const bool is_there = t < n && base + e * LANES < width && d < z.D;
-        x[e] = is_there ? widen(point[d]) : 0;
-        centre[e] = is_there ? run.centre[d] : 0;
+        const bool is_there = base + e * LANES < n_there;
+        x[e] = is_there ? widen(from[e * LANES]) : 0;
+        centre[e] = is_there ? from_centre[e * LANES] : 0;
       }
 #pragma unroll
       for (int e = 0; e < AHEAD; ++e) {
@@ -204,6 +214,7 @@ __device__ inline uint32_t nearer_trials(const Sizes& z, const Work* work, Norm 
   const float doubt = (static_cast<float>(z.D) + 64) * 0x1p-21f,
               gamma = static_cast<float>(z.depth / 16) * 18 * 0x1p-23f;
   uint32_t nearer = 0;
+#pragma unroll 2
   for (int t = 0; t < n; ++t) {
     const Norm other = of_trial[t];
     const float squares = norm.norm * norm.norm + other.norm * other.norm;
@@ -237,15 +248,18 @@ __device__ void measure_trials(const Sizes& z, const Run& run, const T* points, 
     if (closest > 0) nearer = nearer_trials(z, work, norm, of_trial, n, closest);
   }
   __syncthreads();
+#pragma unroll 1
   for (int t = 0; t < n; ++t) work->least[first_trial + t][thread()] = closest;
   const int n_nearer = __popc(nearer), up_to = warp_prefix(n_nearer);
   int at = lane_id() == LANES - 1 && up_to > 0 ? atomicAdd(&work->n_pairs, up_to) : 0;
   at = warp_shuffle(at, LANES - 1) + up_to - n_nearer;
+#pragma unroll 1
   for (; nearer; nearer &= nearer - 1)
     work->trial_pair[at++] = static_cast<uint16_t>(thread() * TRIALS + __ffs(static_cast<int>(nearer)) - 1);
   __syncthreads();
   const float scale = scale_of(run);
   const TrialRows rows(z, tiles);
+#pragma unroll 1
   for (int base = warp_id() * LANES / QUAD; base < work->n_pairs; base += THREADS / QUAD) {
     const int e = base + lane_id() / QUAD;
     const int pair = work->trial_pair[e < work->n_pairs ? e : base], r = pair / TRIALS, t = pair % TRIALS;
@@ -262,8 +276,8 @@ struct Trials {
   int32_t point[MAX_TRIALS];
 };
 
-// Step number `step` of K: chooses the centroid of the step before, draws, measures. Without any finite point it draws
-// some point, which is at no distance from any.
+// Step number `step` of K: chooses the centroid of the step before, draws, measures; step K only chooses. Without any
+// finite point it draws some point, which is at no distance from any.
 template <class T, bool IS_RESIDENT>
 __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points,
                                 const Tiles& tiles, int64_t step) {
@@ -273,6 +287,7 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
   const int n_trials = step == 0 ? 1 : static_cast<int>(z.n_trials);
   const Best best = step > 0 ? best_trial(z, run, step) : Best{0, 0};
   if (step > 0 && team.rank == 0 && thread() == 0) run.chosen[step - 1] = run.trial[before + best.trial];
+  if (step == z.K) return;
   draw(op, team, z, run, step, best, trial);
   __syncthreads();
   if (team.rank == 0 && thread() < n_trials) run.trial[now + thread()] = trial[thread()];
@@ -284,11 +299,14 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
     const float to_chosen = step > 0 && thread() < n ? closest[i] : INFINITY;
     // Not finite: at no distance from anything, so that none is ever drawn.
     const float own = isnan(norm.norm) ? 0 : to_chosen;
+#pragma unroll 1
     for (int t = 0; t < n_trials; t += TRIALS)
       measure_trials<T, IS_RESIDENT>(z, run, points, tiles, trial, t, min(TRIALS, n_trials - t), first, n, row, norm,
                                       own);
     if (thread() < n)
+#pragma unroll 1
       for (int t = 0; t < n_trials; ++t) run.least[(now + t) * z.N + i] = work->least[t][thread()];
+#pragma unroll 1
     for (int t = warp_id(); t < n_trials; t += N_WARPS) {
       double sum = 0;
 #pragma unroll
@@ -301,22 +319,17 @@ __device__ void start_plus_plus(const Kmeans& op, const Team& team, const Sizes&
   });
 }
 
-// The last centroid.
-__device__ inline void finish_plus_plus(const Team& team, const Sizes& z, const Run& run) {
-  if (team.rank > 0) return;
-  const Best best = best_trial(z, run, z.K);
-  if (thread() == 0) run.chosen[z.K - 1] = run.trial[(z.K + 1) % 2 * z.n_trials + best.trial];
-}
-
 // ---- random
 
 // A deck of the finite points is shuffled as far as K.
 __device__ inline void start_random(const Kmeans& op, const Team& team, const Sizes& z, const Run& run) {
   const int32_t n = run.control->n_finite;
   if (n == 0 || team.rank > 0) return;
+#pragma unroll 1
   for (int32_t i = thread(); i < n; i += THREADS) run.deck[i] = i;
   __syncthreads();
   if (thread() == 0) {
+#pragma unroll 1
     for (int32_t k = 0; k < z.K && k < n; ++k) {
       const int32_t other = k + static_cast<int32_t>(uniform(op, team.run, k) * (n - k)), card = run.deck[k];
       run.deck[k] = run.deck[other];
@@ -324,6 +337,7 @@ __device__ inline void start_random(const Kmeans& op, const Team& team, const Si
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int64_t k = warp_id(); k < z.K; k += N_WARPS) {
     const int64_t i = finite_point(z, run, run.deck[k % n]);
     if (lane_id() == 0) run.chosen[k] = static_cast<int32_t>(i);
@@ -334,7 +348,8 @@ __device__ inline void start_random(const Kmeans& op, const Team& team, const Si
 
 template <class T>
 __device__ void write_start(const Kmeans& op, const Team& team, const Sizes& z, const Run& run, const T* points) {
-  const int64_t s = team.run / op.n_init;
+  const int64_t s = set_of(op, team.run);
+#pragma unroll 1
   for (int64_t k = team.rank * N_WARPS + warp_id(); k < z.K; k += team.n_blocks * N_WARPS) {
     float* centroid = run.centroid + k * z.D;
     const float* given = op.init ? op.init + (s * z.K + k) * z.D : nullptr;

@@ -50,17 +50,21 @@ __device__ inline void add_squares(double (&lane)[4], const float4& x, const flo
 }
 
 // Calls visit(x, y) with the coordinates that a quad's lane has of a pair, four at a time up to D. FAR_AHEAD reads of
-// either row are on their way together, or twice as many of `a` where `b` is near, in shared memory: rows come from the
-// L2 cache, and all that a few pairs take is waiting for it. Behind D come zeros.
+// either row are on their way together: rows come from the L2 cache, and all that a few pairs take is waiting for it.
+// More of them would be more instructions, which come from there too. IS_NEAR: b is in shared memory. Behind D come
+// zeros.
 constexpr int FAR_AHEAD = 8;
 template <bool IS_NEAR, bool IS_ALIGNED, class A, class B, class Visit>
 __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visit& visit) {
-  constexpr int AHEAD = FAR_AHEAD * (IS_NEAR ? 2 : 1) / (IS_ALIGNED ? 1 : 4);  // else four reads instead of one
+  constexpr int AHEAD = FAR_AHEAD / (IS_ALIGNED ? 1 : 4);  // else four reads instead of one
   constexpr float4 NONE = {0, 0, 0, 0};
-  for (int64_t base = threadIdx.x % QUAD * 4; base < D; base += 16 * AHEAD) {
+  const int first = static_cast<int>(threadIdx.x) % QUAD * 4;
+  a += first, b += first;
+#pragma unroll 1
+  for (int left = static_cast<int>(D) - first; left > 0; left -= 16 * AHEAD) {
     float4 x[AHEAD], y[IS_NEAR ? 1 : AHEAD];
     auto read = [&](const auto* row, int e) {
-      return base + 16 * e < D ? load_four(row, base + 16 * e, D, IS_ALIGNED) : NONE;
+      return 16 * e < left ? load_four(row, 16 * e, left, IS_ALIGNED) : NONE;
     };
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
@@ -72,6 +76,7 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
       if constexpr (IS_NEAR) y[0] = read(b, e);
       visit(x[e], y[IS_NEAR ? 0 : e]);
     }
+    a += 16 * AHEAD, b += 16 * AHEAD;
   }
 }
 template <bool IS_NEAR, class A, class B, class Visit>
@@ -82,7 +87,8 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
     visit_fours<IS_NEAR, false>(a, b, D, visit);
 }
 
-// What a lane whose first coordinate is `first` does for its quad's pair.
+// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned:
+// where it is signed, knn's kernels take 14 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
   double lane[4] = {};
@@ -93,17 +99,9 @@ __device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, 
   }
   return sum_of_lanes(lane);
 }
-
-// All lanes of the warp call these, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned in
-// the one and signed in the other: the other way round, knn's kernels take 14 and k-means' 6 registers more (nvcc 13.0).
 template <class A, class B>
 __device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
   return pair_dist2_from(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
-}
-template <class A, class B>
-__device__ inline double pair_dist2(const A* a, const B* b, int64_t D) {
-  const int thread = static_cast<int>(threadIdx.x);
-  return pair_dist2_from(thread % QUAD * 4, a, b, D, is_in_fours(a, D) && is_in_fours(b, D));
 }
 
 // For some pairs, far away.
@@ -117,17 +115,20 @@ __device__ inline double far_pair_dist2(const A* a, const B* b, int64_t D) {
 // For few pairs, far away: a warp measures two, and a lane keeps one of the sixteen sums.
 constexpr int HALF_WARP = 16;
 template <class A, class B>
-__device__ inline double half_warp_dist2(const A* a, const B* b, int64_t D) {
+__device__ inline double half_warp_dist2(const A* a, const B* b, int D) {
   constexpr int AHEAD = 2 * FAR_AHEAD;
+  const int first = static_cast<int>(threadIdx.x) % HALF_WARP;
+  a += first, b += first;
   double lane = 0;
-  for (int64_t base = threadIdx.x % HALF_WARP; base < D; base += HALF_WARP * AHEAD) {
+#pragma unroll 1
+  for (int left = D - first; left > 0; left -= HALF_WARP * AHEAD) {
     float x[AHEAD], y[AHEAD];
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
-      const int64_t d = base + HALF_WARP * e;
-      x[e] = d < D ? widen(a[d]) : 0;
-      y[e] = d < D ? widen(b[d]) : 0;
+      x[e] = HALF_WARP * e < left ? widen(a[HALF_WARP * e]) : 0;
+      y[e] = HALF_WARP * e < left ? widen(b[HALF_WARP * e]) : 0;
     }
+    a += HALF_WARP * AHEAD, b += HALF_WARP * AHEAD;
 #pragma unroll
     for (int e = 0; e < AHEAD; ++e) {
       const double difference = static_cast<double>(x[e]) - static_cast<double>(y[e]);

@@ -317,6 +317,9 @@ inline void barrier_sync(int barrier, int n_threads) {
   emulator::meet(emulator::self->block->named[barrier], n_threads, "barrier_sync");
 }
 
+inline void add_global(double* to, double x) { atomicAdd(to, x); }
+inline void add_global(int32_t* to, int32_t x) { atomicAdd(to, x); }
+
 // ---- cp.async: what it will bring is poison until it has been waited for
 
 inline void cp_async_16(void* to_shared, const void* from) { emulator::cp_async(to_shared, from, 16, 16); }
