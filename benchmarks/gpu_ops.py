@@ -231,6 +231,7 @@ def kmeans(report: Report, S: int = 7, N: int = 2048, D: int = 256, K: int = 20,
 def kmeans_and_others(report: Report) -> None:
     kmeans(report)
     scores(report)
+    scores_of_many_values(report)
     capture(report)
     votes(report)
     separation(report)
@@ -267,8 +268,13 @@ def scores(report: Report, S: int = 7, N: int = 2048, K: int = 20) -> None:
         report.claim(Claim(f"{what}: microseconds", times["clmfast"], None, 4, "", at_most=True))
         many = [x.expand(5, -1) for x in truth]
         compete(report, f"adjusted Rand 5x{S}x{N}", lambda i: ops.adjusted_rand(many[i], label[i], K, K), {})
-    what, n_values = f"adjusted Rand 6x{S}x{N}, 4000 values", 4000  # as of instructions
+
+
+def scores_of_many_values(report: Report, S: int = 7, N: int = 2048, K: int = 20, n_values: int = 4000) -> None:
+    """As of instructions: a label of which most points have one of their own."""
+    what = f"adjusted Rand 6x{S}x{N}, {n_values} values"
     with report.shape(what):
+        _, label = labelings(S, N, K, report.device)
         values = torch.randint(n_values, (6, N), device=report.device)
         expected = [reference.partition_scores(x.cpu(), label[0].cpu()).ari for x in values]
         report.check(what, differences([ops.adjusted_rand(values, label[0], n_values, K)], [torch.stack(expected)],

@@ -243,8 +243,8 @@ class StaticStep:
         for p in self.training.parameters:
             p.grad = None
         # The memory that cuBLAS works in belongs to whoever used it first, and torch.compile frees it when it captures
-        # graphs of its own: a graph captured with it would then write to what is no longer ours. So the graph gets memory
-        # of its own pool, and nobody else gets that.
+        # graphs of its own: a graph captured with it would then write to what is no longer ours. So the graph gets
+        # memory of its own pool, and nobody else gets that.
         torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, stream=self.stream):
             result = self._compute(step, kind[0])

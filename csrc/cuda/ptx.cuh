@@ -99,6 +99,7 @@ __device__ __forceinline__ void barrier_sync(int barrier, int n_threads) {
 
 // Keeps the compiler from computing, and holding in registers, what follows from x before this place.
 __device__ __forceinline__ void compute_here(int& x) { asm volatile("" : "+r"(x)); }
+
 // Atomic sums in global memory whose result is not asked for: one instruction. Of an address that the compiler cannot
 // tell from one in shared memory atomicAdd takes twenty. (A generic address of global memory is the global one.)
 __device__ __forceinline__ void add_global(double* to, double x) {
