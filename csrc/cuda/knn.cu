@@ -765,7 +765,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
 
 // ---- few: blocks of a set take one kind of query after the other; queries that are no points are all of their own kind
 
-constexpr int FEW_THREADS = 256, FEW_BLOCKS = 64;
+constexpr int FEW_THREADS = 256;
 constexpr int QUERIES = 2048;  // that are looked through at a time
 
 struct Few {
@@ -802,7 +802,7 @@ __device__ void choose_few(const Knn& op, const Few& few, const int32_t* kind, i
 template <class T, int R>
 __global__ void __launch_bounds__(FEW_THREADS, 2) knn_few_kernel(Asked<T> asked, Prepared prepared) {
   const Knn& op = asked.op;
-  const int64_t s = blockIdx.x / FEW_BLOCKS;
+  const unsigned n_blocks = gridDim.x / static_cast<unsigned>(op.S), s = blockIdx.x / n_blocks;
   if (!prepared.is_few(op, s)) return;
   Few& few = static_shared<Few>();
   const int thread = threadIdx.x, n = prepared.n_different[s];
@@ -810,7 +810,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) knn_few_kernel(Asked<T> asked,
   const bool is_aligned = asked.is_in_fours();
   const int64_t n_kinds = op.is_self ? n + 1 : op.Q;  // the last kind of points are those that are not finite
 #pragma unroll 1
-  for (int64_t a = blockIdx.x % FEW_BLOCKS; a < n_kinds; a += FEW_BLOCKS) {
+  for (int64_t a = blockIdx.x % n_blocks; a < n_kinds; a += n_blocks) {
     const bool is_finite = !op.is_self || a < n;
     const int64_t of_kind = op.is_self ? (is_finite ? different[a] : 0) : a;
     __syncthreads();
@@ -1068,9 +1068,10 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
         launch(knn_rescore_kernel<T, decltype(length)::R>, n_blocks_for(op.S * op.Q, RESCORE_THREADS / 32),
                RESCORE_THREADS, 0, stream, asked, prepared);
       };
-      auto few = [&](auto length) {
-        launch(knn_few_kernel<T, decltype(length)::R>, n_blocks_for(op.S * FEW_BLOCKS, 1), FEW_THREADS, 0, stream, asked,
-               prepared);
+      const int64_t most_kinds = op.is_self ? std::min<int64_t>(op.N / 2, MOST_DIFFERENT) + 1 : op.Q;
+      auto few = [&](auto length) {  // two kinds a block, or more
+        launch(knn_few_kernel<T, decltype(length)::R>,
+               n_blocks_for(op.S * std::min<int64_t>((most_kinds + 1) / 2, 64), 1), FEW_THREADS, 0, stream, asked, prepared);
       };
       if (plan.R == 1) rescore(Length<1>{}), few(Length<1>{});
       if (plan.R == 2) rescore(Length<2>{}), few(Length<2>{});
