@@ -243,8 +243,8 @@ def test_equal_rows_do_not_defeat_the_screen(knn: Any, n_different: int) -> None
 
 
 def test_states_of_a_first_layer_do_not_defeat_the_screen(knn: Any) -> None:
-    """Seven different ones in each of 16 steps, which move by less than float16 can tell: a thousand, and all queries fell
-    to the exact kernel."""
+    """Seven different ones in each of 16 steps, which move by less than float16 can tell: every query would fall to the
+    exact kernel."""
     position, step = torch.arange(1008) % 7, torch.arange(1008) // 63
     points = (normal(7, 40)[position] + 1e-3 * step[:, None] * normal(7, 40, seed=1)[position])[None]
     group = torch.randint(300, (1008,), generator=torch.Generator().manual_seed(4))
