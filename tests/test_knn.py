@@ -91,6 +91,15 @@ def test_barred(k):
     assert (ops.knn(points, k, barred=(alone, alone)).index == -1).all()
 
 
+@pytest.mark.parametrize("N", [70, 700])  # one block of points, and several that meet
+def test_a_query_may_bar_a_group_that_is_not_its_own(N):
+    points, of_point = normal(2, N, 5), torch.arange(N) % 7
+    of_query = torch.arange(N) % 3
+    assert_exact(points, 6, barred=(of_query, of_point))
+    found = ops.knn(points, 6, barred=(of_query, of_point)).index
+    assert (of_point[found] != of_query[:, None]).all()
+
+
 @pytest.mark.parametrize("k", [1, 8, 80])
 def test_within(k):
     points, queries = normal(2, 90, 6), normal(2, 40, 6, seed=1)

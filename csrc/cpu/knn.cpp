@@ -1,5 +1,5 @@
 // knn on the CPU. Blocks of queries meet all points. In the self form a block of points meets itself first, then two
-// blocks meet once, and both look for neighbours in the same numbers.
+// blocks meet once, and both look for neighbours in the same numbers; unless i may be barred from j and j not from i.
 #include "../knn.h"
 
 #include <algorithm>
@@ -38,11 +38,17 @@ void mirror(const float* from, int64_t n_rows, float* to, int64_t stride) {
 
 bool nobody_else(int64_t, float) { return false; }
 
+// Are the numbers of two points for both of them? Not where the groups that points bar are not those that they are of.
+bool is_mutual(const Knn& op) {
+  return op.is_self && (!op.query_group || std::equal(op.query_group, op.query_group + op.N, op.point_group));
+}
+
 struct Searches {
   const Knn& op;
   const Grid &points, &queries;
   const Groups groups;
-  const int64_t block_size = op.is_self ? point_block(op.S, op.N) : QUERY_BLOCK;
+  const bool is_mutual = clmfast::is_mutual(op);
+  const int64_t block_size = is_mutual ? point_block(op.S, op.N) : QUERY_BLOCK;
   const int64_t n_blocks = (op.Q + block_size - 1) / block_size, stride = n_blocks * block_size;
   std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
   std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
@@ -155,7 +161,7 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
   Searches searches{op, points, op.is_self ? points : static_cast<const Grid&>(queries),
                     op.query_group ? Groups(op.point_group, op.N) : Groups()};
   const int64_t n_blocks = searches.n_blocks;
-  if (op.is_self) {
+  if (searches.is_mutual) {
     for_each(parallel_for, op.S * n_blocks,
              [&](int64_t task) { searches.meet_itself(task / n_blocks, task % n_blocks); });
     for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
