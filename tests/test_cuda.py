@@ -170,6 +170,13 @@ def scores_of(library: emulator.Library, truth: Tensor, label: Tensor, n_truth: 
     return scores
 
 
+def test_a_perfect_partition_scores_one_and_no_more(partition: emulator.Library) -> None:
+    for seed in range(60):
+        truth = torch.randint(2 + seed % 7, (1, 2 + seed), generator=torch.Generator().manual_seed(seed))
+        scores = scores_of(partition, truth, 7 - truth)
+        assert (scores <= 1).all() and (scores > 1 - 1e-12).all()
+
+
 @pytest.mark.parametrize(
     ("S", "N", "n_truth", "n_label"),
     [(1, 0, 2, 2), (1, 1, 3, 3), (2, 63, 7, 3), (1, 130, 1, 64), (2, 130, 40, 1), (3, 700, 20, 30), (1, 9000, 90, 200)],

@@ -111,7 +111,7 @@ def _partition_scores_of_one(truth: list[int], label: list[int]) -> tuple[float,
 
     h_truth, h_label = (-math.fsum(n / N * math.log(n / N) for n in counts.values()) for counts in (a, b))
     mi = math.fsum(n / N * math.log(N * n / (a[i] * b[j])) for (i, j), n in cells.items())
-    mi = max(mi, 0.0) if len(a) > 1 and len(b) > 1 else 0.0
+    mi = min(max(mi, 0.0), h_truth, h_label) if len(a) > 1 and len(b) > 1 else 0.0
     nmi = mi / ((h_truth + h_label) / 2) if len(a) > 1 or len(b) > 1 else 1.0
     homogeneity = mi / h_truth if len(a) > 1 else 1.0
     completeness = mi / h_label if len(b) > 1 else 1.0

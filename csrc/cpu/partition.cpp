@@ -136,8 +136,9 @@ double mutual_information(const Contingency& table) {
 void score(const Contingency& table, double* out, int64_t stride) {
   double ari = 1, nmi = 1, homogeneity = 1, completeness = 1, v_measure = 1, purity = 1;
   if (table.n > 0) {
-    double information = mutual_information(table);
     double truth_entropy = entropy(table.row_sums, table.n), label_entropy = entropy(table.column_sums, table.n);
+    // It exceeds neither entropy; without rounding, that is, of which a perfect partition would score more than 1.
+    double information = std::min({mutual_information(table), truth_entropy, label_entropy});
     Wide cells = 0;
     for (const auto& cell : table.cells) cells += static_cast<Wide>(cell.count) * cell.count;
     ari = adjusted_rand(table.n, cells, squares(table.row_sums), squares(table.column_sums));

@@ -83,7 +83,8 @@ __device__ void write_scores(const Totals& totals, int64_t n, bool is_in_range, 
     const double truth_entropy = totals.n_rows > 1 ? entropy_of(totals.truth_entropy) : 0;
     const double label_entropy = totals.n_columns > 1 ? entropy_of(totals.label_entropy) : 0;
     double information = totals.n_rows > 1 && totals.n_columns > 1 ? entropy_of(totals.information) : 0;
-    if (information < 0) information = 0;
+    // It exceeds neither entropy; without rounding, that is, of which a perfect partition would score more than 1.
+    information = max(min(information, min(truth_entropy, label_entropy)), 0.0);
     if (totals.n_rows > 1 || totals.n_columns > 1)
       scores[1] = information == 0 ? 0 : information / ((truth_entropy + label_entropy) / 2);
     if (truth_entropy > 0) scores[2] = information / truth_entropy;
