@@ -175,10 +175,3 @@ def test_refusals(qkv, lengths, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared as it is, not as a pattern
         ops.attention(qkv, lengths)
     assert str(error.value) == message
-
-
-def test_refuses_a_second_derivative():
-    qkv = normal(1, 3, 3, 1, 2).requires_grad_()
-    (grad,) = torch.autograd.grad(ops.attention(qkv).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention: a second derivative is not supported"):
-        grad.sum().backward()

@@ -20,6 +20,7 @@ torch.ops.load_library(_LIBRARY)
 from clmfast.ops.attention import attention, packed_attention  # noqa: E402  the library comes first: these modules add to what it registers
 from clmfast.ops.block import BlockWeights, attention_block, mlp_block, transformer_blocks  # noqa: E402
 from clmfast.ops.capture import capture_rows  # noqa: E402
+from clmfast.ops.derivatives import composed  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, adjusted_rand, partition_scores  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "attention",
     "attention_block",
     "capture_rows",
+    "composed",
     "kmeans",
     "knn",
     "label_shares",

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
+
 if TYPE_CHECKING:
     from clmfast.ops.attention_triton import Form
 
@@ -30,9 +32,11 @@ MAX_HEAD_WIDTH = 128  # of the kernels for a GPU
 def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Causal attention: qkv [B, T, 3, H, W] -> [B, T, H, W], zeros at t >= lengths[b]; lengths [B] int64 or None.
 
-    float32, float64, bfloat16 and float16; the last two are computed in float32. Differentiable once; a second
-    derivative is refused.
+    float32, float64, bfloat16 and float16; the last two are computed in float32. Differentiable once, see composed().
     """
+    if is_composed():
+        return _composed(qkv, lengths)
+    refuse_tangents("attention", qkv)
     out, _ = torch.ops.clmfast.attention(qkv, lengths)
     return out
 
@@ -42,10 +46,19 @@ def packed_attention(qkv: Tensor, offset: Tensor, max_length: int, prefix: Tenso
 
     offset [B + 1] int64: sequence b is the rows offset[b] <= r < offset[b + 1], from 0 to n without a gap; none, with
     its prefix, is longer than max_length. prefix [B] int64: the sequence that stands before b, -1: none; it has none
-    itself; only without gradient. Dtypes as for attention.
+    itself; only without gradient. Dtypes and derivatives as for attention.
     """
+    if is_composed():
+        rows, lengths, is_own = padded_rows(offset, prefix, max_length)
+        return _into_rows(len(qkv), rows[is_own], _composed(qkv[rows], lengths)[is_own])
+    refuse_tangents("attention", qkv)
     out, _ = torch.ops.clmfast.packed_attention(qkv, offset, prefix, max_length)
     return out
+
+
+def _composed(qkv: Tensor, lengths: Tensor | None) -> Tensor:
+    is_wide = qkv.dtype in (torch.float32, torch.float64)
+    return _dense(qkv if is_wide else qkv.float(), lengths)[0].to(qkv.dtype)
 
 
 # ---- registration
@@ -78,16 +91,12 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, 
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    refuse_second("attention")
     qkv, out, lse, lengths = ctx.saved_tensors
     return torch.ops.clmfast.attention_backward(grad_out, qkv, out, lse, lengths), None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("attention: a second derivative is not supported")
-
-
 torch.library.register_autograd("clmfast::attention", _differentiate, setup_context=_save)
-torch.library.register_autograd("clmfast::attention_backward", _refuse)
 
 
 @torch.library.register_fake("clmfast::packed_attention")
@@ -111,12 +120,12 @@ def _save_packed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 
 def _differentiate_packed(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second("attention")
     grad = torch.ops.clmfast.packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.max_length)
     return grad, None, None, None
 
 
 torch.library.register_autograd("clmfast::packed_attention", _differentiate_packed, setup_context=_save_packed)
-torch.library.register_autograd("clmfast::packed_attention_backward", _refuse)
 
 
 # ---- packed sequences on the CPU: padded ones, there and back
@@ -239,7 +248,7 @@ def _check(op: str, qkv: Tensor) -> None:
 
 
 def _dense_weights(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(qkv without padding's values, scores and weights [B, H, T, T]), for float64, which no kernel of ours serves."""
+    """(qkv without padding's values, scores and weights [B, H, T, T]), for float64 on a GPU and for composed()."""
     B, T, _, _, W = qkv.shape
     t = torch.arange(T, device=qkv.device)
     is_real = torch.ones(B, T, dtype=torch.bool, device=qkv.device) if lengths is None else t < lengths[:, None]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clmfast.ops.attention import packed_attention
+from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
 
 class BlockWeights(NamedTuple):
@@ -32,8 +32,9 @@ class BlockWeights(NamedTuple):
 
 
 def mlp_block(x: Tensor, weights: BlockWeights) -> Tensor:
-    """x [n, D] -> [n, D]. Differentiable once."""
+    """x [n, D] -> [n, D]. Differentiable once, see composed()."""
     if _is_fused(x):
+        refuse_tangents("mlp_block", x, *weights)
         return torch.ops.clmfast.mlp_block.default(x, *weights, _wants_grad(x, weights))[0]
     w = weights
     hidden = F.gelu(F.linear(_norm(x, w), w.in_weight, w.in_bias), approximate="tanh")
@@ -51,7 +52,7 @@ def attention_block(
     source: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """x [n, D] -> [R, D], causal within each sequence. Differentiable once.
+    """x [n, D] -> [R, D], causal within each sequence. Differentiable once, see composed().
 
     offset [B + 1] int64: sequence b is the rows offset[b] <= r < offset[b + 1] of x, from 0 to n without a gap.
     kept [R] int64, ascending: the rows that are wanted (None: all, R = n). All tokens are still seen by those after
@@ -65,6 +66,7 @@ def attention_block(
     wants_grad = _wants_grad(x, weights)
     _refuse_gradient("attention_block", prefix, wants_grad)
     if _is_fused(x):
+        refuse_tangents("attention_block", x, *weights)
         arguments = (n_heads, offset, kept, prefix, source, wants_grad)
         return torch.ops.clmfast.attention_block.default(x, *weights, *arguments)[0]
     w = weights
@@ -92,8 +94,8 @@ def transformer_blocks(
     source: Tensor | None = None,
     max_length: int | None = None,
 ) -> list[Tensor]:
-    """x [n, D] -> the residual stream after each block: [n, D] each, [R, D] after the last. Differentiable once, and
-    the last alone.
+    """x [n, D] -> the residual stream after each block: [n, D] each, [R, D] after the last. Differentiable once, see
+    composed(), and the last alone.
 
     weights: of each block, attention's and mlp's. kept [R]: the tokens that are wanted of the last block. asking [n],
     with source: the tokens that the rows are, which all other blocks compute. Everything else is as for
@@ -101,6 +103,7 @@ def transformer_blocks(
     """
     if _is_fused(x):
         flat = [w for halves in weights for half in halves for w in half]
+        refuse_tangents("transformer_blocks", x, *flat)
         wants_grad = _wants_grad(x, flat)
         _refuse_gradient("transformer_blocks", prefix, wants_grad)
         if wants_grad:
@@ -143,8 +146,8 @@ class _Blocks(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_second("transformer_blocks")
         x, offset, asking, kept, source, *rest = ctx.saved_tensors
         weights, rest = rest[: ctx.n_weights], rest[ctx.n_weights :]
         states, saved = rest[: ctx.n_states], rest[ctx.n_states :]
@@ -155,7 +158,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _is_fused(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not is_composed()
 
 
 def _wants_grad(x: Tensor, weights: Iterable[Tensor]) -> bool:
@@ -247,6 +250,7 @@ def _save_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate_mlp(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second("mlp_block")
     return (*torch.ops.clmfast.mlp_block_backward(grad_y, *ctx.saved_tensors), None)
 
 
@@ -257,6 +261,7 @@ def _save_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate_attention(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second("attention_block")
     x_and_weights, rest = ctx.saved_tensors[: 1 + N_WEIGHTS], ctx.saved_tensors[1 + N_WEIGHTS :]
     grads = torch.ops.clmfast.attention_block_backward(grad_y, *x_and_weights, ctx.n_heads, *rest)
     return (*grads, None, None, None, None, None, None)
