@@ -17,7 +17,6 @@ from benchmarks.machine import ROOT
 
 def test_the_limits_of_a_call_of_a_few_minutes():
     by_rank = {rank: sum(s.limit_s for s in gpu_check.SECTIONS if s.rank == rank) for rank in range(1, 7)}
-    assert by_rank[1] <= 30 and by_rank[2] <= 70 and by_rank[3] <= 90 and by_rank[4] <= 50
     assert sum(by_rank[rank] for rank in range(1, 5)) <= 240
     assert sum(by_rank.values()) <= 450
 
