@@ -252,6 +252,13 @@ def test_states_of_a_first_layer_do_not_defeat_the_screen(knn: Any) -> None:
     assert_screened(knn)
 
 
+def test_equal_rows_of_a_set_that_is_looked_through_in_parts(knn: Any) -> None:
+    points = few_rows(2100, 5)
+    points[0, 2060, 3] = NAN
+    assert_exact(knn, points, 10, points[:, ::300] + 0.1)
+    assert_screened(knn)
+
+
 @pytest.mark.parametrize("n_groups", [1, 2, 90])
 def test_equal_rows_in_groups(knn: Any, n_groups: int) -> None:
     """A query bars its group, the nearest equal rows among them."""
