@@ -26,17 +26,46 @@ Tap = Callable[[int, Tensor], None]
 the kept rows alone, [R, D]."""
 
 
-class Block(nn.Module):
+class _HoldsWeights(nn.Module):
+    """A module that only holds weights, which an op reads: it is never called, so a hook on it would never fire."""
+
+    def _refuse_hook(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            f"a hook on {type(self).__name__.lstrip('_')} would never be called: its weights are read by a fused op. "
+            "Model.states(..., tap=...) hands over the state after every block; hooks on the whole model are called"
+        )
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse_hook
+
+
+class _LayerNorm(_HoldsWeights, nn.LayerNorm):
+    pass
+
+
+class _Linear(_HoldsWeights, nn.Linear):
+    pass
+
+
+class _Embedding(_HoldsWeights, nn.Embedding):
+    pass
+
+
+class _ModuleList(_HoldsWeights, nn.ModuleList):
+    pass
+
+
+class Block(_HoldsWeights):
     """The weights of x + attention(norm(x)), then x + mlp(norm(x)); ops.transformer_blocks runs through them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.attention_out = nn.Linear(config.width, config.width)
-        self.norm_mlp = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.mlp_out = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.norm_attention = _LayerNorm(config.width)
+        self.qkv = _Linear(config.width, 3 * config.width)
+        self.attention_out = _Linear(config.width, config.width)
+        self.norm_mlp = _LayerNorm(config.width)
+        self.mlp_in = _Linear(config.width, config.mlp_ratio * config.width)
+        self.mlp_out = _Linear(config.mlp_ratio * config.width, config.width)
 
     def weights(self) -> tuple[ops.BlockWeights, ops.BlockWeights]:
         """Those of attention and of the MLP."""
@@ -59,9 +88,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: int, max_length: int, seed: int) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(vocabulary, config.width)
-        self.position_embedding = nn.Embedding(max_length, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.token_embedding = _Embedding(vocabulary, config.width)
+        self.position_embedding = _Embedding(max_length, config.width)
+        self.blocks = _ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm_out = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         if config.tie_head:

@@ -144,3 +144,21 @@ def test_parameter_count_by_hand():
         + (4 * width + 1) * width
     )
     assert model.n_parameters == (2 * VOCABULARY + MAX_LENGTH) * width + 3 * block + 2 * width
+
+
+def test_hooks_fire_or_are_refused():
+    """On modules whose weights an op reads they would never be called."""
+    model = Transformer(ModelConfig(n_layers=2, width=16, n_heads=2), 20, 8, 0)
+    tokens, offset = torch.arange(8), torch.tensor([0, 3, 8])
+    held = {"blocks", "token_embedding", "position_embedding"}
+    called = []
+    for name, module in model.named_modules():
+        registers = module.register_forward_hook, module.register_forward_pre_hook, module.register_full_backward_hook
+        for register in registers:
+            if name.split(".")[0] in held:
+                with pytest.raises(RuntimeError, match="would never be called"):
+                    register(lambda *_: None)
+            else:
+                register(lambda *_, name=name: called.append(name))
+    model(tokens, offset).sum().backward()
+    assert set(called) == {"", "norm_out", "head"} and len(called) == 9
