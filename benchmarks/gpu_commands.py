@@ -21,6 +21,7 @@ JUNIT = "tests.xml"
 WORKERS = 8
 TEST_LIMIT_S = 60
 TIME_TO_REPORT_S = 8.0  # what pytest needs to write its file once it is interrupted
+PATIENCE_S = 20.0  # before it is killed
 
 
 def run(command: Sequence[str], **environment: str) -> None:
@@ -51,13 +52,20 @@ def gpu_tests(report: Report, files: Sequence[str] = (), options: Sequence[str] 
         command += ["-n", str(min(WORKERS, n_cores()))]
     if is_installed("pytest_timeout"):
         command += ["--timeout", str(TEST_LIMIT_S)]
-    process = subprocess.Popen([*command, *options, *(files or gpu_test_files())], cwd=ROOT)
+    process = subprocess.Popen(
+        [*command, *options, *(files or gpu_test_files())], cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )  # fmt: skip
     try:
         process.wait(max(report.limit_s - TIME_TO_REPORT_S, 1))
     except subprocess.TimeoutExpired:
         report.fail("tests", "not done in time: some were not run, and those that ran then count as passed")
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     read_junit(report, junit)
 
 
