@@ -22,9 +22,9 @@
 // ends. For a point this is the nearest point of a box that holds all queries but the cut ones, which the exact kernel
 // answers, so its lower bound holds.
 //
-// Two things cost more than the arithmetic, measured on an H100 at 7 sets of 2048 x 256: instructions that are not in the
-// cache, as of a loop unrolled to 100 KB, and warps that hold each other up at barriers, each with work of its own at
-// another time.
+// Two things cost more than the arithmetic, measured on an H100 at 7 sets of 2048 x 256: instructions that are not in
+// the cache, as of a loop unrolled to 100 KB, and warps that hold each other up at barriers, each with work of its own
+// at another time.
 //
 // The answer does not depend on which points the screen keeps, only its cost does: so limits, grid and atomics may come
 // as they like. Symmetry of the self form is not used: 7 sets of 2048 points are one wave of query tiles, whose lists
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   double norm2 = 0, rest2 = 0;
   uint64_t hash = 0;
   bool is_finite = true, is_inside = true;
-  const bool is_aligned = asked.is_in_fours() && D % 4 == 0;
+  const bool is_aligned = asked.is_in_fours() && D % 4 == 0;  // said twice, it takes 48 registers and not 52 (nvcc 13.0)
 #pragma unroll 2
   for (int64_t d = 4 * lane; d < prepared.depth; d += 128) {
     const bool is_any = is_there && d < D;
@@ -297,6 +297,7 @@ __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> as
   const int thread = threadIdx.x, n_threads = blockDim.x;
   for (int i = thread; i < TABLE; i += n_threads) repeats.table[i] = EMPTY;
   for (int p = thread; p < n; p += n_threads) repeats.hash[p] = points.hash[s * points.n + first + p];
+  if (thread == 0) repeats.n_first = 0;
   __syncthreads();
   auto is_point = [&](int p) { return points.column[s * points.n + first + p].floor < INF; };
 #pragma unroll 1
@@ -316,8 +317,6 @@ __global__ void __launch_bounds__(REPEAT_THREADS) knn_repeats_kernel(Asked<T> as
     }
     repeats.kind[p] = slot;
   }
-  __syncthreads();
-  if (thread == 0) repeats.n_first = 0;
   __syncthreads();
   int n_first = 0;
 #pragma unroll 1
@@ -394,7 +393,8 @@ struct alignas(8) Fresh {
 
 // The points that a warp's 16 rows keep, unsorted. Lane 4 g + t looks at rows g and g + 8: what it finds below a row's
 // limit goes to slots of its own, by a few compares and a guarded store. When a lane's slots fill up, all rows are
-// thinned out: a row's k-th smallest key brings its limit down, and what is left is shared out among its four lanes.
+// thinned out: a row's k-th smallest key becomes its new limit (with what rounding can add), entries above it are
+// dropped, and the remaining ones are redistributed evenly over the row's four lanes.
 template <int R>
 struct RowSlots {
   static constexpr int SLOTS = R == 1 ? 16 : 12 * R, CAPACITY = 4 * SLOTS;
@@ -592,8 +592,8 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
     cp_async_commit();
   };
 
-  // Looks at a tile's products from group `next` to group `until`, and thins out the rows where they have no room, or when
-  // twice as many points have been seen as the last time: then all warps do so at once, and none waits for another.
+  // Looks at a tile's products from group `next` to group `until`, and thins out the rows where they have no room, or
+  // when twice as many points have been seen as the last time: then all warps do so at once, and none waits for another.
   constexpr int GROUP = 2, N_GROUPS = COLUMNS / 8 / GROUP;
   auto look_at = [&](const float (&products)[COLUMNS / 2], int tile, int& next, int until) {
     int first = tile * COLUMNS + 2 * (lane_id() % 4);
@@ -644,7 +644,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
       if (tile < end) {
         cp_async_wait<N_AHEAD - 1>();
         Engine::copied();
-        Engine::template wait<1>(products);  // nobody reads the stage that is loaded next
+        Engine::template wait<1>(products);  // the stage that load_next overwrites has been read
         __syncthreads();
         load_next();
         Engine::multiply(products, rows + (is_resident ? piece : stage) * Memory::QUERY_BYTES,
@@ -763,7 +763,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
     prepared.listed[atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_listed), 1ull)] = s << 32 | i;
 }
 
-// ---- few: blocks of a set take one kind of query after the other; queries that are no points are all of their own kind
+// ---- few: blocks of a set take one kind of query after the other; queries that are not points are each a kind
 
 constexpr int FEW_THREADS = 256;
 constexpr int QUERIES = 2048;  // that are looked through at a time
@@ -1057,25 +1057,18 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
       if (const auto half = static_cast<unsigned>(round_up(std::min<int64_t>(op.N, REPEAT_ROWS), 64) / 2))
         launch(knn_repeats_kernel<T>, n_blocks_for(op.S * n_blocks_for(op.N, REPEAT_ROWS), 1), half, 0, stream, asked,
                prepared);
+      const int64_t most_kinds = op.is_self ? std::min<int64_t>(op.N / 2, MOST_DIFFERENT) + 1 : op.Q;
+      const int64_t few_blocks = std::min<int64_t>((most_kinds + 1) / 2, 64);  // of a set: two kinds each, or more
       with_screen(plan, [&](auto engine, auto length) {
         using Engine = decltype(engine);
         constexpr int R = decltype(length)::R;
         launch(knn_screen_kernel<Engine, R>,
                n_blocks_for(op.S * plan.n_splits * prepared.queries.n, Engine::ROWS), Engine::THREADS,
                plan.shared_bytes, stream, op, prepared, plan.is_resident);
+        launch(knn_rescore_kernel<T, R>, n_blocks_for(op.S * op.Q, RESCORE_THREADS / 32), RESCORE_THREADS, 0, stream,
+               asked, prepared);
+        launch(knn_few_kernel<T, R>, n_blocks_for(op.S * few_blocks, 1), FEW_THREADS, 0, stream, asked, prepared);
       });
-      auto rescore = [&](auto length) {
-        launch(knn_rescore_kernel<T, decltype(length)::R>, n_blocks_for(op.S * op.Q, RESCORE_THREADS / 32),
-               RESCORE_THREADS, 0, stream, asked, prepared);
-      };
-      const int64_t most_kinds = op.is_self ? std::min<int64_t>(op.N / 2, MOST_DIFFERENT) + 1 : op.Q;
-      auto few = [&](auto length) {  // two kinds a block, or more
-        launch(knn_few_kernel<T, decltype(length)::R>,
-               n_blocks_for(op.S * std::min<int64_t>((most_kinds + 1) / 2, 64), 1), FEW_THREADS, 0, stream, asked, prepared);
-      };
-      if (plan.R == 1) rescore(Length<1>{}), few(Length<1>{});
-      if (plan.R == 2) rescore(Length<2>{}), few(Length<2>{});
-      if (plan.R == 4) rescore(Length<4>{}), few(Length<4>{});
     }
     launch(knn_exact_kernel<T>, n_exact, EXACT_THREADS, 0, stream, asked, prepared.n_listed, prepared.listed);
   });

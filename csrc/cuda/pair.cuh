@@ -87,21 +87,16 @@ __device__ inline void visit_fours(const A* a, const B* b, int64_t D, const Visi
     visit_fours<IS_NEAR, false>(a, b, D, visit);
 }
 
-// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0. `first` is unsigned:
-// where it is signed, knn's kernels take 14 registers more (nvcc 13.0).
+// All lanes of the warp call it, and all of a quad get it; a quad without a pair passes D = 0.
 template <class A, class B>
-__device__ inline double pair_dist2_from(int64_t first, const A* a, const B* b, int64_t D, bool is_aligned) {
+__device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
   double lane[4] = {};
 #pragma unroll 4
-  for (int64_t d = first; d < D; d += 16) {
+  for (int64_t d = 4 * (threadIdx.x % QUAD); d < D; d += 16) {  // signed, the lane costs knn's kernels 14 registers
     const float4 x = load_four(a, d, D, is_aligned), y = load_four(b, d, D, is_aligned);
     add_squares(lane, x, y);
   }
   return sum_of_lanes(lane);
-}
-template <class A, class B>
-__device__ inline double pair_dist2(const A* a, const B* b, int64_t D, bool is_aligned) {
-  return pair_dist2_from(4 * (threadIdx.x % QUAD), a, b, D, is_aligned);
 }
 
 // For some pairs, far away.
@@ -148,17 +143,8 @@ __device__ inline void two_pairs_dist2(const T* a, const T* b0, const T* b1, int
 #pragma unroll 4
   for (int64_t d = 4 * (threadIdx.x % QUAD); d < D; d += 16) {
     const float4 x = load_four(a, d, D, is_aligned);
-    const double of_a[4] = {x.x, x.y, x.z, x.w};
-    const float4 y[2] = {load_four(b0, d, D, is_aligned), load_four(b1, d, D, is_aligned)};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const double of_b[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const double difference = of_a[e] - of_b[e];
-        lanes[i][e] = __dadd_rn(lanes[i][e], __dmul_rn(difference, difference));
-      }
-    }
+    const float4 y0 = load_four(b0, d, D, is_aligned), y1 = load_four(b1, d, D, is_aligned);
+    add_squares(lanes[0], x, y0), add_squares(lanes[1], x, y1);
   }
   dist2[0] = sum_of_lanes(lanes[0]), dist2[1] = sum_of_lanes(lanes[1]);
 }
