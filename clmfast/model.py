@@ -32,7 +32,7 @@ class _HoldsWeights(nn.Module):
     def _refuse_hook(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError(
             f"a hook on {type(self).__name__.lstrip('_')} would never be called: its weights are read by a fused op. "
-            "Transformer.states(..., tap=...) hands over the state after each block; hooks on the whole model are called"
+            "Transformer.states(..., tap=...) hands over the state after each block; hooks on the whole model work"
         )
 
     register_forward_hook = register_forward_pre_hook = _refuse_hook
