@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from clmfast.untrusted import Damaged, one_line, read_json, read_toml, shown
+
 READOUTS = ("instruction_end", "prompt_end", "mean")
 LABEL_KINDS = ("task", "grammar", "instruction", "input", "output", "task_output")
 UNSEEN_SPLITS = ("unseen_pair", "unseen_instruction", "unseen_grammar")
@@ -238,6 +240,10 @@ def check(config: RunConfig) -> None:
     ):
         for name in names.split():
             need(getattr(section, name) >= 0, f"{owner}{name} must be at least 0", getattr(section, name))
+    for owner, section in (("", config), ("task.", task), ("model.", model), ("train.", train), ("measure.", measure)):
+        for name, value in vars(section).items():
+            if isinstance(value, int) and name != "seed":
+                need(value < 2**31, f"{owner}{name} must be less than 2**31", value)
     need(config.seed < 2**63, "seed must be less than 2**63", config.seed)
     need(task.n_tasks >= 2, "task.n_tasks must be at least 2", task.n_tasks)
     need(task.n_unseen_instructions >= 1, "task.n_unseen_instructions must be at least 1 (validation needs them)", 0)
@@ -248,9 +254,10 @@ def check(config: RunConfig) -> None:
         "task.alphabet must be two or more different letters",
         repr(task.alphabet),
     )
+    n_possible = len(task.alphabet) ** min(task.input_length, 31)  # more letters would allow more inputs than 2**31
     need(
-        task.n_inputs <= len(task.alphabet) ** task.input_length,
-        f"task.n_inputs must be at most alphabet ** input_length = {len(task.alphabet) ** task.input_length}",
+        task.n_inputs <= n_possible,
+        f"task.n_inputs must be at most alphabet ** input_length = {n_possible}",
         task.n_inputs,
     )
     need(
@@ -320,7 +327,7 @@ def closest(word: str, known: list[str]) -> str:
     """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
     import difflib
 
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:80], known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -329,35 +336,32 @@ def from_file(path: str | Path, base: RunConfig) -> RunConfig:
 
     Unknown keys and wrong types raise ConfigError. A run's own config.json is such a file.
     """
-    import json
-    import tomllib
-
     path = Path(path)
+    name = f"config file {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-        given = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"config file {path} must be readable: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} must be TOML or, if named .json, JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"config file {path} must hold a table of settings, got {type(given).__name__}")
-    return from_dict(given, base, str(path))
+        given = read_json(path, name=name) if path.suffix == ".json" else read_toml(path, name)
+    except Damaged as damage:
+        raise ConfigError(str(damage)) from None
+    return from_dict(given, base, name)
 
 
-def from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
+def from_dict(given: Any, base: RunConfig, where: str) -> RunConfig:
+    """`base` with settings on top that are tables of plain values; ConfigError, beginning with `where`."""
     import dacite  # a twentieth of a second that `--help` need not wait for
 
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} must hold a table of settings, got {shown(given)}")
     merged = dataclasses.asdict(base)
     for key, value in given.items():
         if key not in merged:
-            raise ConfigError(f"{where}: unknown setting {key}{closest(key, list(merged))}")
+            raise ConfigError(f"{where}: unknown setting {one_line(key, 80)}{closest(key, list(merged))}")
         if isinstance(merged[key], dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {key} must be a table of settings, got {value!r}")
+                raise ConfigError(f"{where}: {key} must be a table of settings, got {shown(value)}")
             for name in value:
                 if name not in merged[key]:
-                    raise ConfigError(f"{where}: unknown setting {key}.{name}{closest(name, list(merged[key]))}")
+                    near = closest(name, list(merged[key]))
+                    raise ConfigError(f"{where}: unknown setting {key}.{one_line(name, 80)}{near}")
             merged[key].update(value)
         else:
             merged[key] = value
@@ -370,7 +374,7 @@ def from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
     try:
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, type_hooks={float: _number}))
     except dacite.DaciteError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {one_line(error)}") from None
 
 
 def _number(value: Any) -> Any:

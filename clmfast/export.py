@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clmfast.files import write_file
 from clmfast.record import NotARun, Run
+from clmfast.untrusted import computing, one_line
 
 
 def to_parquet(run: Run) -> bytes:
@@ -46,7 +47,9 @@ def main(arguments: list[str]) -> int:
     try:
         run = Run(asked.dir)
         target = asked.dir / ("measurements.parquet" if asked.parquet else "measurements.csv")
-        write_file(target, to_parquet(run) if asked.parquet else to_csv(run))
+        with computing(NotARun, f"{one_line(asked.dir)} must be a run directory with a record to export"):
+            content = to_parquet(run) if asked.parquet else to_csv(run)
+        write_file(target, content)
     except ImportError:
         print("clmfast.export: --parquet needs pyarrow: pip install 'clmfast[export]'", file=sys.stderr)
         return 2

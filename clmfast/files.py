@@ -18,6 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clmfast.untrusted import (
+    CHECKPOINT_BYTES,
+    Damaged,
+    need,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    refusing,
+    sha256_of,
+    tensor_shapes,
+)
+
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a whole file, or leave the one that was there."""
@@ -114,19 +127,28 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
     _sync_folder(path.parent)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, state) of a checkpoint folder; DamagedCheckpoint if it is not what was written."""
-    from safetensors.torch import load
+def read_checkpoint(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, state) of a checkpoint folder; DamagedCheckpoint if it is not what was written.
 
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        contents = {name: (path / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} must have a manifest and its files: {error}") from None
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != manifest.get(name):
-            raise DamagedCheckpoint(f"checkpoint {path}: {name} must have the sha256 of its manifest, it does not")
-    return load(contents["tensors.safetensors"]), json.loads(contents["state.json"])
+    `max_bytes` is the most that its tensors may take. They are read for the sum first, in little memory, then again.
+    """
+    tensors, state = "tensors.safetensors", "state.json"
+    with refusing(DamagedCheckpoint, f"checkpoint {path} must be as it was written"):
+        manifest = read_json(path / "manifest.json")
+        need(
+            isinstance(manifest, dict) and set(manifest) == {tensors, state},
+            f"manifest.json must name {tensors} and {state} alone",
+            manifest,
+        )
+        content = read_bytes(path / state)
+        tensor_shapes(path / tensors, max_bytes)  # before a file of any size is summed
+        sums = {state: hashlib.sha256(content).hexdigest(), tensors: sha256_of(path / tensors, max_bytes)}
+        for name, found in sums.items():
+            need(found == manifest[name], f"{name} must have the sha256 of its manifest", found)
+        with refusing(Damaged, state):
+            values = parse_json(content)
+            need(isinstance(values, dict), "must hold values by name", values)
+        return read_tensors(path / tensors, max_bytes), values
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

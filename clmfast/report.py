@@ -14,10 +14,12 @@ import plotly.graph_objects as go
 import plotly.io
 
 from clmfast import plot
+from clmfast.config import to_dict
 from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, best_layer, findings
 from clmfast.measure.catalogue import MEASURES
 from clmfast.record import NotARun, Run
+from clmfast.untrusted import computing, one_line
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; }
@@ -140,13 +142,16 @@ def page(run: Run) -> str:
         f"seed {config.seed}; {meta['machine']['cpu']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
     )
     parts = [
-        f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(facts)}</p>",
+        f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(one_line(facts, 1000))}</p>",
         "<p>A causal Transformer learns to follow instructions. Each row is a claim of Wu &amp; Varshney "
         "(arXiv 2402.12151), read from this run: the states at the end of the instruction, after the last step.</p>",
         table(rows, ["claim (finding of the paper)", "this run", "bar", ""]),
     ]
     if n_done < config.steps:
         parts.append(f"<p class='fails'>This run ended at step {n_done:,}; the rest was not trained.</p>")
+    if run.damaged_events:
+        told = f"{len(run.damaged_events)} lines of events.jsonl could not be read: {run.damaged_events[0]}"
+        parts.append(f"<p class='fails'>{html.escape(told)}</p>")
     for i, (title, text, figure) in enumerate(sections(run)):
         picture = plotly.io.to_html(
             figure, full_html=False, include_plotlyjs=i == 0, div_id=f"picture{i}",
@@ -154,9 +159,11 @@ def page(run: Run) -> str:
         )  # fmt: skip
         parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{picture}")
     used = sorted({column.measure for column in run.columns})
-    meanings = [[f"<code>{m}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used]
+    meanings = [
+        [f"<code>{html.escape(m)}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used
+    ]
     settings = {
-        "config": json.loads((run.path / "config.json").read_text()),
+        "config": to_dict(config),
         "estimators": meta["estimators"],
         "choices": meta["choices"],
         "grammars": meta["grammars"],
@@ -175,7 +182,10 @@ def page(run: Run) -> str:
 def write_report(path: Path) -> Path:
     """Draw the report of a run directory into it; returns the page's path."""
     target = path / "report.html"
-    write_file(target, page(Run(path)))
+    run = Run(path)
+    with computing(NotARun, f"{one_line(path)} must be a run directory with all that its report shows"):
+        content = page(run).encode()
+    write_file(target, content)
     return target
 
 

@@ -87,21 +87,22 @@ def refusing(error: type[ValueError], what: object) -> Iterator[None]:
         raise error(one_line(f"{what}: {damage}", 2 * TEXT_LETTERS)) from None
 
 
-# What damage that no check foresaw raises where a record is computed with or drawn.
+# What a record raises that is well-formed and holds numbers that cannot be computed with or drawn.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
-def drawing(error: type[ValueError], what: object) -> Iterator[None]:
-    """Around pictures and tables of a record that was read: what fails there for what it holds is one line of `error`.
+def computing(error: type[ValueError], what: object) -> Iterator[None]:
+    """Around what is computed from a record and drawn: what fails there is one line of `error`.
 
-    The cause stays chained to it, since it may also be a fault of the drawing.
+    The cause stays chained to it, since it may be a fault of the computation. A ValueError that is a class of ours is a
+    line already.
     """
     try:
         yield
-    except error:
-        raise
     except UNFORESEEN as fault:
+        if type(fault).__module__.startswith("clmfast."):
+            raise
         raise error(one_line(f"{what}: {type(fault).__name__}: {fault}", 2 * TEXT_LETTERS)) from fault
 
 
@@ -117,9 +118,9 @@ def _kind(mode: int) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path, max_bytes: int) -> Iterator[tuple[io.BufferedReader, int]]:
-    """(file, its size) of a regular file of at most `max_bytes`; a symlink to one is one."""
-    name = one_line(path.name, 80)
+def opened(path: Path, max_bytes: int, name: str = "") -> Iterator[tuple[io.BufferedReader, int]]:
+    """(file, its size) of a regular file of at most `max_bytes`; a symlink to one is one. Messages call it `name`."""
+    name = name or called(path)
 
     def check(found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):
@@ -142,14 +143,27 @@ def opened(path: Path, max_bytes: int) -> Iterator[tuple[io.BufferedReader, int]
         raise Damaged(f"{name} must be readable: {one_line(error)}") from None  # a NUL in the name
 
 
+def called(path: Path) -> str:
+    """A file in a message: by its name, as the reader says in which folder."""
+    return one_line(path.name, 80)
+
+
 def is_there(path: Path) -> bool:
     """Does the folder have such an entry, whatever it is? What is there must be read; what is not may be left out."""
     return os.path.lexists(path)
 
 
-def read_bytes(path: Path, max_bytes: int = JSON_BYTES) -> bytes:
+def names_in(folder: Path) -> list[str]:
+    """Names of the entries of a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise Damaged(f"{called(folder)} must be a readable folder: {error.strerror}") from None
+
+
+def read_bytes(path: Path, max_bytes: int = JSON_BYTES, name: str = "") -> bytes:
     """A whole regular file as it was when it was opened."""
-    with opened(path, max_bytes) as (file, size):
+    with opened(path, max_bytes, name) as (file, size):
         return file.read(size)
 
 
@@ -217,10 +231,10 @@ def parse_json(content: bytes) -> Any:
     return value
 
 
-def read_json(path: Path, max_bytes: int = JSON_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = JSON_BYTES, name: str = "") -> Any:
     """The JSON value in a file."""
-    content = read_bytes(path, max_bytes)
-    with refusing(Damaged, one_line(path.name, 80)):
+    content = read_bytes(path, max_bytes, name)
+    with refusing(Damaged, name or called(path)):
         return parse_json(content)
 
 
@@ -230,12 +244,12 @@ _TOML_TOKENS = re.compile(
 _TOML_LONG_KEY = re.compile(rf"(?:\.[ \t]*(?:[A-Za-z0-9_-]+[ \t]*)?){{{TOML_KEY_PARTS}}}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, name: str = "") -> dict[str, Any]:
     """The tables of a TOML file."""
     import tomllib
 
-    content = read_bytes(path, TOML_BYTES)
-    with refusing(Damaged, one_line(path.name, 80)):
+    content = read_bytes(path, TOML_BYTES, name)
+    with refusing(Damaged, name or called(path)):
         text = _text(content)
         # tomllib's time for a dotted key grows with the square of its parts, of which a file can hold 200,000. Strings
         # become a word and comments go first: dots in them are no keys.
@@ -315,7 +329,7 @@ def _need_array(header: ArrayHeader, dtype: Any, shape: tuple[int | None, ...]) 
 
 def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> NDArray:
     """The array of a .npy file, which must be of that dtype and shape (None: any size) and fill its file exactly."""
-    with opened(path, ARRAY_BYTES) as (file, size), refusing(Damaged, one_line(path.name, 80)):
+    with opened(path, ARRAY_BYTES) as (file, size), refusing(Damaged, called(path)):
         header = array_header(file.read)
         _need_array(header, dtype, shape)
         need(
@@ -325,7 +339,8 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> NDArray
         )
         if size < MAPPED_FROM_BYTES:
             return _shaped(bytearray(file.read(header.data_bytes)), header)
-        return np.memmap(file, header.dtype, "r", header.n_bytes, header.shape, "F" if header.is_fortran else "C")
+        order: Any = "F" if header.is_fortran else "C"
+        return np.memmap(file, header.dtype, "r", header.n_bytes, header.shape, order).view(np.ndarray)
 
 
 class _Unpacker:
@@ -393,7 +408,7 @@ class Archive:
     """
 
     def __init__(self, path: Path, max_bytes: int = ARCHIVE_BYTES, max_unpacked: int = UNPACKED_BYTES) -> None:
-        self._name, self._left = one_line(path.name, 80), max_unpacked
+        self._name, self._left = called(path), max_unpacked
         content = memoryview(read_bytes(path, max_bytes))
         with refusing(Damaged, self._name):
             self._members = dict(_members(content))
@@ -484,7 +499,7 @@ def sha256_of(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> str:
 
 def tensor_shapes(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor of a .safetensors file; they must fill the file exactly, without an overlap."""
-    with opened(path, max_bytes) as (file, size), refusing(Damaged, one_line(path.name, 80)):
+    with opened(path, max_bytes) as (file, size), refusing(Damaged, called(path)):
         length = file.read(8)
         need(len(length) == 8, "must begin with the length of its header", length)
         (n_header,) = struct.unpack("<Q", length)
@@ -533,4 +548,4 @@ def read_tensors(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> dict[str, Any
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise Damaged(f"{one_line(path.name, 80)} must hold tensors: {one_line(error)}") from None
+        raise Damaged(f"{called(path)} must hold tensors: {one_line(error)}") from None

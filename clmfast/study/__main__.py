@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from clmfast.config import ConfigError, RunConfig, check, closest
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
+from clmfast.untrusted import computing
 
 if TYPE_CHECKING:
     from clmfast.study.runs import Wanted
@@ -185,9 +186,10 @@ def work(asked: argparse.Namespace) -> None:
     for name, study in chosen.items():
         planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
         runs, diverged = read(planned)
-        claims, sections = study.analyse(runs)
-        facts = facts_of(runs, command, asked.quick, diverged)
-        path = write_pages(folder, name, study, claims, sections, runs, facts)
+        with computing(StudyError, f"{name}: the records of its runs must hold what it reads"):
+            claims, sections = study.analyse(runs)
+            facts = facts_of(runs, command, asked.quick, diverged)
+            path = write_pages(folder, name, study, claims, sections, runs, facts)
         n_holding = sum(one.verdict == "holds" for one in claims)
         print(f"{name}: {n_holding} of {len(claims)} claims hold; {path}", flush=True)
 
@@ -198,10 +200,12 @@ def main(arguments: list[str]) -> int:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    from clmfast.record import NotARun
+
     signal.signal(signal.SIGTERM, stop)
     try:
         work(parse(arguments))
-    except (StudyError, ConfigError) as error:
+    except (StudyError, ConfigError, NotARun) as error:
         print(f"clmfast.study: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:

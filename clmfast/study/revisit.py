@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from clmfast.config import RunConfig
@@ -10,6 +12,7 @@ from clmfast.files import DamagedCheckpoint, read_checkpoint
 from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study.base import StudyError
+from clmfast.untrusted import TENSOR_HEADER_BYTES
 
 
 def tasks_of(config: RunConfig) -> TaskSet:
@@ -19,7 +22,8 @@ def tasks_of(config: RunConfig) -> TaskSet:
 
 def checkpoint_steps(run: Run) -> list[int]:
     """Steps whose weights are there, ascending; StudyError if there are none."""
-    steps = sorted(int(path.name) for path in (run.path / "checkpoints").glob("[0-9]*"))
+    names = (path.name for path in (run.path / "checkpoints").glob("[0-9]*"))
+    steps = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{8,12}", name, re.ASCII))
     if not steps:
         raise StudyError(f"run {run.path.name} must have its directory with checkpoints, it has none")
     return steps
@@ -28,14 +32,18 @@ def checkpoint_steps(run: Run) -> list[int]:
 def model_at(run: Run, tasks: TaskSet, step: int) -> Transformer:
     """The model after `step` updates; StudyError where its checkpoint is missing or damaged."""
     path = run.path / "checkpoints" / f"{step:08d}"
+    model = Transformer(run.config.model, len(tasks.vocabulary), tasks.max_length, run.config.seed)
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
-        tensors, _ = read_checkpoint(path)
+        tensors, _ = read_checkpoint(path, n_bytes + TENSOR_HEADER_BYTES)
     except DamagedCheckpoint as error:
         raise StudyError(f"run {run.path.name} must hold the weights of step {step}: {error}") from None
-    model = Transformer(run.config.model, len(tasks.vocabulary), tasks.max_length, run.config.seed)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if run.config.model.tie_head:
+    if run.config.model.tie_head and "token_embedding.weight" in weights:
         weights["head.weight"] = weights["token_embedding.weight"]
+    have = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    if have != {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}:
+        raise StudyError(f"run {run.path.name} must hold the weights of its model at step {step}, they are another's")
     model.load_state_dict(weights)
     return model
 
