@@ -213,7 +213,7 @@ def check(config: RunConfig) -> None:
 
     def need(holds: bool, what: str, got: object) -> None:
         if not holds:
-            raise ConfigError(f"{what}, got {got}")
+            raise ConfigError(f"{what}, got {one_line(got, 80)}")
 
     if train.graph == "on":
         need(config.device != "cpu", "train.graph must be auto or off where device is cpu", "on")

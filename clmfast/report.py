@@ -56,6 +56,7 @@ def cost_text(run: Run) -> str:
 def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
     """(title, explanation, figure) of every picture that the run has the records for."""
     found: list[tuple[str, str, go.Figure]] = []
+    what_it_cost = cost_text(run)
     has_window, has_probe = run.has("window"), run.has("probe")
     headline = HEADLINE_READOUT if HEADLINE_READOUT in run.readouts else (run.readouts or [""])[0]
     top = best_layer(run, headline) if has_probe else (run.layers[-1] if has_window else None)
@@ -124,7 +125,7 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
                     figure,
                 )
             )
-    found.append(("What measuring cost", cost_text(run), plot.cost(run)))
+    found.append(("What measuring cost", what_it_cost, plot.cost(run)))
     return found
 
 

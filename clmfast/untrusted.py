@@ -39,7 +39,7 @@ JSON_BYTES = 32 * MIB  # the header of a run with 10,000 columns takes 3
 JSON_VALUES = 500_000  # a value of one or two bytes takes up to 130 in memory
 JSON_DEPTH = 32
 INT_DIGITS = 20
-TOML_BYTES = MIB // 4  # tomllib reads about a megabyte per second; a larger config can be JSON
+TOML_BYTES = MIB // 8  # tomllib reads about a megabyte per second; a larger config can be JSON
 TOML_KEY_PARTS = 4
 ARRAY_BYTES = 256 << 30
 MAPPED_FROM_BYTES = 64 * MIB  # less is read: then nobody can cut the file short below our feet
@@ -69,7 +69,9 @@ def shown(value: object) -> str:
     """A value from a file for a message: a container by its type, since its text may be as large as the file."""
     if isinstance(value, dict | list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
-    return one_line(repr(value[:80] if isinstance(value, str | bytes) else value), 80)
+    if isinstance(value, bytes | bytearray):
+        value = bytes(value[:80])
+    return one_line(repr(value[:80] if isinstance(value, str) else value), 80)
 
 
 def need(holds: bool, what: str, got: object) -> None:
@@ -418,13 +420,13 @@ class Archive:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As its header says it, before anything is unpacked."""
-        need(name in self._members, f"{self._name}: must hold an array {name}", list(self._members))
+        need(name in self._members, f"{self._name}: must hold an array {name}", ", ".join(self._members))
         return self._members[name].header.shape
 
     def read(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> NDArray:
         """An array, which must be of that dtype and shape (None: any size). Each can be read once."""
         with refusing(Damaged, self._name):
-            need(name in self._members, f"must hold an array {name}", list(self._members))
+            need(name in self._members, f"must hold an array {name}", ", ".join(self._members))
             header, unpacker, checksum = self._members.pop(name)
             with refusing(Damaged, name):
                 _need_array(header, dtype, shape)

@@ -22,6 +22,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from clmfast.untrusted import shown
+
 MAX_STATES = 10_000  # nodes of the NFA, states of the DFA, and the largest count in {m,n}
 MAX_MOVES = 3_000_000  # (NFA node, character range) pairs looked at to build one DFA: half a second to a second
 MAX_LENGTH = 1_000  # largest max_length: the count table holds integers of that many digits
@@ -102,7 +104,7 @@ class _Parser:
         self.names: set[str] = set()
 
     def refuse(self, start: int, end: int, why: str) -> GrammarError:
-        return GrammarError(f"{self.pattern[start:end]!r} at position {start}: {why}")
+        return GrammarError(f"{shown(self.pattern[start:end])} at position {start}: {why}")
 
     def peek(self) -> str:
         return self.pattern[self.at : self.at + 1]
@@ -475,7 +477,7 @@ class Grammar:
             if not self.size:
                 raise GrammarError(f"the language must have a string of at most {max_length} characters, it has none")
         except GrammarError as error:
-            raise GrammarError(f"grammar {pattern!r}: {error}") from None
+            raise GrammarError(f"grammar {shown(pattern)}: {error}") from None
 
     @cached_property
     def alphabet(self) -> str:
@@ -524,12 +526,12 @@ class Grammar:
         Raises GrammarError when there are fewer than n such strings, or when nearly no `branch` draw is short enough.
         """
         if mode not in ("uniform", "branch", "enumerate"):
-            raise GrammarError(f"mode must be uniform, branch or enumerate, got {mode!r}")
+            raise GrammarError(f"mode must be uniform, branch or enumerate, got {shown(mode)}")
         seen = {text for text in without if self.matches(text)}
         if not 0 <= n <= self.size - len(seen):
             ruled_out = f", {len(seen)} of them ruled out by `without`" if seen else ""
             raise GrammarError(
-                f"grammar {self.pattern!r}: {n} distinct instructions asked for, "
+                f"grammar {shown(self.pattern)}: {n} distinct instructions asked for, "
                 f"the language has {self.size} of at most {self.max_length} characters{ruled_out}"
             )
         if mode == "enumerate":
@@ -561,7 +563,7 @@ class Grammar:
         Returns code points [total] uint32 and offset [n + 1] int64: string i is codes[offset[i] : offset[i + 1]].
         """
         if mode not in ("uniform", "branch"):
-            raise GrammarError(f"mode must be uniform or branch, got {mode!r}")
+            raise GrammarError(f"mode must be uniform or branch, got {shown(mode)}")
         return self._draw(n, np.random.Generator(np.random.PCG64(seed)), mode)
 
     def _draw(self, n: int, rng: np.random.Generator, mode: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -569,8 +571,8 @@ class Grammar:
         codes, offset, n_done = _walk(table, n, len(self._counts) - 1, rng)  # no string is longer than the count table
         if n_done < n:
             raise GrammarError(
-                f"grammar {self.pattern!r}: at least 1 in {MIN_FIT} branch draws must have at most {self.max_length} "
-                "characters, fewer do: raise max_length or bound the repetitions"
+                f"grammar {shown(self.pattern)}: at least 1 in {MIN_FIT} branch draws must have at most "
+                f"{self.max_length} characters, fewer do: raise max_length or bound the repetitions"
             )
         return codes, offset
 

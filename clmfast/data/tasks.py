@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from clmfast.config import ConfigError, TaskConfig
 from clmfast.data.grammar import Grammar, GrammarError, common_string
+from clmfast.untrusted import shown
 
 Ids = NDArray[np.int64]
 
@@ -361,7 +362,7 @@ def _own_grammars(config: TaskConfig) -> list[Grammar]:
                 if (witness := common_string(a, b)) is not None:
                     raise ConfigError(
                         f"task.grammars must not share strings (allow_overlap accepts it): "
-                        f"{b.pattern!r} and {a.pattern!r} both have {witness!r}"
+                        f"{shown(b.pattern)} and {shown(a.pattern)} both have {shown(witness)}"
                     )
     return grammars
 
@@ -378,7 +379,7 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
         if n_tries > 200 * n:
             raise ConfigError(
                 f"task: no {n} disjoint grammars of {min_size} or more strings, {config.min_instruction_length} to "
-                f"{config.max_instruction_length} letters long, were found over the alphabet {config.alphabet!r}: "
+                f"{config.max_instruction_length} letters long, were found over the alphabet {shown(config.alphabet)}: "
                 f"allow longer instructions or more letters, or ask for fewer, got {len(grammars)}"
             )
         pieces = [random_piece(config.alphabet, rng) for _ in range(rng.integers(3, 7))]

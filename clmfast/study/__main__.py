@@ -173,7 +173,7 @@ def work(asked: argparse.Namespace) -> None:
     elif asked.name == "all":
         chosen = {name: chosen[name] for name in drawable(plans)}
 
-    from clmfast.study.pages import facts_of, write_pages
+    from clmfast.study.pages import facts_of, others_in, write_pages
 
     command = " ".join(
         [
@@ -187,9 +187,10 @@ def work(asked: argparse.Namespace) -> None:
         planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
         runs, diverged = read(planned)
         with computing(StudyError, f"{name}: the records of its runs must hold what it reads"):
-            claims, sections = study.analyse(runs)
+            others = others_in(folder, name)  # before the work, as one that is damaged ends it
             facts = facts_of(runs, command, asked.quick, diverged)
-            path = write_pages(folder, name, study, claims, sections, runs, facts)
+            claims, sections = study.analyse(runs)
+            path = write_pages(folder, name, study, claims, sections, runs, facts, others)
         n_holding = sum(one.verdict == "holds" for one in claims)
         print(f"{name}: {n_holding} of {len(claims)} claims hold; {path}", flush=True)
 

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +151,22 @@ def write_pages(
     sections: list[Section],
     runs: Runs,
     facts: dict[str, Any],
+    others: Mapping[str, list[dict[str, Any]]],
 ) -> Path:
     """Write the page and the tables of a study, then the tables of all studies of the folder; returns the page."""
     rows = to_rows(name, claims)
     write_file(folder / f"{name}.html", page(name, study, claims, sections, runs, facts))
     write_json(folder / f"{name}.json", {"study": name, "question": study.question, **facts, "claims": rows})
     write_file(folder / f"{name}.csv", to_csv(rows))
-    every = [row for path in sorted(folder.glob("*.json")) if path.stem != "claims" for row in _claims_in(path)]
+    every = [row for _, of_study in sorted({**others, name: rows}.items()) for row in of_study]
     write_json(folder / "claims.json", every)
     write_file(folder / "claims.csv", to_csv(every))
     return folder / f"{name}.html"
+
+
+def others_in(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the other studies' tables in a folder, by study; StudyError where one is damaged."""
+    return {path.stem: _claims_in(path) for path in folder.glob("*.json") if path.stem not in ("claims", name)}
 
 
 def _claims_in(path: Path) -> list[dict[str, Any]]:

@@ -102,8 +102,9 @@ class Summary(Run):
                 self.config = from_dict(facts["config"], RunConfig(), "config")
             except ConfigError as error:
                 raise Damaged(str(error)) from None
+            n_rows = math.prod(archive.shape("step"))
+            need(n_rows <= MAX_STEPS, f"step must have at most {MAX_STEPS:,} rows", n_rows)
             self.step = archive.read("step", np.int64, (None,))
-            need(len(self.step) <= MAX_STEPS, f"step must have at most {MAX_STEPS:,} rows", len(self.step))
             is_right = (np.diff(self.step, prepend=-1) > 0).all() and (self.step <= MAX_STEPS).all()
             need(bool(is_right), f"step must rise from 0 or more to at most {MAX_STEPS:,}", "others")
             n = len(self.step)
