@@ -367,13 +367,15 @@ def from_dict(given: Any, base: RunConfig, where: str) -> RunConfig:
             merged[key] = value
 
     def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ConfigError(f"{where}: a setting must be no table, got {shown(value)}")
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
     for section in ("task", "model", "train", "measure"):
         merged[section] = {name: tuples(value) for name, value in merged[section].items()}
     try:
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, type_hooks={float: _number}))
-    except dacite.DaciteError as error:
+    except (dacite.DaciteError, TypeError, ValueError, ArithmeticError) as error:  # it lets through what types raise
         raise ConfigError(f"{where}: {one_line(error)}") from None
 
 

@@ -480,6 +480,11 @@ ATTACKS = [
     Attack("a manifest that is a list", "checkpoint", "checkpoint/manifest.json", holds("[]")),
     Attack("a manifest of numbers", "checkpoint", "checkpoint/manifest.json",
            holds('{"tensors.safetensors": 1, "state.json": 2}')),
+    # A run's own checkpoints, read again
+    Attack("weights of another model", "weights", "checkpoints/00000001/state.json", no_harm),
+    Attack("FIFO as weights", "weights", "checkpoints/00000001/tensors.safetensors", fifo),
+    Attack("64 MB of weights for a small model", "weights", "checkpoints/00000001/tensors.safetensors",
+           tensors({"model.a": tensor(shape=[16 << 20], offsets=[0, 64 << 20])}, size=72 + (64 << 20))),
     # Configs
     Attack("deep TOML lists", "config", "my.toml", holds("a = " + "[" * 100_000)),
     Attack("deep TOML tables", "config", "my.toml", holds("a = " + "{a=" * 60_000)),
@@ -494,6 +499,9 @@ ATTACKS = [
     Attack("JSON digits", "config", "my.json", holds(f'{{"seed": {DIGITS}}}')),
     Attack("a config that is a text", "config", "my.json", holds('"seed"')),
     Attack("a table that is a list", "config", "my.json", holds('{"task": [[1, 2]]}')),
+    Attack("a table among grammars", "config", "my.json", holds('{"task": {"grammars": [{"abc": "d"}]}}')),
+    Attack("a table for grammars", "config", "my.json", holds('{"task": {"grammars": {"abc": "d"}}}')),
+    Attack("a date as a number", "config", "my.toml", holds("seed = 1979-05-27T07:32:00Z")),
     Attack("a setting that is a table", "config", "my.json", holds('{"seed": {"a": 1}}')),
     Attack("an unknown setting of 30 MB", "config", "my.json", holds('{"' + "a" * 30_000_000 + '": 1}')),
     Attack("a value of 30 MB", "config", "my.json", holds('{"steps": "' + "a" * 30_000_000 + '"}')),

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import torch  # noqa: F401  what the memory of reading is counted from
 
 
 def page_bytes(field: int) -> int:
@@ -35,10 +35,11 @@ from clmfast import export, report  # noqa: E402
 from clmfast.config import RunConfig, check, from_file  # noqa: E402
 from clmfast.files import read_checkpoint  # noqa: E402
 from clmfast.study import __main__ as study  # noqa: E402
+from clmfast.study.revisit import checkpoint_steps, model_at, tasks_of  # noqa: E402
 from clmfast.study.summary import Summary, revisited  # noqa: E402
 from clmfast.study.unseen import MISTAKES  # noqa: E402
 
-assert torch
+TASKS = tasks_of(records.config())
 OWN_IMPORTS_BYTES = page_bytes(1) - BARE_BYTES
 KILLED_S = 20
 LIMIT_BYTES = 1 << 30  # of data: twice what is allowed, so that a fault is a MemoryError and no dead machine
@@ -65,6 +66,12 @@ def read_kept(path: Path) -> str:
     return str(revisited(run, MISTAKES)["counts"].shape)
 
 
+def read_weights(path: Path) -> str:
+    run = clmfast.load(path.parent.parent.parent)
+    assert checkpoint_steps(run) == [1]
+    return str(model_at(run, TASKS, 1))
+
+
 def ended(main: Callable[[list[str]], int], arguments: list[str]) -> str:
     """A command: its line of error as an error of the name 2."""
     errors = io.StringIO()
@@ -80,6 +87,7 @@ READERS: dict[str, Callable[[Path], str]] = {
     "summary": read_summary,
     "kept": read_kept,
     "checkpoint": lambda path: str(read_checkpoint(path.parent)[1]),
+    "weights": read_weights,
     "config": lambda path: str(from_file(path, RunConfig()).seed),
     "checked": lambda path: str(check(from_file(path, RunConfig()))),
     "report": lambda path: ended(report.main, [str(path.parent)]),

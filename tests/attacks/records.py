@@ -114,6 +114,9 @@ def write_all(folder: Path) -> Path:
     write_summary(Run(path))
     write_arrays(kept_at(path, MISTAKES), {"counts": np.ones((2, 2), np.int64)})
     write_checkpoint(folder / "checkpoint")
+    write_checkpoint(path / "checkpoints" / "00000001")  # not of the run's model
+    for name in ("0000000x", "٠٠٠٠٠٠٠٢", "3"):  # no steps
+        (path / "checkpoints" / name).mkdir()
     (folder / "my.toml").write_text("seed = 3\n[train]\nlr = 0.1\n")
     (folder / "my.json").write_text(json.dumps(to_dict(dataclasses.replace(config(), seed=3))))
     return path

@@ -16,7 +16,8 @@ from hostile import ATTACKS, Attack
 HERE = Path(__file__).parent
 ENDS = {
     "run": "NotARun", "summary": "NotARun", "kept": "NotARun", "checkpoint": "DamagedCheckpoint",
-    "config": "ConfigError", "checked": "ConfigError", "report": "2", "export": "2", "draw": "2",
+    "weights": "StudyError", "config": "ConfigError", "checked": "ConfigError",
+    "report": "2", "export": "2", "draw": "2",
 }  # fmt: skip
 # A second of work; by the clock, more where the machine has other work. One that waits for a FIFO is killed after 20.
 MAX_S, MAX_WAIT_S, MAX_MIB, MAX_LETTERS = 1.0, 10.0, 512, 900
