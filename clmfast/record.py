@@ -44,6 +44,7 @@ from clmfast.untrusted import (
     read_array,
     read_bytes,
     read_json,
+    read_table,
     refusing,
 )
 
@@ -214,16 +215,15 @@ class Run:
             self.meta: dict[str, Any] = read_json(self.path / "meta.json")
             with refusing(Damaged, "meta.json"):
                 self.columns = check_header(self.meta)
-            table = read_array(self.path / "steps.npy", np.float64, (None, 1 + len(self.columns)))
+            table, first = read_table(self.path / "steps.npy", 1 + len(self.columns))
             # Read after the steps, and written before them: every row that the steps have is there.
             names = self.meta["timing_columns"]
             timing = read_array(self.path / "timing.npy", np.float64, (len(table), len(names)))
             with refusing(Damaged, "steps.npy"):
-                self._written = written_rows(table)
+                self._written = written_rows(first)
         self._n_rows = len(table)
-        rows = table[self._written]
-        self.step: NDArray[np.int64] = rows[:, 0].astype(np.int64) - 1
-        self.values: NDArray[np.float64] = rows[:, 1:]
+        self.step: NDArray[np.int64] = first[self._written].astype(np.int64) - 1
+        self.values: NDArray[np.float64] = table[self._written, 1:]
         self.timing = dict(zip(names[1:], timing[self._written, 1:].T, strict=True))
         self._at = {column.name: i for i, column in enumerate(self.columns)}
 

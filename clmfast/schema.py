@@ -119,14 +119,12 @@ def check_header(meta: Any) -> list[Column]:
     return columns
 
 
-def written_rows(table: NDArray[np.float64]) -> slice | NDArray[np.bool_]:
-    """Which rows of a step table are written, as an index. They come in order, so that it is a slice and no copy is
-    made of what may be gigabytes; only a machine that lost its power can leave a gap."""
-    need(len(table) <= MAX_STEPS, f"must have at most {MAX_STEPS:,} rows", len(table))
-    first = table[:, 0]
+def written_rows(first: NDArray[np.float64]) -> slice | NDArray[np.bool_]:
+    """Which rows of a step table with this first column are written, as an index. They come in order, so that it is a
+    slice and no copy is made of what may be gigabytes; only a machine that lost its power can leave a gap."""
+    need(len(first) <= MAX_STEPS, f"must have at most {MAX_STEPS:,} rows", len(first))
     is_written = first != 0
-    number = np.arange(1, len(table) + 1)
-    is_right = first == number
+    is_right = first == np.arange(1, len(first) + 1)
     if not (is_right | ~is_written).all():
         row = int(np.flatnonzero(is_written & ~is_right)[0])
         raise Damaged(f"row {row} must begin with {row + 1} or, unwritten, with 0, got {first[row]}")

@@ -6,7 +6,7 @@ hold code. Which names, types and shapes a run must have is said where it is rea
 
     read_json, parse_json     UTF-8, bounded in bytes, values, nesting and digits; no key twice
     read_toml                 the same for config files
-    read_array                .npy of a given dtype and shape; large ones are memory-mapped
+    read_array, read_table    .npy of a given dtype and shape; large ones are memory-mapped
     Archive                   .npz, unpacked member by member as far as it is asked for
     sha256_of, read_tensors   checkpoints
 
@@ -343,6 +343,25 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> NDArray
             return _shaped(bytearray(file.read(header.data_bytes)), header)
         order: Any = "F" if header.is_fortran else "C"
         return np.memmap(file, header.dtype, "r", header.n_bytes, header.shape, order).view(np.ndarray)
+
+
+def read_table(path: Path, n_columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(float64 [any, n_columns], its first column) of a .npy file.
+
+    Where the table is mapped, the column is read by itself: through the map it would bring the whole file into memory.
+    """
+    table = read_array(path, np.float64, (None, n_columns))
+    name, n_rows = called(path), len(table)
+    need(table.flags.c_contiguous, f"{name} must be stored row by row", "column by column")
+    if table.nbytes < MAPPED_FROM_BYTES:
+        return table, table[:, 0]
+    with opened(path, ARRAY_BYTES) as (file, size):
+        number, row_bytes = file.fileno(), 8 * n_columns
+        start = size - n_rows * row_bytes
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+        column = b"".join(os.pread(number, 8, start + i * row_bytes) for i in range(n_rows))
+    need(len(column) == 8 * n_rows, f"{name} must keep its size while it is read", size)
+    return table, np.frombuffer(column)
 
 
 class _Unpacker:

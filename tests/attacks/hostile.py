@@ -396,6 +396,7 @@ ATTACKS = [
     Attack("no .npy version", "run", STEPS, holds(npy("", start=b"\x93NUMPY\x09\x00"))),
     Attack("floats of 4 bytes", "run", STEPS, table(lambda a: a.astype(np.float32))),
     Attack("a table of one dimension", "run", STEPS, table(np.ravel)),
+    Attack("columns before rows", "run", STEPS, table(np.asfortranarray)),
     Attack("a column too many", "run", STEPS, table(lambda a: a[:, :-1])),
     Attack("step numbers of NaN", "run", STEPS, table(at(3, 0, np.nan))),
     Attack("endless step numbers", "run", STEPS, table(at(3, 0, np.inf))),

@@ -131,3 +131,28 @@ def test_large_records_are_mapped_and_not_read(sound, tmp_path, monkeypatch):
     large = clmfast.load(sound[1])
     assert np.array_equal(small.values, large.values) and np.array_equal(small.per_task, large.per_task)
     assert small.values.flags.writeable and not large.values.flags.writeable
+
+
+def test_a_record_with_a_gap_is_read_without_it(sound, tmp_path):
+    import numpy as np
+
+    import clmfast
+
+    run = tmp_path / "run"
+    shutil.copytree(sound[1], run)
+    table = np.load(run / "steps.npy")
+    table[[7, 60], 0] = 0  # a machine that lost its power; the last row is not written yet
+    np.save(run / "steps.npy", table)
+    found = clmfast.load(run)
+    assert found.step.tolist() == [step for step in range(60) if step != 7]
+    assert np.array_equal(found.values, table[found.step, 1:]) and len(found.per_task) == len(found.step) == 59
+
+
+def test_reading_a_run_needs_no_torch(sound):
+    code = (
+        f"import clmfast, sys; run = clmfast.load({str(sound[1])!r});"
+        "run.config, run.events, run.controls, run.per_task;"
+        "run.snapshots('prompt_end'); sys.exit('torch' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
