@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ OTHERS = (
     torch.float8_e5m2,
 )  # fmt: skip
 INT64 = torch.iinfo(torch.int64)
-COUNTS = (0, -1, 1, 2, 3, 255, 257, 2**15, 2**20, 2**28, 2**31 - 1, 2**31, 2**32 + 1, 2**62, INT64.max, INT64.min, 2**63)
+COUNTS = (0, -1, 1, 2, 3, 255, 257, 2**15, 2**28, 2**31 - 1, 2**31, 2**32 + 1, 2**62, INT64.max, INT64.min, 2**63)
 NUMBERS = (0.0, -1.0, 1e-45, 1e-300, 1e300, math.inf, -math.inf, math.nan)
 INDICES = (-1, -2, INT64.min, INT64.max, 2**31, 2**32, 2**62, -(2**31), 1000)
 SIZES = (0, 1, 2, 3, 17, 33, 257, 513)
@@ -209,7 +209,7 @@ def _other_scalar(value: Any, rng: Random, free: tuple[Any, ...], at: list[tuple
 def _spoil_tensor(
     container: Any, key: Any, spec: Spec, rng: Random, is_public: bool, at: list[tuple[Any, Any, Any]]
 ) -> str:
-    new = container[key] = deepcopy(spec)
+    new = container[key] = copy(spec)
     n_dims = len(spec.shape)
     chance = rng.random()
     if chance < 0.25:

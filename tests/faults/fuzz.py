@@ -22,7 +22,8 @@ from tests.faults.worker import Cases, Fault, Limits, Progress, run_cases
 
 ALLOWED = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
 INTERNAL = ("INTERNAL ASSERT", "API call failed", "std::", "bad_alloc", "vector::", "stoi", "unknown", "Unknown")
-TORCHS_OWN = ("Declaration: ", "Could not run '")  # texts of torch's dispatcher take several lines
+TORCHS_OWN = ("Declaration: ", "Could not run '", "There were no tensor arguments")  # texts of torch's dispatcher take several lines
+MAX_ALIKE = 4  # examples that are printed
 GOOD_SHARE = 0.25  # of the calls, that are left as they were drawn
 CHECK_SHARE = 0.15  # of those that could be, are compared with the reference
 CHECK_SIZE = 2000  # elements in all that a call compared with the reference may have
@@ -45,6 +46,9 @@ class OpCases:
         arguments = op.draw(rng)
         is_good = rng.random() < GOOD_SHARE
         marks = [] if is_good else spoil(arguments, rng, self.name == "public", op.counts)
+        for name in op.writes:  # torch itself negates what is to be written, and leaves it so when the op refuses
+            if isinstance(spec := arguments[name], Spec) and spec.form == "negated":
+                spec.form = "tensor"
         return op, arguments, marks, rng
 
     def describe(self, i: int) -> str:
@@ -190,11 +194,19 @@ def sources(seed: int) -> dict[str, tuple[Cases, int, int]]:
     }
 
 
+def warm() -> None:
+    """What torch imports when a meta tensor first meets an operation takes seconds: once here, not in every child.
+    With one thread no pool of threads is started, which a child would lack."""
+    torch.set_num_threads(1)
+    torch.nn.functional.layer_norm(torch.empty(1, 1, device="meta"), (1,))
+
+
 def main(is_long: bool, seed: int, n_cases: int | None = None, only: tuple[str, ...] = (), sanitized: bool = False) -> int:
     """Returns the number of faults."""
     if names := table.missing():
         print(f"fuzz: these ops have no generator in tests/faults/table.py: {', '.join(sorted(names))}")
         return len(names)
+    warm()
     limits = Limits(memory_bytes=None if sanitized else Limits().memory_bytes)
     n_faults = 0
     for name, (cases, n, n_long) in sources(seed).items():
@@ -212,10 +224,12 @@ def main(is_long: bool, seed: int, n_cases: int | None = None, only: tuple[str, 
 def report(cases: Cases, faults: list[Fault]) -> None:
     """One example of every kind of fault, with the command that shows it again."""
     kinds = Counter(fault.kind for fault in faults)
-    shown = set()
+    shown: Counter[str] = Counter()
     for fault in sorted(faults, key=lambda fault: (-kinds[fault.kind], fault.kind, len(fault.text))):
-        if fault.kind not in shown:
-            shown.add(fault.kind)
+        shown[fault.kind] += 1
+        alike = fault.kind.split(" (")[0]  # deaths of one op, whatever was done to its arguments
+        shown[alike] += alike != fault.kind
+        if shown[fault.kind] == 1 and shown[alike] <= MAX_ALIKE:
             print(f"FAULT {fault.text}\n    {cases.command.format(i=fault.i)}", flush=True)
 
 
@@ -224,8 +238,8 @@ def one(seed: int, case: str) -> int:
     name, i = case.split(":")
     cases = sources(seed)[name][0]
     print(cases.describe(int(i)), flush=True)
-    shifted = _Only(cases, int(i))
-    faults = run_cases(shifted, 1, Limits())
+    warm()
+    faults = run_cases(_Only(cases, int(i)), 1, Limits())
     for fault in faults:
         print(f"FAULT {fault.text}")
     if not faults:

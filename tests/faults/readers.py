@@ -65,7 +65,8 @@ def make_run(folder: Path) -> None:
     columns = [
         Column("train", "loss"), Column("validation", "accuracy"),
         *layer_columns("window", "instruction_end", n_layers, measured),
-        *layer_columns("probe", "instruction_end", n_layers, measured, "unseen_instruction"),
+        *layer_columns("probe", "instruction_end", n_layers, ("ari_task", "neighbour_purity")),
+        *layer_columns("probe", "instruction_end", n_layers, measured[1:3], "unseen_instruction"),
     ]  # fmt: skip
     values = np.random.default_rng(0).random((rows, 1 + len(columns)))
     values[:, 0] = np.arange(rows) + 1
@@ -108,7 +109,8 @@ def make_summary(folder: Path) -> None:
 
 
 def read_pattern(folder: Path) -> None:
-    pattern = (folder / "pattern").read_bytes().decode("utf-8", "surrogateescape")
+    path = folder / "pattern"
+    pattern = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
     grammar = Grammar(pattern, 12)
     if grammar.size:
         grammar.sample(min(grammar.size, 3), 0)
@@ -128,7 +130,8 @@ def read_sealed_checkpoint(folder: Path) -> None:
     """A checkpoint whose manifest agrees with its damage."""
     folder = folder / "c"
     names = ("tensors.safetensors", "state.json")
-    manifest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    here = [name for name in names if (folder / name).exists()]
+    manifest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in here}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     read_checkpoint(folder)
 
@@ -142,7 +145,7 @@ READERS = [
     Reader("sealed checkpoint", make_checkpoint, read_sealed_checkpoint, (DamagedCheckpoint,)),
     Reader("summary", make_summary, lambda folder: Summary(folder / "run").long(), (NotARun, ConfigError)),
 ]
-LIGHT = 1 << 16  # bytes; a file of a good folder is small
+LONGEST_TEXT = 2000  # letters of a message
 
 
 # ---- damage
@@ -290,13 +293,13 @@ class ReaderCases:
             reader.read(self.folder)
         except Exception as error:
             text = str(error).replace(str(self.folder), "FOLDER")
-            told = f"{type(error).__name__}: {' '.join(text.split())[:160]}:"
+            told = f"{type(error).__name__}: {reader.name}\n    {' '.join(text.split())[:160]}\n   "
             if not is_damaged:
                 return f"good files are refused: {told}"
             if not isinstance(error, reader.allowed):
                 return f"an exception of another kind: {told}"
             if "\n" in text:
                 return f"not one line: {told}"
-            if len(text) > 2000:
+            if len(text) > LONGEST_TEXT:
                 return f"a text of {len(text)} letters: {told}"
         return None

@@ -49,7 +49,7 @@ def few(rng: Random, least: int = 0) -> int:
 
 def many(rng: Random, least: int = 0) -> int:
     """A size that sometimes is longer than a block of the kernels."""
-    return max(least, few(rng, 1) if rng.random() < 0.75 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513)))
+    return max(least, few(rng, 1) if rng.random() < 0.85 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513)))
 
 
 def points(rng: Random, shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
