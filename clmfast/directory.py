@@ -21,6 +21,7 @@ from clmfast.files import (
     DamagedCheckpoint,
     checkpoints,
     hold,
+    make_folder,
     read_checkpoint,
     remove_parts,
     write_json,
@@ -69,8 +70,7 @@ def is_empty(path: Path) -> bool:
 def claim(path: Path) -> int:
     """Make the directory of a new run, or take an empty one; returns the lock. ConfigError where a run is there."""
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(exist_ok=True)
+    make_folder(path)
     lock = _hold(path)
     if not is_empty(path):  # another run began, and ended, since we looked
         os.close(lock)

@@ -59,17 +59,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder in one that exists, if it is not there yet."""
-    with suppress(FileExistsError):
-        os.mkdir(path)
-        _sync_folder(path.parent)
+    """Make a folder, and those above it, if it is not there yet."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+            _sync_folder(path.parent)
 
 
 def remove_parts(folder: Path) -> None:
     """Remove what a process that died did not finish. Only whoever holds the folder may do that."""
     if folder.is_dir():
         for name in filter(PART.fullmatch, os.listdir(folder)):
-            _remove(folder / name)
+            remove(folder / name)
 
 
 def hold(folder: Path) -> int:
@@ -130,7 +132,7 @@ def _write_new(path: Path, fill: Callable[[int], None]) -> None:
         raise
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file, a link or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -142,7 +144,7 @@ def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint; at no moment is there a part of it under its name."""
     part = path.with_name(_part_name(path.name))
     os.rename(path, part)
-    _remove(part)
+    remove(part)
 
 
 def _open_own(path: Path, flags: int) -> int:
@@ -328,7 +330,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
         os.rename(part, path)
     except BaseException as error:
         with suppress(OSError):
-            _remove(part)
+            remove(part)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise

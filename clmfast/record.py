@@ -163,9 +163,11 @@ class RunWriter:
     def save(self) -> None:
         """Write the state that a resumed run goes on from; all rows before it are on the disk first."""
         self.sync()
-        folder = self.path / "resume"
-        write_checkpoint(folder / f"{self.training.next_step:08d}", *self.training.state())
-        for old in checkpoints(folder)[:-KEPT_RESUME_STATES]:
+        write_checkpoint(self.path / "resume" / f"{self.training.next_step:08d}", *self.training.state())
+        self._remove_old_states()
+
+    def _remove_old_states(self) -> None:
+        for old in checkpoints(self.path / "resume")[:-KEPT_RESUME_STATES]:
             remove_checkpoint(old)
 
     def event(self, event: str, **values: Any) -> None:
@@ -182,7 +184,9 @@ class RunWriter:
                 file.sync()
 
     def close(self) -> None:
+        """End the record; what a process that died behind its last state had not tidied up is tidied up here."""
         self.sync()
+        self._remove_old_states()
         for file in (self.steps, self.timing, self.per_task, self.events):
             if file is not None:
                 file.close()
