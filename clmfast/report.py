@@ -126,6 +126,33 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
     return found
 
 
+def history(run: Run) -> list[str]:
+    """What happened to the run besides training: a sentence each, in order."""
+    found = []
+    for event in run.events:
+        kind, step = event["event"], event.get("step", 0)
+        if kind == "interrupted":
+            found.append(f"Stopped after step {step:,} by {event.get('signal', 'Ctrl-C')}.")
+        elif kind == "resume":
+            changed = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in event.get("changed", {}).items())
+            found.append(
+                f"Went on from step {step:,}{f', with another machine or version: {changed}' * bool(changed)}."
+            )
+        elif kind == "state_skipped":
+            found.append(f"A saved state could not be used: {event['reason']}.")
+        elif kind == "resume_mismatch":
+            found.append(f"Row {step:,} was computed again and was not what had been recorded; the new one stands.")
+        elif kind == "extended":
+            (before, after), (lr_before, lr_after) = event["steps"], event["lr"]
+            found.append(
+                f"Steps were changed from {before:,} to {after:,} at step {step:,}, and with them the schedule of the "
+                f"learning rate, which went from {lr_before:.2g} to {lr_after:.2g} there."
+            )
+        elif kind == "anomaly":
+            found.append(f"The loss of step {step:,} was {event['loss']}: training ended.")
+    return found
+
+
 def page(run: Run) -> str:
     """The whole page as HTML, with plotly inlined once; loads nothing from anywhere."""
     config, meta = run.config, run.meta
@@ -147,6 +174,9 @@ def page(run: Run) -> str:
     ]
     if n_done < config.steps:
         parts.append(f"<p class='fails'>This run ended at step {n_done:,}; the rest was not trained.</p>")
+    if told := history(run):
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
+        parts.append(f"<p>What happened to this run:</p><ul>{items}</ul>")
     for i, (title, text, figure) in enumerate(sections(run)):
         picture = plotly.io.to_html(
             figure, full_html=False, include_plotlyjs=i == 0, div_id=f"picture{i}",

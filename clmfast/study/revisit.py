@@ -6,7 +6,7 @@ import torch
 
 from clmfast.config import RunConfig
 from clmfast.data.tasks import TaskSet, make_tasks
-from clmfast.files import DamagedCheckpoint, read_checkpoint
+from clmfast.files import DamagedCheckpoint, checkpoints, read_checkpoint
 from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study.base import StudyError
@@ -19,7 +19,7 @@ def tasks_of(config: RunConfig) -> TaskSet:
 
 def checkpoint_steps(run: Run) -> list[int]:
     """Steps whose weights are there, ascending; StudyError if there are none."""
-    steps = sorted(int(path.name) for path in (run.path / "checkpoints").glob("[0-9]*"))
+    steps = [int(path.name) for path in checkpoints(run.path / "checkpoints")]
     if not steps:
         raise StudyError(f"run {run.path.name} must have its directory with checkpoints, it has none")
     return steps
