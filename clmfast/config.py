@@ -214,7 +214,7 @@ LARGEST_FLOAT = 1e30  # float32 ends at 3e38
 # Far above what anyone needs, and low enough that what stands in the way of a run is its memory or its time, which
 # needs.py foretells. Lengths: the number of strings of a grammar is counted in integers of that many digits.
 AT_MOST: dict[str, int] = {
-    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 4096, "resume_every": MOST_STEPS,
+    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 10**6, "resume_every": MOST_STEPS,
     "task.n_tasks": 1000, "task.n_grammars": 1000, "task.n_unseen_grammars": 1000, "task.n_instructions": 10**6,
     "task.n_unseen_instructions": 10**6, "task.n_inputs": 10**6, "task.n_outputs": 10**5, "task.input_length": 1000,
     "task.min_instruction_length": 1000, "task.max_instruction_length": 1000,

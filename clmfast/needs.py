@@ -134,6 +134,14 @@ def check_needs(config: RunConfig, folder: Path | None = None) -> None:
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail? torch says so by a RuntimeError on a CPU, and by one of its own on a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error))
+    )
+
+
 def amount(n_bytes: float) -> str:
     """Bytes for a person: 310 GB."""
     for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9)):

@@ -36,3 +36,18 @@ def expanded(path: str | Path) -> Path:
     if home.startswith("~"):
         raise ConfigError(f"the home folder in the path {text} must be known, it is not: write the path out")
     return Path(home)
+
+
+def target(out: str | Path | None, name: str, default: Path) -> Path:
+    """Where a file goes: `out` itself, or under its name into the folder that `out` is; without `out`, into `default`.
+    ConfigError where no file can be put there."""
+    if out is None:
+        return default / name
+    path = expanded(out)
+    if path.is_dir():
+        path /= name
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out must be a file in a folder that exists, or such a folder, got {path}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out must be a file that can be replaced, {path} is none")  # /dev/null would be lost
+    return path

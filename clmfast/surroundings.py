@@ -1,6 +1,6 @@
 """The settings of the whole process that a run changes, and their return: threads, determinism, variables, signals.
 
-`Surroundings` is entered before torch is imported and left when the run has ended, whatever ended it. A process has
+`Surroundings` are entered before torch is imported and left when the run has ended, whatever ended it. A process has
 one of each setting, so it does one run at a time.
 """
 
@@ -61,39 +61,46 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def surroundings(config: RunConfig) -> Iterator[dict[str, dict[str, Any]]]:
-    """The process as a run needs it, and afterwards as it was; gives the automatic choices for the header.
+class Surroundings:
+    """The process as a run needs it, from `with` on, and afterwards as it was.
 
     ConfigError where another run is at work in this process.
     """
-    if not _at_work.acquire(blocking=False):
-        raise ConfigError("a process can do one run at a time, this one is at work on another: start a second process")
-    try:
-        variables = {name: os.environ.get(name) for name in VARIABLES}
-        waiting = share_the_cores()
-        try:
-            import torch
 
-            threads = torch.get_num_threads()
-            is_deterministic = torch.are_deterministic_algorithms_enabled()
-            only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-            fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-            try:
-                choices = set_up_torch(config)
-                value = os.environ.get("GOMP_SPINCOUNT", "")
-                yield choices | {"openmp_waiting": {"value": value, "reason": waiting}}
-            finally:
-                torch.set_num_threads(threads)
-                torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)
-                torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
-        finally:
-            for name, before in variables.items():
-                if before is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = before
-    finally:
+    def __enter__(self) -> Surroundings:
+        if not _at_work.acquire(blocking=False):
+            raise ConfigError("a process does one run at a time, this one is at work on another: start a second one")
+        self._variables = {name: os.environ.get(name) for name in VARIABLES}
+        self._put_back: list[Callable[[], None]] = []
+        self._waiting = share_the_cores()
+        return self
+
+    def set_up_torch(self, config: RunConfig) -> dict[str, dict[str, Any]]:
+        """As the function of that name, with the choice of how OpenMP's threads wait."""
+        import torch
+
+        def put_back(
+            threads: int = torch.get_num_threads(),
+            is_deterministic: bool = torch.are_deterministic_algorithms_enabled(),
+            only_warns: bool = torch.is_deterministic_algorithms_warn_only_enabled(),
+            fills: bool = torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        ) -> None:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)
+            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+        self._put_back.append(put_back)
+        value = os.environ.get("GOMP_SPINCOUNT", "")
+        return set_up_torch(config) | {"openmp_waiting": {"value": value, "reason": self._waiting}}
+
+    def __exit__(self, *_: object) -> None:
+        for put_back in reversed(self._put_back):
+            put_back()
+        for name, before in self._variables.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
         _at_work.release()
 
 

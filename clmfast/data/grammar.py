@@ -584,8 +584,8 @@ class Grammar:
         codes, offset, n_done = _walk(table, n, len(self._counts) - 1, rng)  # no string is longer than the count table
         if n_done < n:
             raise GrammarError(
-                f"grammar {shown(self.pattern)}: at least 1 in {MIN_FIT} branch draws must have at most {self.max_length} "
-                "characters, fewer do: raise max_length or bound the repetitions"
+                f"grammar {shown(self.pattern)}: at least 1 in {MIN_FIT} branch draws must have at most "
+                f"{self.max_length} characters, fewer do: raise max_length or bound the repetitions"
             )
         return codes, offset
 
@@ -633,8 +633,8 @@ def _texts(codes: NDArray[np.uint32], offset: NDArray[np.int64]) -> list[str]:
 def common_string(a: Grammar, b: Grammar) -> str | None:
     """The first string, in the order of Grammar.strings(), that both languages hold; None: they are disjoint.
 
-    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches. GrammarError
-    where there are more than MAX_PAIRS.
+    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches. Where they
+    are more than MAX_PAIRS: GrammarError.
     """
     layer, seen = {(0, 0): ""}, {(0, 0)}
     for _ in range(min(a.max_length, b.max_length) + 1):
