@@ -41,6 +41,7 @@ from clmfast.files import (
     write_json,
 )
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+from clmfast.needs import n_checkpoints
 
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
@@ -60,12 +61,11 @@ def disk_bytes(training: Training) -> int:
     tensors, _ = training.state()
     weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
     state = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights  # two moments of AdamW to come
-    n_checkpoints = sum(is_checkpoint_step(step, config.steps) for step in range(rows))
     per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
     report = 6_000_000
     return (
         rows * 8 * (len(training.columns) + 8 + per_task)
-        + n_checkpoints * weights
+        + n_checkpoints(config.steps) * weights
         + (KEPT_RESUME_STATES + 1) * state * (config.resume_every > 0)
         + report
     )

@@ -1,10 +1,12 @@
 """report.html: one self-contained page about a run. Reads the run directory, draws, computes no measure.
 
-python -m clmfast.report DIR        # draw it anew
+python -m clmfast.report DIR                     # draw it anew
+python -m clmfast.report DIR --out FILE_OR_FOLDER    elsewhere: the run's directory may be read-only
 """
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import sys
@@ -14,10 +16,13 @@ import plotly.graph_objects as go
 import plotly.io
 
 from clmfast import plot
+from clmfast.config import ConfigError
 from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, best_layer, findings
 from clmfast.measure.catalogue import MEASURES
+from clmfast.paths import expanded, target
 from clmfast.record import NotARun, Run
+from clmfast.screen import complain, forgiving
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; }
@@ -202,21 +207,23 @@ def page(run: Run) -> str:
     )
 
 
-def write_report(path: Path) -> Path:
-    """Draw the report of a run directory into it; returns the page's path."""
-    target = path / "report.html"
-    write_file(target, page(Run(path)))
-    return target
+def write_report(path: Path, out: str | Path | None = None) -> Path:
+    """Draw the report of a run directory into it, or to `out`, a file or a folder; returns the page's path."""
+    file = target(out, "report.html", path)
+    write_file(file, page(Run(path)))
+    return file
 
 
+@forgiving()
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m clmfast.report DIR        draw DIR/report.html anew", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+    parser = argparse.ArgumentParser(prog="python -m clmfast.report", description="Draw the page of a run anew.")
+    parser.add_argument("dir", help="a run directory")
+    parser.add_argument("--out", metavar="FILE_OR_FOLDER", help="where to; by default DIR/report.html")
+    asked = parser.parse_args(arguments)
     try:
-        print(write_report(Path(arguments[0])))
-    except (NotARun, OSError) as error:
-        print(f"clmfast.report: {error}", file=sys.stderr)
+        print(write_report(expanded(asked.dir), asked.out))
+    except (ConfigError, NotARun, OSError) as error:
+        complain("clmfast.report", error)
         return 2
     return 0
 

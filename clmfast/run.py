@@ -6,8 +6,8 @@
     python -m clmfast.run --resume runs/three --steps 6000 # go on with a run that has finished
 
 Exit codes: 0 the run finished, whatever the claims; 2 bad input, nothing was begun; 3 the loss diverged; 4 the run
-directory could not be written to; 129, 130, 143 stopped by SIGHUP, Ctrl-C or SIGTERM, with a state saved: as a process
-it dies of that signal, so that a loop of a shell stops as well.
+directory could not be written to; 5 the memory ran out; 129, 130, 143 stopped by SIGHUP, Ctrl-C or SIGTERM, with a
+state saved: as a process it dies of that signal, so that a loop of a shell stops as well.
 
 torch is imported only once the arguments are known to be good, so that help and errors come at once.
 """
@@ -29,14 +29,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from clmfast import __version__, directory
-from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file, replays_graph
+from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
+from clmfast.needs import check_needs, is_out_of_memory
+from clmfast.paths import expanded
+from clmfast.screen import complain, forgiving
+from clmfast.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from clmfast.progress import Progress
     from clmfast.record import RunWriter
     from clmfast.train import Training
 
-BAD_INPUT, DIVERGED, CANNOT_WRITE = 2, 3, 4
+BAD_INPUT, DIVERGED, CANNOT_WRITE, NO_MEMORY = 2, 3, 4, 5
 NEW_RUNS = "runs"  # folder of runs that were given no name
 STOPPED_BY = 128  # plus the signal's number, as shells count
 
@@ -62,9 +66,9 @@ def parse(arguments: list[str]) -> CommandLine:
     if preset in PRESETS:
         base = PRESETS[preset]
     if file:
-        base = from_file(file, base)
+        base = from_file(expanded(file), base)
     if resume:
-        base = directory.config_of(Path(resume))
+        base = directory.config_of(expanded(resume))
     asked = tyro.cli(
         CommandLine,
         args=arguments,
@@ -74,12 +78,16 @@ def parse(arguments: list[str]) -> CommandLine:
     )
     if resume and (preset or file or dataclasses.replace(asked.run, steps=base.steps) != base):
         raise ConfigError(f"--resume goes on with the run's own settings, only --steps may be changed, got {arguments}")
-    check(asked.run)
-    check_device(asked.run)
+    run = asked.run
+    if run.out and not resume:
+        run = dataclasses.replace(run, out=str(expanded(run.out)))
+    check(run)
+    check_device(run)
     n_cores = len(os.sched_getaffinity(0))
-    if asked.run.threads > n_cores and not resume:
-        raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {asked.run.threads}")
-    return asked
+    if run.threads > n_cores and not resume:
+        raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {run.threads}")
+    check_needs(run, None if resume else directory.existing_parent(Path(run.out or NEW_RUNS)))
+    return dataclasses.replace(asked, run=run)
 
 
 def _value_of(arguments: list[str], flag: str) -> str:
@@ -92,38 +100,32 @@ def _value_of(arguments: list[str], flag: str) -> str:
     return ""
 
 
-def share_the_cores() -> str:
-    """Make OpenMP's threads go to sleep after about half a millisecond of waiting; returns the reason.
-
-    By default they burn some 15 ms waiting, and where another process wants a core the scheduler makes up for that at
-    the next barrier: with one busy process beside it, a step of the default run took 4.6 s instead of 0.5 s. Where the
-    cores are free, this costs nothing. Must come before torch is imported; an environment that says otherwise wins.
-    """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return "as the environment says"
-    os.environ["GOMP_SPINCOUNT"] = "10000"
-    return "short: a process beside this one must not stall every step"
-
-
+@forgiving()
 def main(arguments: list[str]) -> int:
     """Train, measure, record, draw as the arguments say; returns the exit code, see the head of this file."""
     path: Path | None = None
     try:
         asked = parse(arguments)
         path = Path(asked.run.out) if asked.run.out else None
-        return run(asked)
+        with Surroundings() as surroundings:
+            return run(asked, surroundings)
     except ConfigError as error:
-        print(f"clmfast: {error}", file=sys.stderr)
+        complain("clmfast", error)
         return BAD_INPUT
     except OSError as error:
         there = path or Path(error.filename or "")
-        print(f"clmfast: {error.filename or 'the run directory'} must be writable: {error.strerror}", file=sys.stderr)
+        complain("clmfast", f"{error.filename or 'the run directory'} must be writable: {error.strerror}")
         if (there / "config.json").exists():
-            print(f"clmfast: what was recorded stays; go on with {resume_command(there)}", file=sys.stderr)
+            complain("clmfast", f"what was recorded stays; go on with {resume_command(there)}")
         return CANNOT_WRITE
     except KeyboardInterrupt:
-        print("clmfast: stopped at once; what was recorded before stays", file=sys.stderr)
+        complain("clmfast", "stopped at once; what was recorded before stays")
         return STOPPED_BY + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain("clmfast", f"the memory must hold the run, it ran out: {' '.join(str(error).split())}")
+        return NO_MEMORY
 
 
 def resume_command(path: Path) -> str:
@@ -139,10 +141,9 @@ def die_of(code: int) -> int:
     return code
 
 
-def run(asked: CommandLine) -> int:
+def run(asked: CommandLine, surroundings: Surroundings) -> int:
     """Train, measure and draw; returns the exit code."""
     config, is_resumed = asked.run, bool(asked.resume)
-    waiting = share_the_cores()
     lock = -1
     try:
         path, meta = Path(config.out or NEW_RUNS), {}
@@ -162,8 +163,7 @@ def run(asked: CommandLine) -> int:
         from clmfast.train import TIMING_COLUMNS, Training
 
         # Another number of threads would be another rounding of what torch computes.
-        choices = set_up_torch(dataclasses.replace(config, threads=meta.get("threads", config.threads)))
-        choices["openmp_waiting"] = {"value": os.environ.get("GOMP_SPINCOUNT", ""), "reason": waiting}
+        choices = surroundings.set_up_torch(dataclasses.replace(config, threads=meta.get("threads", config.threads)))
         training = Training(config, make_tasks(config.task, config.seed))
         if not is_resumed:
             check_disk(path, disk_bytes(training))
@@ -300,7 +300,8 @@ class _Stop:
 
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)
+            # None: not set from Python, so it cannot be put back from there
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def finish(training: Training, writer: RunWriter) -> None:
@@ -336,37 +337,6 @@ def check_device(config: RunConfig) -> None:
         )
 
 
-def step_choice(config: RunConfig) -> tuple[str, str]:
-    """(how a training step runs, why), for the header."""
-    is_graph, reason = replays_graph(config)
-    return "one CUDA graph" if is_graph else "op by op", reason
-
-
-def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Threads and determinism; returns the automatic choices with their reasons for the header."""
-    import torch
-
-    n_cores = len(os.sched_getaffinity(0))
-    threads = config.threads or n_cores
-    torch.set_num_threads(threads)
-    is_cpu = config.device == "cpu"
-    if not is_cpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
-    torch.use_deterministic_algorithms(True)
-    # That would also write NaN to all new memory, a seventh of a step; nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
-    return {
-        "threads": {"value": threads, "reason": reason},
-        "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
-        "step": dict(zip(("value", "reason"), step_choice(config), strict=True)),
-        "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
-        if is_cpu
-        else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},
-        "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
-    }
-
-
 def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, Any]:
     """Machine, versions and choices for meta.json: no path and no host name."""
     import platform
@@ -374,7 +344,7 @@ def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, 
 
     cpu = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not every system says; the architecture has to do

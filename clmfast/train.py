@@ -452,9 +452,13 @@ def snapshot_steps(config: RunConfig) -> set[int]:
     every, n = config.measure.probe_every, config.measure.n_snapshots
     if not (config.measure_every and every and n):
         return set()
-    probes = np.array([*range(0, config.steps, every), config.steps])
     wanted = np.concatenate([[0], np.geomspace(every, max(every, config.steps), max(1, n - 1))])
-    return {int(probes[np.abs(probes - w).argmin()]) for w in wanted} | {config.steps}
+
+    def nearest_probe(w: float) -> int:
+        below = int(w // every) * every
+        return min((below, below + every, config.steps), key=lambda s: (abs(min(s, config.steps) - w), s))
+
+    return {min(nearest_probe(w), config.steps) for w in wanted} | {config.steps}
 
 
 def train(config: RunConfig, tasks: TaskSet | None = None) -> Iterator[Step]:

@@ -19,13 +19,17 @@ from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from clmfast.data.compiled import compiled
 
 MAX_STATES = 10_000  # nodes of the NFA, states of the DFA, and the largest count in {m,n}
 MAX_MOVES = 3_000_000  # (NFA node, character range) pairs looked at to build one DFA: half a second to a second
 MAX_LENGTH = 1_000  # largest max_length: the count table holds integers of that many digits
 MAX_COUNTS = 500_000  # entries of the count table, states x (longest length + 1)
+MAX_PATTERN = 20_000  # characters of a pattern
+MAX_CODES = 3_000_000  # characters of all classes of a pattern together: about a second
+MAX_PAIRS = 1_000_000  # pairs of DFA states that common_string looks at: two or three seconds
 MAX_DEPTH = 100  # groups inside each other: stays clear of Python's recursion limit
 BRANCH_BATCHES = 20  # batches of `branch` draws before sample() fills up uniformly
 MIN_FIT = 100  # `branch` gives up when fewer than about 1 in MIN_FIT draws keep to max_length
@@ -99,6 +103,7 @@ class _Parser:
         self.pattern = pattern
         self.at = 0
         self.depth = 0  # open groups
+        self.n_codes = 0  # characters of the classes so far
         self.names: set[str] = set()
 
     def refuse(self, start: int, end: int, why: str) -> GrammarError:
@@ -206,6 +211,9 @@ class _Parser:
                 if len(member) > 1 or len(last) > 1 or min(member) > min(last):
                     raise self.refuse(i_member, self.at, "a range must go from one character up to another")
                 member = frozenset(range(min(member), min(last) + 1))
+            self.n_codes += len(member)
+            if self.n_codes > MAX_CODES:
+                raise self.refuse(start, self.at, f"classes must have at most {MAX_CODES} characters in all")
             codes |= member
         self.at += 1
         if negated:
@@ -406,7 +414,7 @@ def _table(nodes: list[list[Edge]], start: int) -> _Table:
     )
 
 
-@njit(cache=True)
+@compiled
 def _walk(
     table: _Table, n: int, max_length: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
@@ -466,6 +474,8 @@ class Grammar:
         try:
             if not 0 <= max_length <= MAX_LENGTH:
                 raise GrammarError(f"max_length must be in [0, {MAX_LENGTH}], got {max_length}")
+            if len(pattern) > MAX_PATTERN:
+                raise GrammarError(f"must have at most {MAX_PATTERN} characters, got {len(pattern)}")
             self._nodes: list[list[Edge]] = [[]]
             self._start = _add_nodes(self._nodes, _Parser(pattern).parse(), 0)
             self._moves, self._ends, is_cut = _determinise(self._nodes, self._start, max_length)
@@ -475,7 +485,12 @@ class Grammar:
             if not self.size:
                 raise GrammarError(f"the language must have a string of at most {max_length} characters, it has none")
         except GrammarError as error:
-            raise GrammarError(f"grammar {pattern!r}: {error}") from None
+            raise GrammarError(f"grammar {shown(pattern)}: {error}") from None
+
+    @property
+    def table_size(self) -> int:
+        """Entries of the count table: what the grammar takes in memory, and its time, go with it."""
+        return len(self._counts) * len(self._moves)
 
     @cached_property
     def alphabet(self) -> str:
@@ -529,8 +544,8 @@ class Grammar:
         if not 0 <= n <= self.size - len(seen):
             ruled_out = f", {len(seen)} of them ruled out by `without`" if seen else ""
             raise GrammarError(
-                f"grammar {self.pattern!r}: {n} distinct instructions asked for, "
-                f"the language has {self.size} of at most {self.max_length} characters{ruled_out}"
+                f"grammar {shown(self.pattern)}: {n} distinct instructions asked for, "
+                f"the language has {_count_text(self.size)} of at most {self.max_length} characters{ruled_out}"
             )
         if mode == "enumerate":
             return list(islice((text for text in self.strings() if text not in seen), n))
@@ -569,8 +584,8 @@ class Grammar:
         codes, offset, n_done = _walk(table, n, len(self._counts) - 1, rng)  # no string is longer than the count table
         if n_done < n:
             raise GrammarError(
-                f"grammar {self.pattern!r}: at least 1 in {MIN_FIT} branch draws must have at most {self.max_length} "
-                "characters, fewer do: raise max_length or bound the repetitions"
+                f"grammar {shown(self.pattern)}: at least 1 in {MIN_FIT} branch draws must have at most "
+                f"{self.max_length} characters, fewer do: raise max_length or bound the repetitions"
             )
         return codes, offset
 
@@ -599,6 +614,16 @@ class Grammar:
         return _table(nodes, 1)
 
 
+def shown(pattern: str) -> str:
+    """A pattern for a message: of a long one, the two ends."""
+    return repr(pattern) if len(pattern) <= 200 else f"{pattern[:100]!r}...{pattern[-50:]!r}"
+
+
+def _count_text(count: int) -> str:
+    """A count for a message; Python refuses to write integers of thousands of digits."""
+    return str(count) if count.bit_length() <= 128 else f"more than 2**{count.bit_length() - 1}"
+
+
 def _texts(codes: NDArray[np.uint32], offset: NDArray[np.int64]) -> list[str]:
     """The strings that `codes` [total] and `offset` [n + 1] stand for."""
     joined = codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
@@ -608,7 +633,8 @@ def _texts(codes: NDArray[np.uint32], offset: NDArray[np.int64]) -> list[str]:
 def common_string(a: Grammar, b: Grammar) -> str | None:
     """The first string, in the order of Grammar.strings(), that both languages hold; None: they are disjoint.
 
-    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches.
+    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches. Where they
+    are more than MAX_PAIRS: GrammarError.
     """
     layer, seen = {(0, 0): ""}, {(0, 0)}
     for _ in range(min(a.max_length, b.max_length) + 1):
@@ -623,6 +649,11 @@ def common_string(a: Grammar, b: Grammar) -> str | None:
                     ahead[pair] = text + chr(low)
         if not ahead:
             break
+        if len(seen) > MAX_PAIRS:
+            raise GrammarError(
+                f"grammars {shown(a.pattern)} and {shown(b.pattern)}: to compare them must take at most {MAX_PAIRS} "
+                "pairs of states, it takes more"
+            )
         layer = ahead
     return None
 
