@@ -1,5 +1,5 @@
-"""A toy model for very many measured steps: memory, open files and threads stay as they are, a step takes as long at the
-end as at the beginning, and the record can be read at any moment."""
+"""A toy model for very many measured steps: memory, open files and threads stay as they are, a step takes as long at
+the end as at the beginning, and the record can be read at any moment."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def main(is_long: bool, seed: int) -> int:
     quarter = len(samples) // 4
     print(
         f"endurance: {n_steps:,} steps, memory {samples[quarter, 1]:.0f} -> {samples[-1, 1]:.0f} MiB, open files "
-        f"{samples[quarter, 2]:.0f} -> {samples[-1, 2]:.0f}, threads {samples[quarter, 3]:.0f} -> {samples[-1, 3]:.0f}, "
-        f"a step {np.median(samples[quarter : 2 * quarter, 4]):.2f} -> {np.median(samples[-quarter:, 4]):.2f} ms, "
+        f"{samples[quarter, 2]:.0f} -> {samples[-1, 2]:.0f}, threads {samples[quarter, 3]:.0f} -> "
+        f"{samples[-1, 3]:.0f}, a step {np.median(samples[quarter : 2 * quarter, 4]):.2f} -> {np.median(samples[-quarter:, 4]):.2f} ms, "
         f"read {n_reads} times while it grew; {len(faults)} faults"
     )
     return _told(faults)
