@@ -26,6 +26,8 @@ from clmfast.files import (
     remove_parts,
     write_json,
 )
+from clmfast.schema import check_header
+from clmfast.untrusted import is_there, read_json, refusing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,15 +125,12 @@ def config_of(path: Path) -> RunConfig:
 
 def header_of(path: Path) -> dict[str, Any]:
     """meta.json of a run that is to go on; empty where it died before it had one."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_there(path / "meta.json"):
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path / 'meta.json'} must be the header of the run: {error}") from None
-    if not isinstance(meta, dict):
-        raise ConfigError(f"--resume: {path / 'meta.json'} must be the header of the run, got {type(meta).__name__}")
-    return meta
+    with refusing(ConfigError, f"--resume: {path} must have the header of its run"):
+        meta = read_json(path / "meta.json")
+        check_header(meta)
+        return meta
 
 
 def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
