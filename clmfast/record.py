@@ -198,10 +198,15 @@ class RunWriter:
             if file is not None:
                 file.sync()
 
-    def close(self) -> None:
-        """End the record; what a process that died behind its last state had not tidied up is tidied up here."""
+    def end(self) -> None:
+        """All that was recorded is on the disk; what a process that died behind its last state left is tidied up."""
         self.sync()
         self._remove_old_states()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for file in (self.steps, self.timing, self.per_task, self.events):
             if file is not None:
                 file.close()

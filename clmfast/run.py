@@ -171,17 +171,17 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
                 lock = directory.claim(path)
             else:
                 path, lock = directory.claim_free_name(path, config.seed)
-        writer = RunWriter(path, training, TIMING_COLUMNS)
-        here = header(choices, torch.__version__)
-        notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
-        with Progress(training, path) as progress:
-            for note in notes:
-                progress.note(note)
-            exit_code = follow(training, writer, progress)
-            if exit_code in (0, DIVERGED, STOPPED_BY + signal.SIGINT):
-                progress.note("measuring the controls and drawing the report")
-                finish(training, writer)
-        writer.close()
+        with RunWriter(path, training, TIMING_COLUMNS) as writer:
+            here = header(choices, torch.__version__)
+            notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
+            with Progress(training, path) as progress:
+                for note in notes:
+                    progress.note(note)
+                exit_code = follow(training, writer, progress)
+                if exit_code in (0, DIVERGED, STOPPED_BY + signal.SIGINT):
+                    progress.note("measuring the controls and drawing the report")
+                    finish(training, writer)
+            writer.end()
         if exit_code in (0, DIVERGED):
             progress.summary(path)
     finally:

@@ -270,6 +270,10 @@ class Scenario:
         return ["--resume", str(out), *self.arguments] if (out / "config.json").exists() else self.command(out)
 
 
+Known = dict[str, tuple[Scenario, dict[str, bytes], list[str]]]
+Job = tuple[str, Callable[[Path], list[str]]]
+
+
 def forked(work: Callable[[], int], log: Path | None = None) -> int:
     """Run `work` in a fork; returns its exit code, -signal where it died of one."""
     child = os.fork()
@@ -446,7 +450,7 @@ class Pool:
         return self.n_faults
 
 
-def scenarios(folder: Path) -> dict[str, tuple[Scenario, dict[str, bytes], list[str]]]:
+def scenarios(folder: Path) -> Known:
     """By name: the scenario, what is to be there in the end, and the changes that it makes to the disk, in order."""
     config = folder / f"{CONFIG.steps}.json"
     found = {}
@@ -483,6 +487,26 @@ def scenarios(folder: Path) -> dict[str, tuple[Scenario, dict[str, bytes], list[
     return found
 
 
+ROUNDS = 9  # of power cuts in the long sweep: what is lost is another thing each time
+
+
+def strikes(known: Known, is_long: bool, chance: random.Random) -> list[Job]:
+    """A job for everything that is to happen at the changes of every scenario."""
+    jobs: list[Job] = []
+    for name, (scenario, wanted, kinds) in known.items():
+        for i in range(ROUNDS if is_long else 1):
+            for n, mode in points(kinds, is_long, chance):
+                if i and mode != "power cut":
+                    continue
+                r = chance.randrange(2**32)
+
+                def job(place: Path, s=scenario, n=n, m=mode, r=r, w=wanted) -> list[str]:  # type: ignore[no-untyped-def]
+                    return strike(s, n, m, r, w, place)
+
+                jobs.append((f"{name}: {mode} at change {n} ({kinds[n]}, seed {r})", job))
+    return jobs
+
+
 def points(kinds: list[str], is_long: bool, chance: random.Random) -> list[tuple[int, str]]:
     """(change, what happens there): every change is struck; in the long sweep, by everything that can happen to it."""
     found = []
@@ -493,28 +517,13 @@ def points(kinds: list[str], is_long: bool, chance: random.Random) -> list[tuple
 
 
 def main(is_long: bool, seed: int) -> int:
-    """The sweep; returns the number of faults."""
+    """The sweep, and kills at random times; returns the number of faults."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         folder = Path(name)
         prepare(folder)
         known = scenarios(folder)
-        rounds = 9 if is_long else 1  # what a power cut takes is another thing each time
-        jobs: list[tuple[str, Callable[[Path], list[str]]]] = []
-        hit: Counter[str] = Counter()
-        for name, (scenario, wanted, kinds) in known.items():
-            for i in range(rounds):
-                for n, mode in points(kinds, is_long, chance):
-                    if i and mode != "power cut":
-                        continue
-                    hit[kinds[n]] += 1
-                    place_seed = chance.randrange(2**32)
-                    jobs.append(
-                        (
-                            f"{name}: {mode} at change {n} ({kinds[n]}, seed {place_seed})",
-                            lambda place, s=scenario, n=n, m=mode, r=place_seed, w=wanted: strike(s, n, m, r, w, place),
-                        )
-                    )
+        jobs = strikes(known, is_long, chance)
         n_struck = len(jobs)
         scenario, wanted, _ = known["new"]
         for _ in range(400 if is_long else 20):
@@ -533,6 +542,7 @@ def main(is_long: bool, seed: int) -> int:
             pool.add(name, job)
         n_faults = pool.finish()
     changes = sum(len(kinds) for _, _, kinds in known.values())
+    hit = Counter(kind for _, _, kinds in known.values() for kind in kinds)
     print(
         f"sweep: {len(jobs)} points, {n_struck} of them at the {changes} changes of {len(known)} kinds of run, each "
         f"struck at least once ({', '.join(f'{kind} {n}' for kind, n in hit.most_common())}); {n_faults} faults"
