@@ -20,6 +20,7 @@ from clmfast.capture import from_host
 from clmfast.config import ModelConfig, RunConfig
 from clmfast.data.tasks import PAD, Batch, TaskSet, draw, make_tasks
 from clmfast.model import shared_rows
+from clmfast.surroundings import set_up_torch
 from clmfast.train import Training
 
 NEVER = 10**9
@@ -39,8 +40,6 @@ def run_config(measure_every: int = 0, probe_every: int = 0) -> RunConfig:
 
 def our_training(config: RunConfig) -> Training:
     """clmfast's training, with torch set up as its command line does."""
-    from clmfast.run import set_up_torch  # needs the command line's packages, which benchmarks on a GPU do without
-
     set_up_torch(config)
     return Training(config, make_tasks(config.task, config.seed))
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from clmfast.untrusted import Damaged, one_line, read_json, read_toml, shown
 
@@ -207,8 +208,78 @@ def replays_graph(config: RunConfig) -> tuple[bool, str]:
     return not reason, reason or "a GPU, and all steps have one shape"
 
 
+MOST_STEPS = 10**9  # a year of steps that take 30 ms each
+MOST_POINTS = 2**20  # states in a ring or a probe, sequences in a batch
+MOST_GRAMMARS = 5000  # each is compared with each other one: a minute
+LARGEST_FLOAT = 1e30  # float32 ends at 3e38
+
+# Far above what anyone needs, and low enough that what stands in the way of a run is its memory or its time, which
+# needs.py foretells. Lengths: the number of strings of a grammar is counted in integers of that many digits.
+AT_MOST: dict[str, int] = {
+    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 10**6, "resume_every": MOST_STEPS,
+    "task.n_tasks": 1000, "task.n_grammars": 1000, "task.n_unseen_grammars": 1000, "task.n_instructions": 10**6,
+    "task.n_unseen_instructions": 10**6, "task.n_inputs": 10**6, "task.n_outputs": 10**5, "task.input_length": 1000,
+    "task.min_instruction_length": 1000, "task.max_instruction_length": 1000,
+    "model.n_layers": 1000, "model.width": 2**16, "model.n_heads": 2**16, "model.mlp_ratio": 256,
+    "train.batch": MOST_POINTS, "train.warmup_steps": MOST_STEPS, "train.validate_every": MOST_STEPS,
+    "train.n_validation": MOST_POINTS, "train.patience": MOST_STEPS,
+    "measure.window": MOST_POINTS, "measure.unseen_per_step": MOST_POINTS, "measure.unseen_window": MOST_POINTS,
+    "measure.probe_every": MOST_STEPS, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
+    "measure.k": 10_000, "measure.n_init": 10_000, "measure.max_iter": 10**6, "measure.warm_iter": 10**6,
+    "measure.cold_every": MOST_STEPS, "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
+}  # fmt: skip
+MOST_LETTERS = 1000  # of the alphabet
+
+
+def _check_kinds(name: str, section: Any) -> None:
+    """Each setting is of the type of its field, finite and not larger than AT_MOST; ConfigError otherwise."""
+    for field_name, kind in get_type_hints(type(section)).items():
+        value, full = getattr(section, field_name), name + field_name
+        if kind is float:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{full} must be a number, got {value!r}")
+            # an integer of any size is finite, but may be no float
+            if not (isinstance(value, int) or math.isfinite(value)):
+                raise ConfigError(f"{full} must be a finite number, got {value}")
+            if abs(value) > LARGEST_FLOAT:
+                raise ConfigError(f"{full} must be at most {LARGEST_FLOAT:g}, got {one_line(value, 80)}")
+        elif kind is int:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{full} must be a whole number, got {value!r}")
+            if value > AT_MOST[full]:
+                raise ConfigError(f"{full} must be at most {AT_MOST[full]}, got {one_line(value, 80)}")
+        elif kind in (str, bool):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{full} must be {'a text' if kind is str else 'true or false'}, got {value!r}")
+        elif (words := get_args(kind)) and all(isinstance(word, str) for word in words):
+            if value not in words:
+                raise ConfigError(f"{full} must be one of {', '.join(words)}, got {value!r}")
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{full} must be a {kind.__name__}, got {value!r}")
+            _check_kinds(f"{full}.", value)
+        elif not _is_nested(value, depth=2 if field_name == "grammars" else 1):
+            raise ConfigError(f"{full} must be a tuple of {'rows of ' * (field_name == 'grammars')}texts")
+
+
+def _is_nested(value: object, depth: int) -> bool:
+    """Tuples of tuples ... of strings, so deep."""
+    if not depth:
+        return isinstance(value, str)
+    return isinstance(value, tuple) and all(_is_nested(one, depth - 1) for one in value)
+
+
+def power(base: int, exponent: int, most: int) -> int:
+    """min(base ** exponent, most), without ever computing more digits than that; base >= 2."""
+    value = 1
+    for _ in range(min(exponent, most.bit_length())):
+        value = min(value * base, most)
+    return value
+
+
 def check(config: RunConfig) -> None:
-    """Raise ConfigError unless every setting is possible by itself and beside the others."""
+    """Raise ConfigError unless every setting is possible by itself and beside the others, on whatever machine."""
+    _check_kinds("", config)
     task, model, train, measure = config.task, config.model, config.train, config.measure
 
     def need(holds: bool, what: str, got: object) -> None:
@@ -218,10 +289,6 @@ def check(config: RunConfig) -> None:
     if train.graph == "on":
         need(config.device != "cpu", "train.graph must be auto or off where device is cpu", "on")
         need(not varying_shape(config), f"train.graph must be auto or off where {varying_shape(config)}", "on")
-    for owner, section in (("", config), ("task.", task), ("model.", model), ("train.", train), ("measure.", measure)):
-        for name, value in vars(section).items():
-            if isinstance(value, float):
-                need(math.isfinite(value), f"{owner}{name} must be a finite number", value)
     for owner, section, names in (
         ("task.", task, "n_tasks n_grammars n_instructions n_inputs n_outputs input_length min_instruction_length"),
         ("model.", model, "n_layers width n_heads mlp_ratio"),
@@ -240,11 +307,6 @@ def check(config: RunConfig) -> None:
     ):
         for name in names.split():
             need(getattr(section, name) >= 0, f"{owner}{name} must be at least 0", getattr(section, name))
-    for owner, section in (("", config), ("task.", task), ("model.", model), ("train.", train), ("measure.", measure)):
-        for name, value in vars(section).items():
-            if isinstance(value, int) and name != "seed":
-                need(value < 2**31, f"{owner}{name} must be less than 2**31", value)
-    need(config.seed < 2**63, "seed must be less than 2**63", config.seed)
     need(task.n_tasks >= 2, "task.n_tasks must be at least 2", task.n_tasks)
     need(task.n_unseen_instructions >= 1, "task.n_unseen_instructions must be at least 1 (validation needs them)", 0)
     need(task.n_outputs >= 2, "task.n_outputs must be at least 2", task.n_outputs)
@@ -254,11 +316,19 @@ def check(config: RunConfig) -> None:
         "task.alphabet must be two or more different letters",
         repr(task.alphabet),
     )
-    n_possible = len(task.alphabet) ** min(task.input_length, 31)  # more letters would allow more inputs than 2**31
+    need(len(task.alphabet) <= MOST_LETTERS, f"task.alphabet must have at most {MOST_LETTERS} letters",
+         len(task.alphabet))  # fmt: skip
+    need(task.alphabet.isprintable(), "task.alphabet must be letters that can be printed", ascii(task.alphabet))
+    n_possible = power(len(task.alphabet), task.input_length, 10 * AT_MOST["task.n_inputs"])
     need(
         task.n_inputs <= n_possible,
         f"task.n_inputs must be at most alphabet ** input_length = {n_possible}",
         task.n_inputs,
+    )
+    need(
+        task.n_tasks * (task.n_grammars + task.n_unseen_grammars) <= MOST_GRAMMARS,
+        f"task.n_tasks x (n_grammars + n_unseen_grammars) must be at most {MOST_GRAMMARS}",
+        task.n_tasks * (task.n_grammars + task.n_unseen_grammars),
     )
     need(
         task.min_instruction_length <= task.max_instruction_length,
@@ -278,6 +348,9 @@ def check(config: RunConfig) -> None:
                 f"row {i} of task.grammars must have n_grammars + n_unseen_grammars = {n} expressions",
                 len(row),
             )
+            for pattern in row:
+                # A lone surrogate is in no UTF-8 file, so the run could not be recorded.
+                need(not re.search("[\ud800-\udfff]", pattern), "task.grammars must be Unicode text", ascii(pattern))
     need(
         model.width % model.n_heads == 0,
         f"model.n_heads must divide model.width = {model.width}",

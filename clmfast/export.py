@@ -2,6 +2,7 @@
 
 python -m clmfast.export DIR --parquet      DIR/measurements.parquet (needs pyarrow)
 python -m clmfast.export DIR --csv          DIR/measurements.csv
+... --out FILE_OR_FOLDER                    elsewhere: the run's directory may be read-only
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import argparse
 import csv
 import io
 import sys
-from pathlib import Path
 
+from clmfast.config import ConfigError
 from clmfast.files import write_file
+from clmfast.paths import expanded, target
 from clmfast.record import NotARun, Run
+from clmfast.screen import complain, forgiving
 from clmfast.untrusted import computing, one_line
 
 
@@ -35,28 +38,31 @@ def to_csv(run: Run) -> bytes:
     return buffer.getvalue().encode()
 
 
+@forgiving()
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m clmfast.export", description="Write a run's record as one long table."
     )
-    parser.add_argument("dir", type=Path, help="a run directory")
+    parser.add_argument("dir", help="a run directory")
+    parser.add_argument("--out", metavar="FILE_OR_FOLDER", help="where to; by default into DIR")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--parquet", action="store_true", help="DIR/measurements.parquet")
     kind.add_argument("--csv", action="store_true", help="DIR/measurements.csv")
     asked = parser.parse_args(arguments)
     try:
-        run = Run(asked.dir)
-        target = asked.dir / ("measurements.parquet" if asked.parquet else "measurements.csv")
-        with computing(NotARun, f"{one_line(asked.dir)} must be a run directory with a record to export"):
+        path = expanded(asked.dir)
+        file = target(asked.out, "measurements.parquet" if asked.parquet else "measurements.csv", path)
+        run = Run(path)
+        with computing(NotARun, f"{one_line(path)} must be a run directory with a record to export"):
             content = to_parquet(run) if asked.parquet else to_csv(run)
-        write_file(target, content)
+        write_file(file, content)
     except ImportError:
-        print("clmfast.export: --parquet needs pyarrow: pip install 'clmfast[export]'", file=sys.stderr)
+        complain("clmfast.export", "--parquet needs pyarrow: pip install 'clmfast[export]'")
         return 2
-    except (NotARun, OSError) as error:
-        print(f"clmfast.export: {error}", file=sys.stderr)
+    except (ConfigError, NotARun, OSError) as error:
+        complain("clmfast.export", error)
         return 2
-    print(target)
+    print(file)
     return 0
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from clmfast.screen import MAX_LINE, console, is_live
+from clmfast.untrusted import one_line
 
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
 
 SECONDS_BETWEEN_LINES = 15.0
-PLAIN_WIDTH = 160  # columns of the table where there is no terminal to ask
 REFRESHES_PER_SECOND = 4
 
 
@@ -26,8 +26,8 @@ class Progress:
 
     def __init__(self, training: Training, path: Path) -> None:
         self.training, self.path = training, path
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-        self.is_live = self.console.is_terminal
+        self.console = console()
+        self.is_live = is_live(self.console)
         readouts = training.config.measure.readouts
         readout = "instruction_end" if "instruction_end" in readouts else readouts[0]
         layer = f"window/{readout}/layer{training.model.n_taps - 1}"
@@ -46,11 +46,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         model, config = self.training.model, self.training.config
-        self.console.print(
+        text = Text(
             f"clmfast: {model.n_parameters:,} weights, {config.model.n_layers} layers of width {config.model.width}, "
-            f"{config.steps:,} steps, seed {config.seed}; records in [bold]{self.path}[/bold]",
-            soft_wrap=True,
+            f"{config.steps:,} steps, seed {config.seed}; records in "
         )
+        self.console.print(text.append(one_line(self.path, MAX_LINE), "bold"), soft_wrap=True)
         if self.is_live:
             self._live.start()
         return self
@@ -61,7 +61,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(one_line(text, MAX_LINE), soft_wrap=True)
 
     def update(self, step: Step) -> None:
         """Take in a step; prints where it is time to."""
@@ -109,7 +109,6 @@ class Progress:
             style = {"holds": "green", "fails": "red", "unmeasured": "dim"}[finding.kind]
             table.add_row(finding.claim, Text(finding.number), Text(finding.bar), Text(finding.verdict, style))
         self.console.print(table)
-        self.console.print(cost_text(run), soft_wrap=True, markup=False)
+        self.console.print(cost_text(run), soft_wrap=True)
         seconds = time.perf_counter() - self._start
-        self.console.print(f"{seconds:.0f} s. Report: {path / 'report.html'}", soft_wrap=True, markup=False)
-        sys.stdout.flush()
+        self.console.print(f"{seconds:.0f} s. Report: {one_line(path / 'report.html', MAX_LINE)}", soft_wrap=True)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-import shutil
 import time
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -31,8 +30,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clmfast.config import ConfigError, RunConfig, from_file, to_dict
-from clmfast.files import RowFile, append_line, write_checkpoint, write_file, write_json
+from clmfast.directory import FOLDERS, write_config
+from clmfast.files import (
+    LineFile,
+    RowFile,
+    checkpoints,
+    make_folder,
+    remove_checkpoint,
+    write_checkpoint,
+    write_file,
+    write_json,
+)
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+from clmfast.needs import n_checkpoints
 from clmfast.schema import check_controls, check_header, read_events, written_rows
 from clmfast.untrusted import (
     MIB,
@@ -67,12 +77,11 @@ def disk_bytes(training: Training) -> int:
     tensors, _ = training.state()
     weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
     state = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights  # two moments of AdamW to come
-    n_checkpoints = sum(is_checkpoint_step(step, config.steps) for step in range(rows))
     per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
     report = 6_000_000
     return (
         rows * 8 * (len(training.columns) + 8 + per_task)
-        + n_checkpoints * weights
+        + n_checkpoints(config.steps) * weights
         + (KEPT_RESUME_STATES + 1) * state * (config.resume_every > 0)
         + report
     )
@@ -82,27 +91,29 @@ class RunWriter:
     """Writes the records of one run; only this class writes into a run directory, but for the report."""
 
     def __init__(self, path: Path, training: Training, timing_columns: tuple[str, ...]) -> None:
-        """Make the directory's row files, or open those of a run that is resumed."""
+        """Make the files in the run's directory, or go on with those that are there."""
         self.path, self.training, self.timing_columns = path, training, timing_columns
         rows = training.config.steps + 1
-        path.mkdir(parents=True, exist_ok=True)
+        write_config(path, training.config)
+        for name in FOLDERS:
+            make_folder(path / name)
         self.steps = RowFile(path / "steps.npy", rows, (1 + len(training.columns),), np.float64)
         self.timing = RowFile(path / "timing.npy", rows, (1 + len(timing_columns),), np.float64)
         self.per_task = None
         if training.window:
             self.per_task = RowFile(path / "per_task.npy", rows, training.window.per_task_shape, np.float64)
+        self.events = LineFile(path / "events.jsonl")
 
     def write_header(self, meta: dict[str, Any]) -> None:
-        """config.json and meta.json; `meta` holds what the caller knows of machine, versions and choices."""
+        """meta.json; `meta` holds what the caller knows of machine, versions and choices."""
         training, config = self.training, self.training.config
         tasks = training.tasks
-        # Where a run lies is no setting of it: the file must serve another run, and may be published.
-        write_json(self.path / "config.json", to_dict(dataclasses.replace(config, out="")))
         write_json(
             self.path / "meta.json",
             {
                 "measurement_version": MEASUREMENT_VERSION,
                 **meta,
+                "config": to_dict(dataclasses.replace(config, out="")),  # what the rows were made with
                 "n_parameters": training.model.n_parameters,
                 "n_layers": training.model.n_taps,
                 "n_tasks": tasks.n_tasks,
@@ -120,32 +131,40 @@ class RunWriter:
         )
 
     def write(self, step: Step) -> None:
-        """Record a step: its rows, events, snapshots and, where due, checkpoints."""
+        """Record a step: snapshots, rows, events. Its row in steps.npy counts for all of it, and comes behind."""
         row = step.step
-        written = self.steps.read(row)
-        values = np.concatenate([[row + 1], step.values])
-        if written[0] == row + 1 and not np.array_equal(written, values, equal_nan=True):
-            # A resumed run computes rows again that are on disk; equality is a free proof, a difference an event.
-            self.event("resume_mismatch", step=row)
-        self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.timing_columns)]))
-        if self.per_task is not None and step.per_task is not None:
-            self.per_task.write(row, step.per_task)
-        elif self.per_task is not None:
-            self.per_task.write(row, np.full(self.per_task.row_shape, np.nan))
-        self.steps.write(row, values)
         for snapshot in step.snapshots:
-            folder = self.path / "projections"
-            folder.mkdir(exist_ok=True)
-            name = f"{row:08d}-{snapshot.readout}.npz"
             content = io.BytesIO()
             arrays: dict[str, Any] = {"plane": snapshot.plane, "share": snapshot.share, **snapshot.labels}
             np.savez(content, **arrays)
-            write_file(folder / name, content.getvalue())
+            write_file(self.path / "projections" / f"{row:08d}-{snapshot.readout}.npz", content.getvalue())
+        values = np.concatenate([[row + 1], step.values])
+        written = self.steps.read(row)
+        is_there = np.array_equal(written, values, equal_nan=True)
+        if written[0] == row + 1 and not is_there:
+            # A resumed run computes rows again that are on disk; equality is a free proof, a difference an event.
+            self.event("resume_mismatch", step=row)
+            self.steps.clear(row)
+        if not is_there or self.timing.read(row)[0] != row + 1:
+            self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.timing_columns)]))
+        if self.per_task is not None:
+            per_task = np.full(self.per_task.row_shape, np.nan) if step.per_task is None else step.per_task
+            if not is_there or not np.array_equal(self.per_task.read(row), per_task, equal_nan=True):
+                self.per_task.write(row, per_task)
+        if not is_there:
+            self.steps.write(row, values)
         for event in step.events:
             self.event(**event)
 
+    def clear_rows(self, first: int) -> int:
+        """Make all rows from `first` on unwritten; returns how many were written."""
+        rows = np.flatnonzero(self.steps.is_written()[first:]) + first
+        for row in rows[::-1]:
+            self.steps.clear(int(row))
+        return len(rows)
+
     def checkpoint(self) -> None:
-        """Write the checkpoints that are due for the model as it is between two steps."""
+        """Write the checkpoint and the state that are due for the model as it is between two steps."""
         training, config = self.training, self.training.config
         step = training.next_step  # updates made: the model that row `step` will describe
         if is_checkpoint_step(step, config.steps):
@@ -153,21 +172,43 @@ class RunWriter:
             weights = {name: t for name, t in tensors.items() if name.startswith("model.")}
             write_checkpoint(self.path / "checkpoints" / f"{step:08d}", weights, {"step": step})
             self.event("checkpoint", step=step)
-        if config.resume_every and step % config.resume_every == 0 and 0 < step <= config.steps:
-            folder = self.path / "resume"
-            write_checkpoint(folder / f"{step:08d}", *training.state())
-            for old in sorted(folder.glob("[0-9]*"))[:-KEPT_RESUME_STATES]:
-                shutil.rmtree(old)
+        is_last = step == config.steps
+        if config.resume_every and (is_last or step % config.resume_every == 0) and 0 < step <= config.steps:
+            self.save()
+
+    def save(self) -> None:
+        """Write the state that a resumed run goes on from; all rows before it are on the disk first."""
+        self.sync()
+        write_checkpoint(self.path / "resume" / f"{self.training.next_step:08d}", *self.training.state())
+        self._remove_old_states()
+
+    def _remove_old_states(self) -> None:
+        for old in checkpoints(self.path / "resume")[:-KEPT_RESUME_STATES]:
+            remove_checkpoint(old)
 
     def event(self, event: str, **values: Any) -> None:
         """Add a line to events.jsonl."""
-        append_line(self.path / "events.jsonl", {"event": event, "unix_time_s": round(time.time(), 3), **values})
+        self.events.add({"event": event, "unix_time_s": round(time.time(), 3), **values})
 
     def write_controls(self, controls: list[dict[str, Any]]) -> None:
         write_json(self.path / "controls.json", controls)
 
-    def close(self) -> None:
-        for file in (self.steps, self.timing, self.per_task):
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        for file in (self.steps, self.timing, self.per_task, self.events):
+            if file is not None:
+                file.sync()
+
+    def end(self) -> None:
+        """All that was recorded is on the disk; what a process that died behind its last state left is tidied up."""
+        self.sync()
+        self._remove_old_states()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self.steps, self.timing, self.per_task, self.events):
             if file is not None:
                 file.close()
 

@@ -1,10 +1,12 @@
 """report.html: one self-contained page about a run. Reads the run directory, draws, computes no measure.
 
-python -m clmfast.report DIR        # draw it anew
+python -m clmfast.report DIR                     # draw it anew
+python -m clmfast.report DIR --out FILE_OR_FOLDER    elsewhere: the run's directory may be read-only
 """
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import sys
@@ -14,11 +16,13 @@ import plotly.graph_objects as go
 import plotly.io
 
 from clmfast import plot
-from clmfast.config import to_dict
+from clmfast.config import ConfigError, to_dict
 from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, best_layer, findings
 from clmfast.measure.catalogue import MEASURES
+from clmfast.paths import expanded, target
 from clmfast.record import NotARun, Run
+from clmfast.screen import complain, forgiving
 from clmfast.untrusted import computing, one_line
 
 STYLE = """
@@ -129,6 +133,33 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
     return found
 
 
+def history(run: Run) -> list[str]:
+    """What happened to the run besides training: a sentence each, in order."""
+    found = []
+    for event in run.events:
+        kind, step = event["event"], event.get("step", 0)
+        if kind == "interrupted":
+            found.append(f"Stopped after step {step:,} by {event.get('signal', 'Ctrl-C')}.")
+        elif kind == "resume":
+            changed = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in event.get("changed", {}).items())
+            found.append(
+                f"Went on from step {step:,}{f', with another machine or version: {changed}' * bool(changed)}."
+            )
+        elif kind == "state_skipped":
+            found.append(f"A saved state could not be used: {event['reason']}.")
+        elif kind == "resume_mismatch":
+            found.append(f"Row {step:,} was computed again and was not what had been recorded; the new one stands.")
+        elif kind == "extended":
+            (before, after), (lr_before, lr_after) = event["steps"], event["lr"]
+            found.append(
+                f"Steps were changed from {before:,} to {after:,} at step {step:,}, and with them the schedule of the "
+                f"learning rate, which went from {lr_before:.2g} to {lr_after:.2g} there."
+            )
+        elif kind == "anomaly":
+            found.append(f"The loss of step {step:,} was {event['loss']}: training ended.")
+    return found
+
+
 def page(run: Run) -> str:
     """The whole page as HTML, with plotly inlined once; loads nothing from anywhere."""
     config, meta = run.config, run.meta
@@ -150,9 +181,12 @@ def page(run: Run) -> str:
     ]
     if n_done < config.steps:
         parts.append(f"<p class='fails'>This run ended at step {n_done:,}; the rest was not trained.</p>")
+    if told := history(run):
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
+        parts.append(f"<p>What happened to this run:</p><ul>{items}</ul>")
     if run.damaged_events:
-        told = f"{len(run.damaged_events)} lines of events.jsonl could not be read: {run.damaged_events[0]}"
-        parts.append(f"<p class='fails'>{html.escape(told)}</p>")
+        lost = f"{len(run.damaged_events)} lines of events.jsonl could not be read: {run.damaged_events[0]}"
+        parts.append(f"<p class='fails'>{html.escape(lost)}</p>")
     for i, (title, text, figure) in enumerate(sections(run)):
         picture = plotly.io.to_html(
             figure, full_html=False, include_plotlyjs=i == 0, div_id=f"picture{i}",
@@ -180,24 +214,26 @@ def page(run: Run) -> str:
     )
 
 
-def write_report(path: Path) -> Path:
-    """Draw the report of a run directory into it; returns the page's path."""
-    target = path / "report.html"
+def write_report(path: Path, out: str | Path | None = None) -> Path:
+    """Draw the report of a run directory into it, or to `out`, a file or a folder; returns the page's path."""
+    file = target(out, "report.html", path)
     run = Run(path)
     with computing(NotARun, f"{one_line(path)} must be a run directory with all that its report shows"):
         content = page(run).encode()
-    write_file(target, content)
-    return target
+    write_file(file, content)
+    return file
 
 
+@forgiving()
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m clmfast.report DIR        draw DIR/report.html anew", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+    parser = argparse.ArgumentParser(prog="python -m clmfast.report", description="Draw the page of a run anew.")
+    parser.add_argument("dir", help="a run directory")
+    parser.add_argument("--out", metavar="FILE_OR_FOLDER", help="where to; by default DIR/report.html")
+    asked = parser.parse_args(arguments)
     try:
-        print(write_report(Path(arguments[0])))
-    except (NotARun, OSError) as error:
-        print(f"clmfast.report: {error}", file=sys.stderr)
+        print(write_report(expanded(asked.dir), asked.out))
+    except (ConfigError, NotARun, OSError) as error:
+        complain("clmfast.report", error)
         return 2
     return 0
 

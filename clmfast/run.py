@@ -2,7 +2,12 @@
 
     python -m clmfast.run                    # a new directory under runs/, the report's path at the end
     python -m clmfast.run --preset paper --seed 3 --out runs/three
-    python -m clmfast.run --resume runs/three
+    python -m clmfast.run --resume runs/three              # go on with a run that was stopped, or died
+    python -m clmfast.run --resume runs/three --steps 6000 # go on with a run that has finished
+
+Exit codes: 0 the run finished, whatever the claims; 2 bad input, nothing was begun; 3 the loss diverged; 4 the run
+directory could not be written to; 5 the memory ran out; 129, 130, 143 stopped by SIGHUP, Ctrl-C or SIGTERM, with a
+state saved: as a process it dies of that signal, so that a loop of a shell stops as well.
 
 torch is imported only once the arguments are known to be good, so that help and errors come at once.
 """
@@ -13,23 +18,31 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shlex
+import signal
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from clmfast import __version__
-from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file, replays_graph
+from clmfast import __version__, directory
+from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
+from clmfast.needs import check_needs, is_out_of_memory
+from clmfast.paths import expanded
+from clmfast.screen import complain, forgiving
+from clmfast.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from clmfast.progress import Progress
     from clmfast.record import RunWriter
     from clmfast.train import Training
 
-DIVERGED, BAD_INPUT = 3, 2
+BAD_INPUT, DIVERGED, CANNOT_WRITE, NO_MEMORY = 2, 3, 4, 5
+NEW_RUNS = "runs"  # folder of runs that were given no name
+STOPPED_BY = 128  # plus the signal's number, as shells count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +55,20 @@ class CommandLine:
     config: str = ""
     """A TOML or JSON file with settings on top of the preset, such as the config.json of an earlier run."""
     resume: str = ""
-    """Go on with the run in this directory from its last saved state; takes no other flag."""
+    """Go on with the run in this directory, from its last saved state or the start; only --steps may be changed."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
 
 
 def parse(arguments: list[str]) -> CommandLine:
     """The command line as a checked config; ConfigError or SystemExit (help, unknown flag) otherwise."""
     base = RunConfig()
-    preset, file = _value_of(arguments, "--preset"), _value_of(arguments, "--config")
+    preset, file, resume = (_value_of(arguments, flag) for flag in ("--preset", "--config", "--resume"))
     if preset in PRESETS:
         base = PRESETS[preset]
     if file:
-        base = from_file(file, base)
-    resume = _value_of(arguments, "--resume")
+        base = from_file(expanded(file), base)
     if resume:
-        if len(arguments) > (1 if "=" in arguments[0] else 2):
-            raise ConfigError(
-                f"--resume takes no other flag (the run's own config.json holds), got {' '.join(arguments)}"
-            )
-        path = Path(resume) / "config.json"
-        if not path.exists():
-            raise ConfigError(f"--resume must name a run directory, {resume} has no config.json")
-        run = dataclasses.replace(from_file(path, RunConfig()), out=resume)
-        check_device(run)
-        return CommandLine(resume=resume, run=run)
+        base = directory.config_of(expanded(resume))
     asked = tyro.cli(
         CommandLine,
         args=arguments,
@@ -73,12 +76,18 @@ def parse(arguments: list[str]) -> CommandLine:
         default=CommandLine(run=base),
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes[CommandLine]),
     )
-    check(asked.run)
-    check_device(asked.run)
+    if resume and (preset or file or dataclasses.replace(asked.run, steps=base.steps) != base):
+        raise ConfigError(f"--resume goes on with the run's own settings, only --steps may be changed, got {arguments}")
+    run = asked.run
+    if run.out and not resume:
+        run = dataclasses.replace(run, out=str(expanded(run.out)))
+    check(run)
+    check_device(run)
     n_cores = len(os.sched_getaffinity(0))
-    if asked.run.threads > n_cores:
-        raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {asked.run.threads}")
-    return asked
+    if run.threads > n_cores and not resume:
+        raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {run.threads}")
+    check_needs(run, None if resume else directory.existing_parent(Path(run.out or NEW_RUNS)))
+    return dataclasses.replace(asked, run=run)
 
 
 def _value_of(arguments: list[str], flag: str) -> str:
@@ -91,140 +100,208 @@ def _value_of(arguments: list[str], flag: str) -> str:
     return ""
 
 
-def new_directory(config: RunConfig) -> Path:
-    """The run directory, checked but not yet made: it must not exist, and its parent must be writable."""
-    path = (
-        Path(config.out)
-        if config.out
-        else _free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}")
-    )
-    if path.exists():
-        raise ConfigError(f"--out must name a new directory, {path} exists (--resume goes on with a run)")
-    parent = _existing_parent(path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out must be in a directory that can be written to, {parent} cannot")
-    return path
-
-
-def _existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def _free_name(folder: Path, name: str) -> Path:
-    taken = {path.name for path in folder.glob(f"{name}*")}
-    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
-
-
-def share_the_cores() -> str:
-    """Make OpenMP's threads go to sleep after about half a millisecond of waiting; returns the reason.
-
-    By default they burn some 15 ms waiting, and where another process wants a core the scheduler makes up for that at
-    the next barrier: with one busy process beside it, a step of the default run took 4.6 s instead of 0.5 s. Where the
-    cores are free, this costs nothing. Must come before torch is imported; an environment that says otherwise wins.
-    """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return "as the environment says"
-    os.environ["GOMP_SPINCOUNT"] = "10000"
-    return "short: a process beside this one must not stall every step"
-
-
+@forgiving()
 def main(arguments: list[str]) -> int:
-    """Exit codes: 0 the run finished (whatever the claims) or was ended by Ctrl-C, 2 bad input, 3 the loss diverged."""
+    """Train, measure, record, draw as the arguments say; returns the exit code, see the head of this file."""
+    path: Path | None = None
     try:
         asked = parse(arguments)
-        path = Path(asked.resume) if asked.resume else new_directory(asked.run)
-        return run(asked.run, path, is_resumed=bool(asked.resume))
+        path = Path(asked.run.out) if asked.run.out else None
+        with Surroundings() as surroundings:
+            return run(asked, surroundings)
     except ConfigError as error:
-        print(f"clmfast: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        pass  # whoever read our output has seen enough
+        complain("clmfast", error)
+        return BAD_INPUT
     except OSError as error:
-        print(f"clmfast: {error.filename or 'the run directory'} must be writable: {error.strerror}", file=sys.stderr)
+        there = path or Path(error.filename or "")
+        complain("clmfast", f"{error.filename or 'the run directory'} must be writable: {error.strerror}")
+        if (there / "config.json").exists():
+            complain("clmfast", f"what was recorded stays; go on with {resume_command(there)}")
+        return CANNOT_WRITE
     except KeyboardInterrupt:
-        print("clmfast: stopped at once; what was recorded before stays", file=sys.stderr)
-    return BAD_INPUT
+        complain("clmfast", "stopped at once; what was recorded before stays")
+        return STOPPED_BY + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain("clmfast", f"the memory must hold the run, it ran out: {' '.join(str(error).split())}")
+        return NO_MEMORY
 
 
-def run(config: RunConfig, path: Path, is_resumed: bool = False) -> int:
-    """Train, measure and draw into `path`; returns the exit code."""
-    waiting = share_the_cores()
-    import torch
+def resume_command(path: Path) -> str:
+    """What to type to go on with the run in `path`."""
+    return f"python -m clmfast.run --resume {shlex.quote(str(path))}"
 
-    from clmfast.data.tasks import make_tasks
-    from clmfast.files import DamagedCheckpoint, newest_checkpoint
-    from clmfast.progress import Progress
-    from clmfast.record import RunWriter, disk_bytes
-    from clmfast.train import TIMING_COLUMNS, Training
 
-    choices = set_up_torch(config)
-    choices["openmp_waiting"] = {"value": os.environ.get("GOMP_SPINCOUNT", ""), "reason": waiting}
-    training = Training(config, make_tasks(config.task, config.seed))
-    if is_resumed:
-        try:
-            training.load_state(*newest_checkpoint(path / "resume"))
-        except DamagedCheckpoint as error:
-            raise ConfigError(f"--resume: {error}") from None
-    else:
-        check_disk(path, disk_bytes(training))
-    writer = RunWriter(path, training, TIMING_COLUMNS)
-    if is_resumed:
-        writer.event("resume", step=training.next_step)
-    else:
-        writer.write_header(header(choices, torch.__version__))
-        writer.event("start", step=0)
-        writer.checkpoint()
-    with Progress(training, path) as progress:
-        exit_code = follow(training, writer, progress)
-        progress.note("measuring the controls and drawing the report")
-        finish(training, writer)
-    writer.close()
-    progress.summary(path)
+def die_of(code: int) -> int:
+    """Die of the signal that an exit code stands for, so that a loop of a shell stops; for others, the code itself."""
+    if code > STOPPED_BY:
+        signal.signal(code - STOPPED_BY, signal.SIG_DFL)
+        os.kill(os.getpid(), code - STOPPED_BY)
+    return code
+
+
+def run(asked: CommandLine, surroundings: Surroundings) -> int:
+    """Train, measure and draw; returns the exit code."""
+    config, is_resumed = asked.run, bool(asked.resume)
+    lock = -1
+    try:
+        path, meta = Path(config.out or NEW_RUNS), {}
+        if is_resumed:
+            lock = directory.reopen(path)
+            meta = directory.header_of(path)
+            directory.check_same(config, meta)
+        elif config.out:
+            directory.check_new(path)
+        else:
+            directory.check_writable(path if path.exists() else directory.existing_parent(path))
+        import torch
+
+        from clmfast.data.tasks import make_tasks
+        from clmfast.progress import Progress
+        from clmfast.record import RunWriter, disk_bytes
+        from clmfast.train import TIMING_COLUMNS, Training
+
+        # Another number of threads would be another rounding of what torch computes.
+        choices = surroundings.set_up_torch(dataclasses.replace(config, threads=meta.get("threads", config.threads)))
+        training = Training(config, make_tasks(config.task, config.seed))
+        if not is_resumed:
+            check_disk(path, disk_bytes(training))
+            if config.out:
+                lock = directory.claim(path)
+            else:
+                path, lock = directory.claim_free_name(path, config.seed)
+        with RunWriter(path, training, TIMING_COLUMNS) as writer:
+            here = header(choices, torch.__version__)
+            notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
+            with Progress(training, path) as progress:
+                for note in notes:
+                    progress.note(note)
+                exit_code = follow(training, writer, progress)
+                if exit_code in (0, DIVERGED, STOPPED_BY + signal.SIGINT):
+                    progress.note("measuring the controls and drawing the report")
+                    finish(training, writer)
+            writer.end()
+        if exit_code in (0, DIVERGED):
+            progress.summary(path)
+    finally:
+        if lock >= 0:
+            os.close(lock)
     return exit_code
 
 
+def begin(training: Training, writer: RunWriter, here: dict[str, Any]) -> list[str]:
+    """The first entries of a run's records."""
+    writer.write_header(here)
+    writer.event("start", step=0)
+    writer.checkpoint()
+    return []
+
+
+def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Take over the newest state of a run that was stopped; returns what its user should know."""
+    if not meta:  # it died before it had a header, and so before any row
+        return begin(training, writer, here)
+    notes = []
+    is_written = writer.steps.is_written()
+    state, skipped = directory.newest_state(writer.path, is_written, training.check_state)
+    for reason in skipped:
+        writer.event("state_skipped", step=0, reason=reason)
+        notes.append(f"a saved state could not be used: {reason}")
+    if state is not None:
+        training.load_state(*state)
+    step = training.next_step
+    changed = {
+        name: [before, now]
+        for name, before, now in (
+            *((name, meta.get("versions", {}).get(name), version) for name, version in here["versions"].items()),
+            ("cpu", meta.get("machine", {}).get("cpu"), here["machine"]["cpu"]),
+        )
+        if before != now
+    }
+    writer.event("resume", step=step, **({"changed": changed} if changed else {}))
+    notes.append(f"going on from step {step}" if state else "going on from the start: there is no saved state")
+    if changed:
+        told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
+        notes.append(f"other than when the run began: {told}; rows may differ in their last bits from here on")
+    n_cores = len(os.sched_getaffinity(0))
+    if here["threads"] > n_cores:
+        notes.append(f"the run began with {here['threads']} threads and keeps them, on {n_cores} cores")
+    n_steps = directory.check_same(training.config, meta)
+    if n_steps != training.config.steps:
+        notes.append(extend(training, writer, n_steps))
+        writer.write_header({name: meta[name] for name in here})
+    if state is None:
+        writer.checkpoint()
+    return notes
+
+
+def extend(training: Training, writer: RunWriter, n_steps: int) -> str:
+    """Make rows that another number of steps changes unwritten; returns what that means for the run."""
+    step = training.next_step
+    before = dataclasses.replace(training.config, steps=n_steps)
+    from clmfast.train import learning_rate
+
+    lr = learning_rate(before, min(step, n_steps)), learning_rate(training.config, step)
+    n_rows = writer.clear_rows(step)
+    writer.event("extended", step=step, steps=[n_steps, training.config.steps], lr=list(lr), rows_again=n_rows)
+    return (
+        f"steps changed from {n_steps:,} to {training.config.steps:,}: up to step {step:,} the learning rate followed "
+        f"the schedule of the shorter run and was {lr[0]:.2g}, from here on it follows that of the longer one and is "
+        f"{lr[1]:.2g}. This is not the run that would have had {training.config.steps:,} steps from the start"
+    )
+
+
 def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
-    """Record every step. Ctrl-C ends the run between two steps with everything recorded; a second one at once."""
+    """Record every step. A signal that asks the run to stop is obeyed between two steps, with all of it recorded and a
+    state saved to go on from; a second one ends it at once."""
     from clmfast.train import TrainingDiverged
 
-    with _PoliteInterrupt(progress.note) as interrupt:
+    with _Stop(progress.note) as stop:
         try:
             for step in training:
                 writer.write(step)
                 writer.checkpoint()
                 progress.update(step)
-                if interrupt.came:
-                    writer.event("interrupted", step=step.step)
-                    progress.note(f"stopped by Ctrl-C after step {step.step}; --resume {writer.path} goes on")
-                    return 0
+                if stop.by and training.next_step <= training.config.steps:
+                    writer.save()
+                    writer.event("interrupted", step=step.step, signal=signal.Signals(stop.by).name)
+                    progress.note(f"stopped after step {step.step}; go on with {resume_command(writer.path)}")
+                    return STOPPED_BY + stop.by
         except TrainingDiverged as error:
             progress.note(str(error))
             return DIVERGED
-    writer.event("end", step=training.next_step - 1)
-    return 0
+        writer.event("end", step=training.next_step - 1)
+        return 0
 
 
-class _PoliteInterrupt:
-    """The first Ctrl-C is noted and waits for the step to end; the second one interrupts as usual."""
+class _Stop:
+    """The first signal that asks to stop is noted and waits for the step to end; a second one acts as usual."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
-        self.came, self.note = False, note
+        self.by, self.note = 0, note
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _PoliteInterrupt:
-        import signal
-
-        def first(*_: object) -> None:
-            self.came = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.note("stopping after this step (Ctrl-C again: at once)")
-
-        self.before = signal.signal(signal.SIGINT, first)
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals are the main thread's
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            self._before[number] = signal.signal(number, self._came)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        import signal
+    def _came(self, number: int, _: object) -> None:
+        self.by = number
+        for each, before in self._before.items():
+            usual = signal.default_int_handler if each == signal.SIGINT else before
+            signal.signal(each, usual)
+        self.note("stopping after this step, with a state to go on from (once more: at once)")
 
-        signal.signal(signal.SIGINT, self.before)
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            # None: not set from Python, so it cannot be put back from there
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def finish(training: Training, writer: RunWriter) -> None:
@@ -260,37 +337,6 @@ def check_device(config: RunConfig) -> None:
         )
 
 
-def step_choice(config: RunConfig) -> tuple[str, str]:
-    """(how a training step runs, why), for the header."""
-    is_graph, reason = replays_graph(config)
-    return "one CUDA graph" if is_graph else "op by op", reason
-
-
-def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Threads and determinism; returns the automatic choices with their reasons for the header."""
-    import torch
-
-    n_cores = len(os.sched_getaffinity(0))
-    threads = config.threads or n_cores
-    torch.set_num_threads(threads)
-    is_cpu = config.device == "cpu"
-    if not is_cpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
-    torch.use_deterministic_algorithms(True)
-    # That would also write NaN to all new memory, a seventh of a step; nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
-    return {
-        "threads": {"value": threads, "reason": reason},
-        "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
-        "step": dict(zip(("value", "reason"), step_choice(config), strict=True)),
-        "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
-        if is_cpu
-        else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},
-        "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
-    }
-
-
 def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, Any]:
     """Machine, versions and choices for meta.json: no path and no host name."""
     import platform
@@ -298,7 +344,7 @@ def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, 
 
     cpu = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not every system says; the architecture has to do
@@ -319,7 +365,7 @@ def check_disk(path: Path, n_bytes: int) -> None:
     """ConfigError if the disk has no room for the run."""
     import shutil
 
-    parent = _existing_parent(path)
+    parent = directory.existing_parent(path)
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise ConfigError(
@@ -328,4 +374,4 @@ def check_disk(path: Path, n_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(die_of(main(sys.argv[1:])))

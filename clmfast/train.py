@@ -195,13 +195,8 @@ class Training:
         return draw(self.tasks.splits[VALIDATION_SPLIT], config.measure.unseen_per_step, config.seed, step, "unseen")
 
     def lr(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to lr_final_share of the peak."""
-        train, n_steps = self.config.train, self.config.steps
-        if step < train.warmup_steps:
-            return train.lr * (step + 1) / train.warmup_steps
-        progress = (step - train.warmup_steps) / max(1, n_steps - train.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return train.lr * (train.lr_final_share + (1 - train.lr_final_share) * cosine)
+        """The learning rate of a step."""
+        return learning_rate(self.config, step)
 
     def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
         """One training step; fills `values`, returns (loss, per-task purity)."""
@@ -371,6 +366,51 @@ class Training:
             tensors.update({f"window.{name}": tensor for name, tensor in self.window.state().items()})
         return tensors, {"next_step": self.next_step, "early_stopping": vars(self.early_stopping).copy()}
 
+    def check_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Raise ValueError unless `load_state` can take this: names, shapes, dtypes and counts must be those of a state
+        of this run. What the numbers are is not looked at, but for those that are used as places."""
+
+        def need(holds: bool, what: str, got: object) -> None:
+            if not holds:
+                raise ValueError(f"a saved state needs {what}, got {got}")
+
+        step, early = values.get("next_step"), values.get("early_stopping")
+        need(type(step) is int and 0 < step <= self.config.steps, f"next_step in [1, {self.config.steps}]", step)
+        assert isinstance(step, int)
+        fresh = vars(EarlyStopping(self.config.train.patience))
+        need(
+            isinstance(early, dict)
+            and early.keys() == fresh.keys()
+            and all(isinstance(early[name], int | float) for name in fresh),
+            f"the numbers {', '.join(fresh)} of early stopping",
+            str(early)[:100],
+        )
+        wanted = {name: (tuple(t.shape), t.dtype) for name, t in self.state()[0].items()}
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            wanted[f"optimizer.{i}.step"] = (), torch.float32
+            wanted[f"optimizer.{i}.exp_avg"] = wanted[f"optimizer.{i}.exp_avg_sq"] = tuple(p.shape), p.dtype
+        if self.window is not None and tensors.get("window.centroid", torch.empty(0)).numel():
+            n_sets = self.model.n_taps * len(self.config.measure.readouts)  # none before the first fit
+            wanted["window.centroid"] = (n_sets, self.tasks.n_tasks, self.config.model.width), torch.float32
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        for name in dict.fromkeys((*wanted, *found)):
+            one, other = wanted.get(name, "nothing"), found.get(name, "nothing")
+            need(one == other, f"{one} as {name}", other)
+        if self.window is not None:
+            n_examples = len(self.tasks.instruction_grammar) * self.tasks.n_inputs
+            for name, n_per_step in (
+                ("train", self.config.train.batch),
+                ("unseen", self.config.measure.unseen_per_step),
+            ):
+                slot, example = tensors[f"window.{name}.slot"].item(), tensors[f"window.{name}.example"]
+                need(slot == step * n_per_step, f"{step * n_per_step} states written to window.{name}", slot)
+                is_filled = torch.arange(len(example)) < slot
+                need(
+                    bool((((example >= 0) & (example < n_examples)) == is_filled).all()),
+                    f"numbers of examples below {n_examples} where window.{name} is filled, and only there",
+                    "others",
+                )
+
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """The inverse of `state`."""
 
@@ -397,14 +437,28 @@ class Training:
         self.early_stopping = EarlyStopping(**values["early_stopping"])
 
 
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to lr_final_share of the peak."""
+    train = config.train
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, config.steps - train.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return train.lr * (train.lr_final_share + (1 - train.lr_final_share) * cosine)
+
+
 def snapshot_steps(config: RunConfig) -> set[int]:
     """Probe steps that keep a projection: the first and the last, and log-spaced ones between, n_snapshots in all."""
     every, n = config.measure.probe_every, config.measure.n_snapshots
     if not (config.measure_every and every and n):
         return set()
-    probes = np.array([*range(0, config.steps, every), config.steps])
     wanted = np.concatenate([[0], np.geomspace(every, max(every, config.steps), max(1, n - 1))])
-    return {int(probes[np.abs(probes - w).argmin()]) for w in wanted} | {config.steps}
+
+    def nearest_probe(w: float) -> int:
+        below = int(w // every) * every
+        return min((below, below + every, config.steps), key=lambda s: (abs(min(s, config.steps) - w), s))
+
+    return {min(nearest_probe(w), config.steps) for w in wanted} | {config.steps}
 
 
 def train(config: RunConfig, tasks: TaskSet | None = None) -> Iterator[Step]:

@@ -59,6 +59,8 @@ class Damaged(ValueError):
 
 def one_line(text: object, n_letters: int = TEXT_LETTERS) -> str:
     """Text for a message or a page: control characters and lone surrogates as escapes, cut where it is long."""
+    if isinstance(text, int) and abs(text) >= 10**40:
+        return f"an integer of {text.bit_length()} bits"  # Python refuses to write those of thousands of digits
     said = str(text)
     if len(said) > n_letters:
         said = said[:n_letters] + "..."

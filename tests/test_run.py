@@ -161,15 +161,15 @@ def started(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def interrupted_after(process, out, n_steps):
-    """Ctrl-C once n_steps are on disk; returns what was printed."""
+def interrupted_after(process, out, n_steps, by=signal.SIGINT):
+    """Ask the run to stop once n_steps are on disk; returns what was printed."""
     for _ in range(600):
         time.sleep(0.1)
-        if (out / "events.jsonl").exists() and len(Run(out).step) > n_steps:
+        if (out / "checkpoints" / "00000000").exists() and len(Run(out).step) > n_steps:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.returncode == -by, errors
     assert "Traceback" not in errors
     return printed
 
@@ -179,16 +179,19 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(config_file, tmp_path):
     write_json(tmp_path / "long.json", config)
     out = tmp_path / "run"
     printed = interrupted_after(started("--config", str(tmp_path / "long.json"), "--out", str(out)), out, 30)
-    assert "stopped by Ctrl-C" in printed
+    assert f"go on with python -m clmfast.run --resume {out}" in printed
     run = Run(out)
     n = len(run.step)
     assert 30 < n < 3000
     assert run.step.tolist() == list(range(n))
     assert run.events[-1]["event"] == "interrupted"
-    assert (out / "report.html").exists()
+    assert "Stopped after step" in (out / "report.html").read_text()
 
-    interrupted_after(started("--resume", str(out)), out, n + 5)
-    # Steps after the last saved state were computed again: they must be those on disk, or the run says so.
+    interrupted_after(started("--resume", str(out)), out, n + 5, signal.SIGTERM)
+    assert Run(out).events[-1]["signal"] == "SIGTERM"
+    assert {"step": n} in [{"step": e["step"]} for e in Run(out).events if e["event"] == "resume"], (
+        "the state at the stop"
+    )
     events = [event["event"] for event in Run(out).events]
     assert "resume" in events
     assert "resume_mismatch" not in events
@@ -215,16 +218,16 @@ def test_a_diverging_run_keeps_its_records(config_file, tmp_path, capsys):
         (["--device", "cuda:99"], r"clmfast: device must be one of the \d+ GPUs that torch \S+ sees, got cuda:99"),
         (["--threads", "9999"], r"clmfast: threads must be at most the \d+ cores"),
         (["--measure.k", "2048"], r"clmfast: measure.k must be less than measure.window = 2048, got 2048"),
-        (["--task.n-instructions", "10000000"], r"clmfast: task: no 100 disjoint grammars of \d+ or more strings"),
+        (["--task.n-instructions", "1000000"], r"clmfast: task: no 100 disjoint grammars of \d+ or more strings"),
         (["--config", "none.toml"], r"clmfast: config file none.toml must be readable"),
         (["--resume", "none"], r"clmfast: --resume must name a run directory, none has no config.json"),
-        (["--resume", "none", "--steps", "3"], r"clmfast: --resume takes no other flag"),
-        (["--out", "taken"], r"clmfast: --out must name a new directory, taken exists"),
+        (["--resume", "none", "--steps", "3"], r"clmfast: --resume must name a run directory, none has no config.json"),
+        (["--out", "taken"], r"clmfast: --out must name a new or an empty directory, taken exists"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "things").mkdir(parents=True)
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert re.match(message, printed.err)

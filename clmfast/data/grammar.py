@@ -19,15 +19,18 @@ from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from clmfast.data.compiled import compiled
 from clmfast.untrusted import shown
 
 MAX_STATES = 10_000  # nodes of the NFA, states of the DFA, and the largest count in {m,n}
 MAX_MOVES = 3_000_000  # (NFA node, character range) pairs looked at to build one DFA: half a second to a second
 MAX_LENGTH = 1_000  # largest max_length: the count table holds integers of that many digits
 MAX_COUNTS = 500_000  # entries of the count table, states x (longest length + 1)
+MAX_PATTERN = 20_000  # characters of a pattern
+MAX_CODES = 3_000_000  # characters of all classes of a pattern together: about a second
+MAX_PAIRS = 1_000_000  # pairs of DFA states that common_string looks at: two or three seconds
 MAX_DEPTH = 100  # groups inside each other: stays clear of Python's recursion limit
 BRANCH_BATCHES = 20  # batches of `branch` draws before sample() fills up uniformly
 MIN_FIT = 100  # `branch` gives up when fewer than about 1 in MIN_FIT draws keep to max_length
@@ -101,6 +104,7 @@ class _Parser:
         self.pattern = pattern
         self.at = 0
         self.depth = 0  # open groups
+        self.n_codes = 0  # characters of the classes so far
         self.names: set[str] = set()
 
     def refuse(self, start: int, end: int, why: str) -> GrammarError:
@@ -208,6 +212,9 @@ class _Parser:
                 if len(member) > 1 or len(last) > 1 or min(member) > min(last):
                     raise self.refuse(i_member, self.at, "a range must go from one character up to another")
                 member = frozenset(range(min(member), min(last) + 1))
+            self.n_codes += len(member)
+            if self.n_codes > MAX_CODES:
+                raise self.refuse(start, self.at, f"classes must have at most {MAX_CODES} characters in all")
             codes |= member
         self.at += 1
         if negated:
@@ -408,7 +415,7 @@ def _table(nodes: list[list[Edge]], start: int) -> _Table:
     )
 
 
-@njit(cache=True)
+@compiled
 def _walk(
     table: _Table, n: int, max_length: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
@@ -468,6 +475,8 @@ class Grammar:
         try:
             if not 0 <= max_length <= MAX_LENGTH:
                 raise GrammarError(f"max_length must be in [0, {MAX_LENGTH}], got {max_length}")
+            if len(pattern) > MAX_PATTERN:
+                raise GrammarError(f"must have at most {MAX_PATTERN} characters, got {len(pattern)}")
             self._nodes: list[list[Edge]] = [[]]
             self._start = _add_nodes(self._nodes, _Parser(pattern).parse(), 0)
             self._moves, self._ends, is_cut = _determinise(self._nodes, self._start, max_length)
@@ -478,6 +487,11 @@ class Grammar:
                 raise GrammarError(f"the language must have a string of at most {max_length} characters, it has none")
         except GrammarError as error:
             raise GrammarError(f"grammar {shown(pattern)}: {error}") from None
+
+    @property
+    def table_size(self) -> int:
+        """Entries of the count table: what the grammar takes in memory, and its time, go with it."""
+        return len(self._counts) * len(self._moves)
 
     @cached_property
     def alphabet(self) -> str:
@@ -532,7 +546,7 @@ class Grammar:
             ruled_out = f", {len(seen)} of them ruled out by `without`" if seen else ""
             raise GrammarError(
                 f"grammar {shown(self.pattern)}: {n} distinct instructions asked for, "
-                f"the language has {self.size} of at most {self.max_length} characters{ruled_out}"
+                f"the language has {_count_text(self.size)} of at most {self.max_length} characters{ruled_out}"
             )
         if mode == "enumerate":
             return list(islice((text for text in self.strings() if text not in seen), n))
@@ -601,6 +615,11 @@ class Grammar:
         return _table(nodes, 1)
 
 
+def _count_text(count: int) -> str:
+    """A count for a message; Python refuses to write integers of thousands of digits."""
+    return str(count) if count.bit_length() <= 128 else f"more than 2**{count.bit_length() - 1}"
+
+
 def _texts(codes: NDArray[np.uint32], offset: NDArray[np.int64]) -> list[str]:
     """The strings that `codes` [total] and `offset` [n + 1] stand for."""
     joined = codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
@@ -610,7 +629,8 @@ def _texts(codes: NDArray[np.uint32], offset: NDArray[np.int64]) -> list[str]:
 def common_string(a: Grammar, b: Grammar) -> str | None:
     """The first string, in the order of Grammar.strings(), that both languages hold; None: they are disjoint.
 
-    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches.
+    Breadth-first over pairs of DFA states, so the cost is the number of pairs that a common prefix reaches. Where they
+    are more than MAX_PAIRS: GrammarError.
     """
     layer, seen = {(0, 0): ""}, {(0, 0)}
     for _ in range(min(a.max_length, b.max_length) + 1):
@@ -625,6 +645,11 @@ def common_string(a: Grammar, b: Grammar) -> str | None:
                     ahead[pair] = text + chr(low)
         if not ahead:
             break
+        if len(seen) > MAX_PAIRS:
+            raise GrammarError(
+                f"grammars {shown(a.pattern)} and {shown(b.pattern)}: to compare them must take at most {MAX_PAIRS} "
+                "pairs of states, it takes more"
+            )
         layer = ahead
     return None
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from clmfast.config import ConfigError, TaskConfig
+from clmfast.config import ConfigError, TaskConfig, power
+from clmfast.data.compiled import compiled
 from clmfast.data.grammar import Grammar, GrammarError, common_string
 from clmfast.untrusted import shown
 
@@ -38,6 +38,10 @@ PAD, BOS, SEP, ARROW, EOS = range(len(SPECIALS))
 # One random stream per purpose: a change in how one of them draws leaves the others as they were.
 STREAMS = {name: i for i, name in enumerate(("grammars", "instructions", "inputs", "functions", "pairs"))}
 BATCH_STREAMS = {name: i for i, name in enumerate(("train", "unseen", "validation", "probe", "null"))}
+
+SIGNS = frozenset("\\^$.|?*+()[]{}-&~")  # that mean something in a regular expression, in Python's or in a class there
+MAX_TRIES = 4000  # random grammars in a row of which none is taken: half a second. As a rule every second one is.
+MAX_TABLES = 2_000_000  # entries of the count tables of all own grammars together: seconds, and at most a gigabyte
 
 End = Literal["instruction_end", "prompt_end", "sequence_end"]
 
@@ -198,7 +202,7 @@ class TaskSet:
         )
 
 
-@njit(cache=True)
+@compiled
 def _pack(
     instruction: Ids,
     i_input: Ids,
@@ -259,10 +263,10 @@ def make_tasks(config: TaskConfig, seed: int) -> TaskSet:
     different functions than tasks.
     """
     rng = {name: np.random.default_rng([seed, stream]) for name, stream in STREAMS.items()}
-    if config.n_outputs**config.n_inputs < config.n_tasks:
+    if (n_functions := power(config.n_outputs, config.n_inputs, config.n_tasks)) < config.n_tasks:
         raise ConfigError(
-            f"task.n_tasks must be at most n_outputs ** n_inputs = {config.n_outputs**config.n_inputs} different "
-            f"functions, got {config.n_tasks}"
+            f"task.n_tasks must be at most n_outputs ** n_inputs = {n_functions} different functions, "
+            f"got {config.n_tasks}"
         )
     grammars = _own_grammars(config) if config.grammars else _random_grammars(config, rng["grammars"])
     per_task = config.n_grammars + config.n_unseen_grammars
@@ -297,9 +301,6 @@ def make_tasks(config: TaskConfig, seed: int) -> TaskSet:
     outputs = tuple(f"output{i}" for i in range(config.n_outputs))
     vocabulary = (*SPECIALS, *letters_used, *outputs)
     token = {letter: len(SPECIALS) + i for i, letter in enumerate(letters_used)}
-    n_letters = len(config.alphabet)
-    ranks = rng["inputs"].choice(n_letters**config.input_length, size=config.n_inputs, replace=False)
-    places = n_letters ** np.arange(config.input_length)[::-1]
     alphabet_tokens = np.array([token[letter] for letter in config.alphabet])
     return TaskSet(
         vocabulary=vocabulary,
@@ -309,10 +310,23 @@ def make_tasks(config: TaskConfig, seed: int) -> TaskSet:
         letters=np.array([token[letter] for text in texts for letter in text], np.int64),
         offset=np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64),
         instruction_grammar=np.array(instruction_grammar, np.int64),
-        input_tokens=alphabet_tokens[ranks[:, None] // places % n_letters].astype(np.int64),
+        input_tokens=alphabet_tokens[_different_inputs(config, rng["inputs"])].astype(np.int64),
         output=_different_functions(config, rng["functions"]),
         splits=_splits(config, np.array(split_of), rng["pairs"]),
     )
+
+
+def _different_inputs(config: TaskConfig, rng: np.random.Generator) -> Ids:
+    """[n_inputs, input_length] places in the alphabet; no two rows equal."""
+    n_letters, length, n = len(config.alphabet), config.input_length, config.n_inputs
+    if n_letters**length < 2**63:
+        ranks = rng.choice(n_letters**length, size=n, replace=False)
+        return ranks[:, None] // n_letters ** np.arange(length)[::-1] % n_letters
+    rows: dict[bytes, Ids] = {}
+    while len(rows) < n:  # of so many inputs two are hardly ever the same
+        for row in rng.integers(n_letters, size=(n - len(rows), length)):
+            rows[row.tobytes()] = row
+    return np.array(list(rows.values()))
 
 
 def _different_functions(config: TaskConfig, rng: np.random.Generator) -> Ids:
@@ -349,22 +363,36 @@ def _splits(config: TaskConfig, split_of: NDArray[np.str_], rng: np.random.Gener
 
 
 def _own_grammars(config: TaskConfig) -> list[Grammar]:
-    grammars = []
+    grammars: list[Grammar] = []
+    table_size = 0
     for row in config.grammars:
         for pattern in row:
             try:
-                grammars.append(Grammar(pattern, config.max_instruction_length))
+                grammar = Grammar(pattern, config.max_instruction_length)
+                table_size += grammar.table_size
+                if table_size > MAX_TABLES:
+                    raise GrammarError(
+                        f"states times lengths of all must be at most {MAX_TABLES}, {shown(pattern)} makes it "
+                        f"{table_size}: lower max_instruction_length or shorten repetitions"
+                    )
+                other, witness = _overlap(grammar, grammars) if not config.allow_overlap else (None, None)
             except GrammarError as error:
                 raise ConfigError(f"task.grammars: {error}") from None
-    if not config.allow_overlap:
-        for i, a in enumerate(grammars):
-            for b in grammars[:i]:
-                if (witness := common_string(a, b)) is not None:
-                    raise ConfigError(
-                        f"task.grammars must not share strings (allow_overlap accepts it): "
-                        f"{shown(b.pattern)} and {shown(a.pattern)} both have {shown(witness)}"
-                    )
+            if other is not None:
+                raise ConfigError(
+                    f"task.grammars must not share strings (allow_overlap accepts it): "
+                    f"{shown(other.pattern)} and {shown(pattern)} both have {witness!r}"
+                )
+            grammars.append(grammar)
     return grammars
+
+
+def _overlap(grammar: Grammar, others: list[Grammar]) -> tuple[Grammar | None, str | None]:
+    """The first of the others that shares a string with the grammar, and that string."""
+    for other in others:
+        if (witness := common_string(grammar, other)) is not None:
+            return other, witness
+    return None, None
 
 
 def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Grammar]:
@@ -373,10 +401,10 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
     # Twice what is needed, so that unseen strings are not simply "the rest".
     min_size = 2 * (config.n_instructions + config.n_unseen_instructions)
     grammars: list[Grammar] = []
-    n_tries = 0
+    n_tries = 0  # since a grammar was last taken
     while len(grammars) < n:
         n_tries += 1
-        if n_tries > 200 * n:
+        if n_tries > MAX_TRIES:
             raise ConfigError(
                 f"task: no {n} disjoint grammars of {min_size} or more strings, {config.min_instruction_length} to "
                 f"{config.max_instruction_length} letters long, were found over the alphabet {shown(config.alphabet)}: "
@@ -391,17 +419,24 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
             continue
         if config.allow_overlap or all(common_string(grammar, other) is None for other in grammars):
             grammars.append(grammar)
+            n_tries = 0
     return grammars
+
+
+def literal(letter: str) -> str:
+    """The letter as a regular expression and as a member of a class: signs of the language are escaped."""
+    return f"\\{letter}" if letter in SIGNS else letter
 
 
 def random_piece(alphabet: str, rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
     """A random piece of a regular expression, and the fewest and most letters that it stands for."""
 
     def word(n: int) -> str:
-        return "".join(rng.choice(list(alphabet), size=n))
+        return "".join(literal(letter) for letter in rng.choice(list(alphabet), size=n))
 
     def letters(n: int) -> str:
-        return "".join(sorted(rng.choice(list(alphabet), size=min(n, len(alphabet)), replace=False)))
+        chosen = sorted(rng.choice(list(alphabet), size=min(n, len(alphabet)), replace=False))
+        return "".join(literal(letter) for letter in chosen)
 
     match int(rng.integers(5)):
         case 0:

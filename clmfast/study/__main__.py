@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmfast.config import ConfigError, RunConfig, check, closest
+from clmfast.paths import expanded
+from clmfast.screen import complain, forgiving
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
+from clmfast.surroundings import on_signal
 from clmfast.untrusted import computing
 
 if TYPE_CHECKING:
@@ -162,7 +165,7 @@ def work(asked: argparse.Namespace) -> None:
     n_cores = len(os.sched_getaffinity(0))
     if not 0 <= asked.processes <= n_cores:
         raise StudyError(f"--processes must be at most the {n_cores} cores of this process, got {asked.processes}")
-    folder = asked.out or Path("studies-quick" if asked.quick else "studies")
+    folder = expanded(asked.out) if asked.out else Path("studies-quick" if asked.quick else "studies")
     base = quick_config() if asked.quick else base_config()
     chosen = known if asked.name == "all" else {asked.name: known[asked.name]}
     plans = {
@@ -195,6 +198,7 @@ def work(asked: argparse.Namespace) -> None:
         print(f"{name}: {n_holding} of {len(claims)} claims hold; {path}", flush=True)
 
 
+@forgiving()
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 done (whatever the verdicts), 2 bad input, 130 ended by Ctrl-C."""
 
@@ -203,17 +207,17 @@ def main(arguments: list[str]) -> int:
 
     from clmfast.record import NotARun
 
-    signal.signal(signal.SIGTERM, stop)
     try:
-        work(parse(arguments))
+        with on_signal(signal.SIGTERM, stop):
+            work(parse(arguments))
     except (StudyError, ConfigError, NotARun) as error:
-        print(f"clmfast.study: {error}", file=sys.stderr)
+        complain("clmfast.study", error)
         return BAD_INPUT
     except OSError as error:
-        print(f"clmfast.study: {error.filename or 'the folder'} must be writable: {error.strerror}", file=sys.stderr)
+        complain("clmfast.study", f"{error.filename or 'the folder'} must be writable: {error.strerror}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("clmfast.study: stopped; the same command goes on from here", file=sys.stderr)
+        complain("clmfast.study", "stopped; the same command goes on from here")
         return STOPPED
     return 0
 

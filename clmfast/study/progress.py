@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
-from rich.console import Console
 from rich.live import Live
 
-from clmfast.progress import PLAIN_WIDTH, REFRESHES_PER_SECOND, SECONDS_BETWEEN_LINES
+from clmfast.progress import REFRESHES_PER_SECOND, SECONDS_BETWEEN_LINES
+from clmfast.screen import console, is_live
 
 
 class StudyProgress:
@@ -16,18 +15,19 @@ class StudyProgress:
 
     def __init__(self, n_runs: int, n_steps: int) -> None:
         self.n_runs, self.n_steps = n_runs, n_steps
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self.console = console()
+        self.is_live = is_live(self.console)
         self._live = Live(console=self.console, refresh_per_second=REFRESHES_PER_SECOND)
         self._start = self._last_line = time.perf_counter()
         self._first_steps: int | None = None
 
     def __enter__(self) -> StudyProgress:
-        if self.console.is_terminal:
+        if self.is_live:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
+        if self.is_live:
             self._live.stop()
 
     def update(self, n_finished: int, steps_done: int) -> None:
@@ -36,7 +36,7 @@ class StudyProgress:
         if self._first_steps is None:
             self._first_steps = steps_done  # of runs that are resumed: they took no time now
         line = self._line(n_finished, steps_done, now)
-        if self.console.is_terminal:
+        if self.is_live:
             self._live.update(line, refresh=n_finished == self.n_runs)
         elif n_finished == self.n_runs or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from clmfast.config import RunConfig
 from clmfast.data.tasks import TaskSet, make_tasks
-from clmfast.files import DamagedCheckpoint, read_checkpoint
+from clmfast.files import DamagedCheckpoint, checkpoints, read_checkpoint
 from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study.base import StudyError
@@ -22,8 +20,7 @@ def tasks_of(config: RunConfig) -> TaskSet:
 
 def checkpoint_steps(run: Run) -> list[int]:
     """Steps whose weights are there, ascending; StudyError if there are none."""
-    names = (path.name for path in (run.path / "checkpoints").glob("[0-9]*"))
-    steps = sorted(int(name) for name in names if re.fullmatch(r"[0-9]{8,12}", name, re.ASCII))
+    steps = [int(path.name) for path in checkpoints(run.path / "checkpoints")]
     if not steps:
         raise StudyError(f"run {run.path.name} must have its directory with checkpoints, it has none")
     return steps

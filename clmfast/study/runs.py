@@ -8,14 +8,12 @@ is chosen by a measurement and may be another one after a restart. When a run en
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from clmfast import files
 from clmfast.config import ConfigError, RunConfig, from_file, to_dict
+from clmfast.directory import is_empty
 from clmfast.files import write_json
 from clmfast.record import NotARun, Run
 from clmfast.study.base import Revisit, StudyError, changed
@@ -37,7 +37,6 @@ DIVERGED = 3  # exit code of clmfast.run
 ENDED = ("finished", "diverged")
 MEASURED_STEPS = 30
 RUN_NAME = re.compile(r".*-seed\d+-[0-9a-f]{10}")  # of a directory and of all files beside it
-HALF_MADE = {"steps.npy", "timing.npy", "per_task.npy", ".config.json.part"}  # what a run writes before its config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,8 @@ def run_path(pool: Path, label: str, config: RunConfig) -> Path:
 
 
 def state_of(path: Path, config: RunConfig) -> str:
-    """finished, diverged, started (can be resumed) or missing; StudyError for something else."""
+    """finished, diverged, started (can be resumed) or missing (nothing, or an empty directory, is there); StudyError
+    for something else."""
     if beside(path, ".npz").exists():
         try:
             summary = Summary(path)
@@ -101,7 +101,7 @@ def state_of(path: Path, config: RunConfig) -> str:
             raise StudyError(str(error)) from None
         _need_same(beside(path, ".npz"), summary.config, config)
         return "diverged" if _has(summary, "anomaly") else "finished"
-    if not path.exists() or {entry.name for entry in path.iterdir()} <= HALF_MADE:
+    if not path.exists() or (path.is_dir() and is_empty(path)):
         return "missing"
     try:
         found = from_file(path / "config.json", RunConfig())
@@ -114,11 +114,10 @@ def state_of(path: Path, config: RunConfig) -> str:
             return "diverged"
         if _has(run, "end") and (path / "report.html").exists():
             return "finished"
-    except (NotARun, ValueError, KeyError) as error:
-        if not (path / "meta.json").exists():
-            return "missing"  # killed between the two parts of the header
-        raise StudyError(f"records must be those of a run: {error}") from None
-    return "started" if any((path / "resume").glob("[0-9]*")) else "missing"
+    except NotARun as error:
+        if (path / "meta.json").exists():
+            raise StudyError(f"records must be those of a run: {error}") from None
+    return "started"
 
 
 def _need_same(file: Path, found: RunConfig, config: RunConfig) -> None:
@@ -146,15 +145,14 @@ def hold(folder: Path) -> int:
 
     The lock ends with the last process that holds it, so that a run which outlived a killed study is not resumed twice.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    os.set_inheritable(lock, True)
+    files.make_folder(folder)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock = files.hold(folder)
+    except BlockingIOError:
         raise StudyError(
             f"{folder} must be free: another study, or a run that it started, is still at work there"
         ) from None
+    os.set_inheritable(lock, True)
     return lock
 
 
@@ -168,10 +166,9 @@ class Job:
         if state_of(path, config) == "started":
             command += ["--resume", str(path)]
         else:
-            shutil.rmtree(path, ignore_errors=True)
             for file in path.parent.glob(f"{glob.escape(path.name)}.*"):
-                file.unlink()
-            path.parent.mkdir(parents=True, exist_ok=True)
+                files.remove(file)
+            files.make_folder(path.parent)
             write_json(beside(path, ".json"), to_dict(config))
             command += ["--config", str(beside(path, ".json")), "--out", str(path)]
         with open(beside(path, ".log"), "wb") as log:
@@ -192,13 +189,15 @@ class Job:
         code = self.process.poll()
         if code is None:
             return False
+        if code < 0:
+            raise StudyError(f"run {self.path.name} was ended by {signal.Signals(-code).name}; start again to go on")
         if code not in (0, DIVERGED):
             lines = beside(self.path, ".log").read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
-        if state_of(self.path, self.config) in ENDED:  # and not ended by a Ctrl-C from elsewhere
-            self.wanted.keep()
-            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        self.wanted.keep()
+        if (self.path / "resume").exists():
+            files.remove(self.path / "resume")
         return True
 
 
@@ -219,7 +218,7 @@ def train_missing(
             show(n_finished, n_steps + sum(job.steps_done() for job in at_work))
     finally:  # Ctrl-C or a failed run: the others end after their step and keep what they have
         for job in at_work:
-            job.process.send_signal(signal.SIGINT)
+            job.process.send_signal(signal.SIGTERM)
         for job in at_work:
             job.process.wait()
 

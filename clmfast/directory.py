@@ -1,0 +1,189 @@
+"""A run's directory: made for one run, held by one process, and what a stopped run goes on from.
+
+A directory is made exclusively, and whoever writes into it holds its lock, which the system takes from a process that
+dies. config.json is written before anything else: with it, a run can be resumed, whatever else is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clmfast.config import ConfigError, RunConfig, from_file, to_dict
+from clmfast.files import (
+    LOCK,
+    PART,
+    DamagedCheckpoint,
+    checkpoints,
+    hold,
+    make_folder,
+    read_checkpoint,
+    remove_parts,
+    write_json,
+)
+from clmfast.schema import check_header
+from clmfast.untrusted import is_there, read_json, refusing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    State = tuple[dict[str, Tensor], dict[str, Any]]
+
+FOLDERS = ("checkpoints", "projections", "resume")  # what a run makes in its directory
+
+
+class Busy(ConfigError):
+    """Another process writes into the directory."""
+
+
+def check_new(path: Path) -> None:
+    """ConfigError unless a run can be made in `path`: it is new or an empty directory, and can be written to."""
+    if not (path.exists() or path.is_symlink()):
+        check_writable(existing_parent(path))
+    elif path.is_dir() and is_empty(path):
+        check_writable(path)
+    else:
+        raise ConfigError(f"--out must name a new or an empty directory, {path} exists (--resume goes on with a run)")
+
+
+def check_writable(folder: Path) -> None:
+    """ConfigError unless files can be made in `folder`."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out must be in a directory that can be written to, {folder} cannot")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def is_empty(path: Path) -> bool:
+    """Is nothing there, but for what a process leaves that died before it had begun?"""
+    return all(name == LOCK or PART.fullmatch(name) for name in os.listdir(path))
+
+
+def claim(path: Path) -> int:
+    """Make the directory of a new run, or take an empty one; returns the lock. ConfigError where a run is there."""
+    check_new(path)
+    make_folder(path)
+    lock = _hold(path)
+    if not is_empty(path):  # another run began, and ended, since we looked
+        os.close(lock)
+        check_new(path)
+    remove_parts(path)
+    return lock
+
+
+def claim_free_name(folder: Path, seed: int) -> tuple[Path, int]:
+    """(directory, lock) of a new run under a name of its own: the time and the seed."""
+    name, i = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}", 1
+    while True:
+        path = folder / (name if i == 1 else f"{name}-{i}")
+        try:
+            return path, claim(path)
+        except ConfigError:
+            if not path.exists():
+                raise
+            i += 1
+
+
+def _hold(path: Path) -> int:
+    try:
+        return hold(path)
+    except BlockingIOError:
+        raise Busy(f"{path} must be free: another process is writing this run") from None
+
+
+def reopen(path: Path) -> int:
+    """Hold the directory of a run that is to go on, without what a process that died left unfinished there."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
+    lock = _hold(path)
+    for folder in (path, *(path / name for name in FOLDERS)):
+        remove_parts(folder)
+    return lock
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Where a run lies is no setting of it: the file must serve another run, and may be published."""
+    write_json(path / "config.json", to_dict(dataclasses.replace(config, out="")))
+
+
+def config_of(path: Path) -> RunConfig:
+    """The settings of the run in `path`, with `path` as its place; ConfigError."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
+    return dataclasses.replace(from_file(path / "config.json", RunConfig()), out=str(path))
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """meta.json of a run that is to go on; empty where it died before it had one."""
+    if not is_there(path / "meta.json"):
+        return {}
+    with refusing(ConfigError, f"--resume: {path} must have the header of its run"):
+        meta = read_json(path / "meta.json")
+        check_header(meta)
+        return meta
+
+
+def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings in which two configs, as plain data, differ."""
+    found = []
+    for name in dict.fromkeys((*a, *b)):
+        one, other = a.get(name), b.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += settings_that_differ(one, other, f"{prefix}{name}.")
+        elif one != other:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def check_same(config: RunConfig, meta: dict[str, Any]) -> int:
+    """The number of steps that the run's header tells of; ConfigError where any other setting has changed."""
+    before = meta.get("config")
+    if not isinstance(before, dict):
+        return config.steps  # a run that was made before headers told
+    # Through JSON and back: tuples are lists there.
+    now = json.loads(json.dumps(to_dict(dataclasses.replace(config, out=""))))
+    differing = [name for name in settings_that_differ(before, now) if name != "steps"]
+    if differing:
+        raise ConfigError(
+            f"--resume: config.json must be as it was when the run began, changed: {', '.join(differing)} "
+            "(only steps may change)"
+        )
+    n_steps = before.get("steps")
+    return n_steps if isinstance(n_steps, int) else config.steps
+
+
+def newest_state(
+    path: Path, is_written: NDArray[np.bool_], check: Callable[..., None]
+) -> tuple[State | None, list[str]]:
+    """(the newest state that the run in `path` can go on from, why those after it cannot be used).
+
+    is_written [rows]: the rows that are there; a state needs all that are before it, as nothing computes them again.
+    `check(tensors, values)` raises ValueError for a state that is of no such run. None: the run starts from step 0.
+    """
+    skipped = []
+    for folder in reversed(checkpoints(path / "resume")):
+        try:
+            tensors, values = read_checkpoint(folder)
+            check(tensors, values)
+            step = values["next_step"]
+            if step != int(folder.name):
+                raise ValueError(f"it must be of step {int(folder.name)}, it is of {step}")
+            if not is_written[:step].all():
+                raise ValueError(f"it needs the {step} rows before it, {(~is_written[:step]).sum()} are missing")
+        except DamagedCheckpoint as error:
+            skipped.append(str(error))
+        except ValueError as error:
+            skipped.append(f"checkpoint {folder}: {error}")
+        else:
+            return (tensors, values), skipped
+    return None, skipped

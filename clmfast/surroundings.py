@@ -1,0 +1,119 @@
+"""The settings of the whole process that a run changes, and their return: threads, determinism, variables, signals.
+
+`Surroundings` are entered before torch is imported and left when the run has ended, whatever ended it. A process has
+one of each setting, so it does one run at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from clmfast.config import ConfigError, RunConfig, replays_graph
+
+VARIABLES = ("GOMP_SPINCOUNT", "CUBLAS_WORKSPACE_CONFIG")
+_at_work = threading.Lock()
+
+
+def share_the_cores() -> str:
+    """Make OpenMP's threads go to sleep after about half a millisecond of waiting; returns the reason.
+
+    By default they burn some 15 ms waiting, and where another process wants a core the scheduler makes up for that at
+    the next barrier: with one busy process beside it, a step of the default run took 4.6 s instead of 0.5 s. Where the
+    cores are free, this costs nothing. OpenMP reads it when torch is imported; an environment that says otherwise wins.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return "as the environment says"
+    if "torch" in sys.modules:
+        return "OpenMP's own: torch was loaded before the run, and with it this choice was made"
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+    return "short: a process beside this one must not stall every step"
+
+
+def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Threads and determinism; returns the automatic choices with their reasons for the header."""
+    import torch
+
+    n_cores = len(os.sched_getaffinity(0))
+    threads = config.threads or n_cores
+    torch.set_num_threads(threads)
+    is_cpu = config.device == "cpu"
+    if not is_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
+    torch.use_deterministic_algorithms(True)
+    # That would also write NaN to all new memory, a seventh of a step; nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    is_graph, why = replays_graph(config)
+    reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
+    return {
+        "threads": {"value": threads, "reason": reason},
+        "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
+        "step": {"value": "one CUDA graph" if is_graph else "op by op", "reason": why},
+        "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
+        if is_cpu
+        else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},
+        "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
+    }
+
+
+class Surroundings:
+    """The process as a run needs it, from `with` on, and afterwards as it was.
+
+    ConfigError where another run is at work in this process.
+    """
+
+    def __enter__(self) -> Surroundings:
+        if not _at_work.acquire(blocking=False):
+            raise ConfigError("a process does one run at a time, this one is at work on another: start a second one")
+        self._variables = {name: os.environ.get(name) for name in VARIABLES}
+        self._put_back: list[Callable[[], None]] = []
+        self._waiting = share_the_cores()
+        return self
+
+    def set_up_torch(self, config: RunConfig) -> dict[str, dict[str, Any]]:
+        """As the function of that name, with the choice of how OpenMP's threads wait."""
+        import torch
+
+        def put_back(
+            threads: int = torch.get_num_threads(),
+            is_deterministic: bool = torch.are_deterministic_algorithms_enabled(),
+            only_warns: bool = torch.is_deterministic_algorithms_warn_only_enabled(),
+            fills: bool = torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        ) -> None:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)
+            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+        self._put_back.append(put_back)
+        value = os.environ.get("GOMP_SPINCOUNT", "")
+        return set_up_torch(config) | {"openmp_waiting": {"value": value, "reason": self._waiting}}
+
+    def __exit__(self, *_: object) -> None:
+        for put_back in reversed(self._put_back):
+            put_back()
+        for name, before in self._variables.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+        _at_work.release()
+
+
+@contextmanager
+def on_signal(number: int, handler: Callable[..., Any]) -> Iterator[None]:
+    """The handler in place for a while. Only the main thread may set one, and only it gets signals: in another thread
+    nothing is done, and whoever runs the main thread decides what Ctrl-C means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        # None: not set from Python, so it cannot be put back from there
+        signal.signal(number, signal.SIG_DFL if before is None else before)
