@@ -103,6 +103,7 @@ def write_checkpoint(path: Path) -> None:
 
     from clmfast import files
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": torch.ones(3, 4) * i for i, name in enumerate("abc")}
     files.write_checkpoint(path, tensors, {"step": 1})
 
