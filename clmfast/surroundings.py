@@ -89,6 +89,13 @@ class Surroundings:
             torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)
             torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
+        from clmfast.ops import forks
+
+        if forks.is_late_fork and config.threads != 1:
+            raise ConfigError(
+                "threads must be 1 in a process that was forked after torch's threads had begun (multiprocessing's "
+                f"spawn and forkserver know no such limit), got {config.threads or 'all'}"
+            )
         self._put_back.append(put_back)
         value = os.environ.get("GOMP_SPINCOUNT", "")
         return set_up_torch(config) | {"openmp_waiting": {"value": value, "reason": self._waiting}}

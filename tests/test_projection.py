@@ -25,3 +25,16 @@ def test_signs_are_fixed_and_identical_points_lie_in_the_origin():
     plane, share = principal_plane(torch.ones(1, 5, 3))
     assert (plane == 0).all()
     assert share.isnan().all()
+
+
+def test_states_that_are_not_finite_have_no_plane_and_a_single_direction_has_one():
+    x = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(2))
+    x[1, 3, 2] = torch.inf
+    plane, share = principal_plane(x)
+    assert plane[1].isnan().all()
+    assert share.isnan().tolist() == [False, True, False]
+    assert torch.equal(plane[::2], principal_plane(x[::2])[0])
+    plane, share = principal_plane(x[..., :1][::2])
+    assert plane.shape == (2, 20, 2)
+    assert (plane[..., 1] == 0).all()
+    assert (share == 1).all()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clmfast import ops
 from clmfast.capture import Recorder, from_host, spans
-from clmfast.config import LABEL_KINDS, MeasureConfig
+from clmfast.config import LABEL_KINDS, ConfigError, MeasureConfig
 from clmfast.data.tasks import Batch, Ids, PromptTree, TaskSet, choose
 from clmfast.measure.catalogue import Column, layer_columns
 from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, purities
@@ -81,7 +81,7 @@ def examples_of(tasks: TaskSet, split: str, readout: str, n: int, seed: int) -> 
 
 
 def make_probe_sets(tasks: TaskSet, config: MeasureConfig, seed: int) -> list[ProbeSet]:
-    """One ProbeSet for each readout."""
+    """One ProbeSet for each readout; ConfigError where one has too few states to be measured."""
 
     def labels(examples: Ids) -> dict[str, Tensor]:
         return {kind: torch.from_numpy(label) for kind, label in tasks.labels(examples).items()}
@@ -90,6 +90,11 @@ def make_probe_sets(tasks: TaskSet, config: MeasureConfig, seed: int) -> list[Pr
     for readout in config.readouts:
         train = examples_of(tasks, "train", readout, config.probe_train, seed)
         unseen = {s: examples_of(tasks, s, readout, config.probe_unseen, seed) for s in config.probe_splits}
+        if len(train) < max(n_tasks := tasks.n_tasks, config.k + 1):
+            raise ConfigError(
+                f"measure.probe_train and the task must give a probe of {readout} at least {n_tasks} states (as many as "
+                f"tasks) and more than measure.k = {config.k}, got {len(train)}"
+            )
         sets.append(
             ProbeSet(readout, train, unseen, labels(train), {split: labels(ids) for split, ids in unseen.items()})
         )

@@ -17,6 +17,7 @@ if not _LIBRARY.is_file():
     )
 torch.ops.load_library(_LIBRARY)
 
+from clmfast.ops import forks as forks  # noqa: E402  for what it does to a child of a fork
 from clmfast.ops.attention import attention, packed_attention  # noqa: E402  the library comes first: these modules add to what it registers
 from clmfast.ops.block import BlockWeights, attention_block, mlp_block, transformer_blocks  # noqa: E402
 from clmfast.ops.capture import capture_rows  # noqa: E402
