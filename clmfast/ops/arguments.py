@@ -143,7 +143,8 @@ def _array(op: str, name: str, x: object) -> NDArray[Any]:
     if isinstance(x, np.ma.MaskedArray):
         raise ValueError(f"{op}: {name} must have no mask, got a masked array")
     try:
-        return np.asarray(x)
+        given = np.asarray(x)
+        return given.astype(given.dtype.newbyteorder("="), copy=False)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{op}: {name} must be a tensor, an array or a list of equal rows: {reason}") from error
@@ -151,7 +152,7 @@ def _array(op: str, name: str, x: object) -> NDArray[Any]:
 
 def _tensor(x: NDArray[Any], device: torch.device) -> Tensor:
     # torch shares memory only with arrays of this kind; a copy serves for the others.
-    x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
+    x = np.require(x, requirements=["C", "W"])
     return torch.from_numpy(x).to(device)
 
 

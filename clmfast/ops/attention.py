@@ -149,6 +149,18 @@ def _check_integers(op: str, name: str, x: Tensor | None, shape: tuple[int, ...]
         raise ValueError(f"{op}: {name} must be on {qkv.device}, got {x.device}")
 
 
+def _check_there(op: str, name: str, x: Tensor | None) -> None:
+    """Of a storage that was resized there may be less than the shape speaks of."""
+    if x is None or torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    n = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    held = x.untyped_storage().nbytes()
+    if n * x.element_size() > held:
+        raise ValueError(
+            f"{op}: the storage of {name} must hold its elements, {n * x.element_size()} bytes, got {held}"
+        )
+
+
 def _check_dtype(op: str, qkv: Tensor) -> None:
     if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         got = str(qkv.dtype).removeprefix("torch.")
@@ -165,6 +177,8 @@ def _check_padded(op: str, qkv: Tensor, lengths: Tensor | None) -> None:
 
 def _check_packed(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None) -> None:
     require_tensors(op, qkv, offset)
+    for name, x in (("qkv", qkv), ("offset", offset), ("prefix", prefix)):
+        _check_there(op, name, x)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{op}: qkv must be [n, 3, H, W], got {list(qkv.shape)}")
     _check_dtype(op, qkv)
@@ -184,6 +198,7 @@ def _check_saved(op: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tenso
         ("out", out, [*rows, H, W], qkv.dtype),
         ("lse", lse, [*rows, H], wide),
     ):
+        _check_there(op, name, x)
         if list(x.shape) != shape or x.dtype != dtype or x.device != qkv.device:
             raise ValueError(
                 f"{op}: {name} must be {shape} {dtype} on {qkv.device}, got {list(x.shape)} {x.dtype} on {x.device}"
