@@ -85,8 +85,8 @@ def test_arrays_that_may_not_be_written_are_read():
 
 
 def test_a_tensor_that_is_right_is_handed_on():
-    assert arguments.labels("op", "x", LABEL, LABEL.device) is LABEL
-    assert arguments.points("op", "x", POINTS, POINTS.device).data_ptr() == POINTS.data_ptr()
+    assert arguments.labels("op", "x", LABEL, ()) is LABEL
+    assert arguments.points("op", "x", POINTS, ()).data_ptr() == POINTS.data_ptr()
 
 
 def test_capture_rows_writes_into_arrays():
@@ -122,6 +122,7 @@ LARGE = torch.tensor([2**63] * 9, dtype=torch.uint64)
             ValueError,
             "points must be float32, bfloat16 or float16, got int32",
         ),
+        (lambda: ops.knn([[[1e39], [0.0]]], 1), ValueError, "points must fit float32, got a number that is too large"),
         (lambda: ops.knn(POINTS.to_sparse(), 2), ValueError, "points must be dense, got sparse_coo"),
         (lambda: ops.knn(POINTS, 2, POINTS.to("meta")), ValueError, "all tensors must be on one device"),
         (lambda: ops.knn(POINTS, 2, barred=(LABEL,)), ValueError, "barred must be the groups of queries and of points"),
