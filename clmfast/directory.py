@@ -163,17 +163,18 @@ def check_same(config: RunConfig, meta: dict[str, Any]) -> int:
 
 
 def newest_state(
-    path: Path, is_written: NDArray[np.bool_], check: Callable[..., None]
+    path: Path, is_written: NDArray[np.bool_], max_bytes: int, check: Callable[..., None]
 ) -> tuple[State | None, list[str]]:
     """(the newest state that the run in `path` can go on from, why those after it cannot be used).
 
     is_written [rows]: the rows that are there; a state needs all that are before it, as nothing computes them again.
+    max_bytes: a larger state is of no such run, and is not read.
     `check(tensors, values)` raises ValueError for a state that is of no such run. None: the run starts from step 0.
     """
     skipped = []
     for folder in reversed(checkpoints(path / "resume")):
         try:
-            tensors, values = read_checkpoint(folder)
+            tensors, values = read_checkpoint(folder, max_bytes)
             check(tensors, values)
             step = values["next_step"]
             if step != int(folder.name):

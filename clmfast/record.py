@@ -70,19 +70,25 @@ def is_checkpoint_step(step: int, n_steps: int) -> bool:
     return step == n_steps or (step & (step - 1) == 0 if step <= 512 else step % 500 == 0)
 
 
+def state_bytes(training: Training) -> int:
+    """About how much a saved state takes."""
+    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    tensors, _ = training.state()
+    # Two moments of AdamW, which are not there before the first step; a header of names.
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights + MIB // 4
+
+
 def disk_bytes(training: Training) -> int:
     """About how much a run directory will take, before anything is written."""
     config = training.config
     rows = config.steps + 1
-    tensors, _ = training.state()
     weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
-    state = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights  # two moments of AdamW to come
     per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
     report = 6_000_000
     return (
         rows * 8 * (len(training.columns) + 8 + per_task)
         + n_checkpoints(config.steps) * weights
-        + (KEPT_RESUME_STATES + 1) * state * (config.resume_every > 0)
+        + (KEPT_RESUME_STATES + 1) * state_bytes(training) * (config.resume_every > 0)
         + report
     )
 
