@@ -74,7 +74,7 @@ def make_run(folder: Path) -> None:
     np.save(folder / "timing.npy", values[:, :3])
     np.save(folder / "per_task.npy", np.random.default_rng(1).random((rows, n_layers, 1, SMALL.task.n_tasks)))
     meta = {name: {} for name in META} | {
-        "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
+        "machine": {"cpu": "x"}, "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
         "readouts": ["instruction_end"], "threads": 2, "measures": {name: vars(m) for name, m in MEASURES.items()},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns)],
         "timing_columns": ["step_plus_1", "forward", "backward"],
@@ -83,7 +83,8 @@ def make_run(folder: Path) -> None:
     make_json(folder)
     events = [{"event": name, "unix_time_s": 1.5, "step": 2} for name in ("start", "early_stop", "end")]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "controls.json").write_text(json.dumps([{"name": "letters", "ari_task": 0.1}]))
+    control = {"control": "raw_strings", "readout": "instruction_end", "split": "", "measure": "ari_task", "layer": -1}
+    (folder / "controls.json").write_text(json.dumps([control | {"mean": 0.1, "low": 0.0, "high": 0.2}]))
     (folder / "projections").mkdir()
     np.savez(
         folder / "projections" / "00000002-instruction_end.npz",
