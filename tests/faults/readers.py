@@ -94,7 +94,9 @@ def make_run(folder: Path) -> None:
 def make_checkpoint(folder: Path) -> None:
     import torch
 
-    write_checkpoint(folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3})
+    write_checkpoint(
+        folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3}
+    )
 
 
 def make_summary(folder: Path) -> None:

@@ -49,7 +49,9 @@ def few(rng: Random, least: int = 0) -> int:
 
 def many(rng: Random, least: int = 0) -> int:
     """A size that sometimes is longer than a block of the kernels."""
-    return max(least, few(rng, 1) if rng.random() < 0.85 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513)))
+    return max(
+        least, few(rng, 1) if rng.random() < 0.85 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513))
+    )
 
 
 def points(rng: Random, shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
@@ -91,7 +93,11 @@ def draw_knn(rng: Random) -> Arguments:
     has_queries = rng.random() < 0.5
     if has_queries:
         N = rng.choice((0, 1, N))
-    k = rng.randrange(1, min(N, 20) if not has_queries and N < 20 else 20 if has_queries else min(N, 20))if N > 2 else 1
+    k = (
+        rng.randrange(1, min(N, 20) if not has_queries and N < 20 else 20 if has_queries else min(N, 20))
+        if N > 2
+        else 1
+    )
     n_asked = Q if has_queries else N
     return {
         "points": points(rng, (S, N, D), dtype),
