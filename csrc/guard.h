@@ -203,18 +203,24 @@ T* mutable_data(const Tensor& x) {
 
 // ---- threads
 
-// torch's pool. It would forget what a task throws, so that is carried past it.
+// torch's pool. It would forget what a task throws, so that is carried past it. (Not by std::exception_ptr, which needs
+// symbols that not every libstdc++ has.)
 inline void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  std::exception_ptr thrown;
-  std::atomic<bool> has_thrown{false};
+  std::atomic<bool> lacks_memory{false}, has_failed{false};
+  std::string text;
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     try {
       body(begin, end, context);
-    } catch (...) {
-      if (!has_thrown.exchange(true)) thrown = std::current_exception();
+    } catch (const std::bad_alloc&) {
+      lacks_memory = true;
+    } catch (const std::length_error&) {
+      lacks_memory = true;
+    } catch (const std::exception& error) {
+      if (!has_failed.exchange(true)) text = error.what();
     }
   });
-  if (thrown) std::rethrow_exception(thrown);
+  if (lacks_memory) throw std::bad_alloc();
+  if (has_failed) throw std::runtime_error(text);
 }
 
 // ---- errors

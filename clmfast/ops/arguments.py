@@ -23,34 +23,33 @@ INTEGERS = (
 INT64 = range(-(2**63), 2**63)
 
 
-def device_of(*arguments: object) -> torch.device:
-    """That of the first tensor; without any, the CPU."""
-    return next((x.device for x in arguments if isinstance(x, Tensor)), torch.device("cpu"))
-
-
-def points(op: str, name: str, x: Array, device: torch.device) -> Tensor:
+def points(op: str, name: str, x: Array, beside: tuple[object, ...]) -> Tensor:
     """float32, bfloat16 or float16, without its gradient. A list becomes float32; no dtype is rounded to another."""
     if not isinstance(x, Tensor):
         given = _array(op, name, x)
         if not isinstance(x, np.ndarray) and given.dtype.kind in "iuf":
-            given = given.astype(np.float32)
+            try:
+                with np.errstate(over="raise"):
+                    given = given.astype(np.float32)
+            except FloatingPointError as error:
+                raise ValueError(f"{op}: {name} must fit float32, got a number that is too large") from error
         if given.dtype not in (np.float32, np.float16):
             raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {given.dtype}")
-        return _tensor(given, device)
+        return _tensor(given, beside)
     if x.dtype not in POINT_DTYPES:
         raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {_dtype(x)}")
     return _dense(op, name, x).detach()
 
 
-def floats(op: str, name: str, x: Array, device: torch.device) -> Tensor:
+def floats(op: str, name: str, x: Array, beside: tuple[object, ...]) -> Tensor:
     """float32."""
-    found = points(op, name, x, device) if not isinstance(x, Tensor) else _dense(op, name, x).detach()
+    found = points(op, name, x, beside) if not isinstance(x, Tensor) else _dense(op, name, x).detach()
     if found.dtype != torch.float32:
         raise ValueError(f"{op}: {name} must be float32, got {_dtype(found)}")
     return found
 
 
-def labels(op: str, name: str, x: Array | int, device: torch.device) -> Tensor:
+def labels(op: str, name: str, x: Array | int, beside: tuple[object, ...]) -> Tensor:
     """int64, from integers of any size and from booleans."""
     if isinstance(x, Tensor):
         if x.dtype == torch.int64:
@@ -60,13 +59,13 @@ def labels(op: str, name: str, x: Array | int, device: torch.device) -> Tensor:
         if x.dtype != torch.uint64:
             raise ValueError(f"{op}: {name} must be integers, got {_dtype(x)}")
         found = _dense(op, name, x).to(torch.int64)
-        is_too_large = bool((found < 0).any())
+        is_too_large = found.device.type != "meta" and bool((found < 0).any())
     else:
         given = _array(op, name, x)
         if given.dtype.kind not in "iub" and (given.size or isinstance(x, np.ndarray)):  # of an empty list: any
             raise ValueError(f"{op}: {name} must be integers, got {given.dtype}")
         is_too_large = given.dtype.kind == "u" and given.size > 0 and int(given.max()) not in INT64
-        found = _tensor(given.astype(np.int64, copy=False), device)
+        found = _tensor(given.astype(np.int64, copy=False), beside)
     if is_too_large:
         raise ValueError(f"{op}: {name} must be below 2^63, got a larger one of uint64")
     return found
@@ -85,8 +84,8 @@ def written(op: str, name: str, x: Tensor | NDArray[Any]) -> Tensor:
         raise TypeError(f"{op}: {name} must be a tensor or an array, to be written in place, got {type(x).__name__}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name} must not require a gradient, as it is written in place")
-    if not torch.compiler.is_compiling() and (x.is_neg() or x.is_conj()):
-        raise ValueError(f"{op}: {name} must hold its values as they are, got a negated or conjugated view")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{op}: {name} must hold its values as they are, got a negated view")
     return _dense(op, name, x)
 
 
@@ -143,20 +142,22 @@ def _array(op: str, name: str, x: object) -> NDArray[Any]:
     if isinstance(x, np.ma.MaskedArray):
         raise ValueError(f"{op}: {name} must have no mask, got a masked array")
     try:
-        return np.asarray(x)
+        given = np.asarray(x)
+        return given.astype(given.dtype.newbyteorder("="), copy=False)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{op}: {name} must be a tensor, an array or a list of equal rows: {reason}") from error
 
 
-def _tensor(x: NDArray[Any], device: torch.device) -> Tensor:
+def _tensor(x: NDArray[Any], beside: tuple[object, ...]) -> Tensor:
+    """On the device of the first tensor beside it; without any, on the CPU."""
     # torch shares memory only with arrays of this kind; a copy serves for the others.
-    x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
-    return torch.from_numpy(x).to(device)
+    found = torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    return next((found.to(other.device) for other in beside if isinstance(other, Tensor)), found)
 
 
 def _dense(op: str, name: str, x: Tensor) -> Tensor:
-    if x.layout != torch.strided or x.is_nested:
+    if x.layout is not torch.strided or x.is_nested:
         raise ValueError(f"{op}: {name} must be dense, got {'nested' if x.is_nested else _without_torch(x.layout)}")
     return x
 

@@ -30,12 +30,12 @@ def capture_rows(
     A span of one token is copied bit for bit; a longer one is averaged in float64. No gradient flows: x may require it.
     """
     op = "capture_rows"
-    device = arguments.device_of(x, start, stop, slot, bank, norm2)
+    beside = (x, start, stop, slot, bank, norm2)
     torch.ops.clmfast.capture_rows(
-        arguments.points(op, "x", x, device),
-        arguments.labels(op, "start", start, device),
-        arguments.labels(op, "stop", stop, device),
-        arguments.labels(op, "slot", slot, device),
+        arguments.points(op, "x", x, beside),
+        arguments.labels(op, "start", start, beside),
+        arguments.labels(op, "stop", stop, beside),
+        arguments.labels(op, "slot", slot, beside),
         arguments.written(op, "bank", bank),
         arguments.written(op, "norm2", norm2),
     )

@@ -69,11 +69,11 @@ def kmeans(
     if isinstance(init, str) and init not in ("k-means++", "random"):
         raise ValueError(f'kmeans: init must be "k-means++", "random" or a tensor, got "{init}"')
     op = "kmeans"
-    device = arguments.device_of(points, init)
+    beside = (points, init)
     found = torch.ops.clmfast.kmeans(
-        arguments.points(op, "points", points, device),
+        arguments.points(op, "points", points, beside),
         arguments.integer(op, "n_clusters", n_clusters),
-        None if isinstance(init, str) else arguments.points(op, "init", init, device),
+        None if isinstance(init, str) else arguments.points(op, "init", init, beside),
         isinstance(init, str) and init == "random",
         arguments.integer(op, "n_init", n_init),
         arguments.integer(op, "max_iter", max_iter),

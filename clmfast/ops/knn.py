@@ -38,15 +38,15 @@ def knn(
     if barred is not None and len(barred) != 2:
         raise ValueError(f"knn: barred must be the groups of queries and of points, got {len(barred)} of them")
     query_group, point_group = barred if barred is not None else (None, None)
-    device = arguments.device_of(points, queries, query_group, point_group, within)
+    beside = (points, queries, query_group, point_group, within)
     return KNN(
         *torch.ops.clmfast.knn(
-            arguments.points(op, "points", points, device),
+            arguments.points(op, "points", points, beside),
             arguments.integer(op, "k", k),
-            None if queries is None else arguments.points(op, "queries", queries, device),
-            None if query_group is None else arguments.labels(op, "query_group", query_group, device),
-            None if point_group is None else arguments.labels(op, "point_group", point_group, device),
-            None if within is None else arguments.floats(op, "within", within, device),
+            None if queries is None else arguments.points(op, "queries", queries, beside),
+            None if query_group is None else arguments.labels(op, "query_group", query_group, beside),
+            None if point_group is None else arguments.labels(op, "point_group", point_group, beside),
+            None if within is None else arguments.floats(op, "within", within, beside),
         )
     )
 

@@ -48,10 +48,10 @@ def partition_scores(
     Raghavan & Schuetze 2008, section 16.3. Special cases are scikit-learn's.
     """
     op = "partition_scores"
-    device = arguments.device_of(truth, label)
+    beside = (truth, label)
     scores = torch.ops.clmfast.partition_scores(
-        arguments.labels(op, "truth", truth, device),
-        arguments.labels(op, "label", label, device),
+        arguments.labels(op, "truth", truth, beside),
+        arguments.labels(op, "label", label, beside),
         None if n_truth is None else arguments.integer(op, "n_truth", n_truth),
         None if n_label is None else arguments.integer(op, "n_label", n_label),
     )
@@ -65,10 +65,10 @@ def adjusted_rand(truth: Array, label: Array, n_truth: int, n_label: int) -> Ten
     tensors, arrays or lists.
     """
     op = "adjusted_rand"
-    device = arguments.device_of(truth, label)
+    beside = (truth, label)
     return torch.ops.clmfast.adjusted_rand(
-        arguments.labels(op, "truth", truth, device),
-        arguments.labels(op, "label", label, device),
+        arguments.labels(op, "truth", truth, beside),
+        arguments.labels(op, "label", label, beside),
         arguments.integer(op, "n_truth", n_truth),
         arguments.integer(op, "n_label", n_label),
     )

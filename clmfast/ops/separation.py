@@ -13,10 +13,10 @@ def separation(points: Array, label: Array, n_labels: int) -> Tensor:
     Arrays and lists serve as well as tensors; a list of numbers becomes float32. No gradient flows.
     """
     op = "separation"
-    device = arguments.device_of(points, label)
+    beside = (points, label)
     return torch.ops.clmfast.separation(
-        arguments.points(op, "points", points, device),
-        arguments.labels(op, "label", label, device),
+        arguments.points(op, "points", points, beside),
+        arguments.labels(op, "label", label, beside),
         arguments.integer(op, "n_labels", n_labels),
     )
 

@@ -14,9 +14,9 @@ def majority_vote(index: Array, label: Array) -> Tensor:
     Returns [S, Q] int64, -1 where a query has no neighbour.
     """
     op = "majority_vote"
-    device = arguments.device_of(index, label)
+    beside = (index, label)
     return torch.ops.clmfast.majority_vote(
-        arguments.labels(op, "index", index, device), arguments.labels(op, "label", label, device)
+        arguments.labels(op, "index", index, beside), arguments.labels(op, "label", label, beside)
     )
 
 
@@ -29,11 +29,11 @@ def label_shares(index: Array, label: Array, truth: Array, n_labels: int) -> Ten
     or lists.
     """
     op = "label_shares"
-    device = arguments.device_of(index, label, truth)
+    beside = (index, label, truth)
     return torch.ops.clmfast.label_shares(
-        arguments.labels(op, "index", index, device),
-        arguments.labels(op, "label", label, device),
-        arguments.labels(op, "truth", truth, device),
+        arguments.labels(op, "index", index, beside),
+        arguments.labels(op, "label", label, beside),
+        arguments.labels(op, "truth", truth, beside),
         arguments.integer(op, "n_labels", n_labels),
     )
 
