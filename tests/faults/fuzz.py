@@ -1,8 +1,8 @@
 """Fuzzing: random calls of all ops and random damage to all files that are read, most of them almost right.
 
 A call may succeed, or be refused by an exception of one line. Faults are crashes, hangs, exceptions of other kinds or
-with texts of the machinery below, good calls that are refused, inputs that change, and results that differ from one call
-to the next, from 1 to 2 threads, from uninitialised memory to memory full of NaN, or from reference.py.
+with texts of the machinery below, good calls that are refused, inputs that change, and results that differ from one
+call to the next, from 1 to 2 threads, from uninitialised memory to memory full of NaN, or from reference.py.
 """
 
 from __future__ import annotations

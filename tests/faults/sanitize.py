@@ -1,7 +1,7 @@
 """AddressSanitizer and UndefinedBehaviorSanitizer: the op tests and some of the fuzz with an instrumented library.
 
-The library is built beside a copy of the package and the tests, build/sanitize/, so that the usual one stays as it is. A
-finding ends the process that makes it: a test run stops there, the fuzz records the case and goes on.
+The library is built beside a copy of the package and the tests, build/sanitize/, so that the usual one stays as it is.
+A finding ends the process that makes it: a test run stops there, the fuzz records the case and goes on.
 Leaks are not looked for here, for Python and torch keep a lot until the end; leaks.py does.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = (
-    "test_knn", "test_kmeans", "test_partition_scores", "test_separation", "test_capture_rows", "test_attention", "test_block",
-    "test_neighbours", "test_projection",
+    "test_knn", "test_kmeans", "test_partition_scores", "test_separation", "test_capture_rows", "test_attention",
+    "test_block", "test_neighbours", "test_projection",
 )  # fmt: skip
 # Not under sanitizers: what compiles a model takes minutes, and other processes would not have the sanitizer's library.
 LEFT_OUT = "not compile and not opcheck and not subprocess"

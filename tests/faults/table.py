@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -281,7 +282,7 @@ def prefixes(rng: Random, offset: list[int]) -> list[int]:
 
 
 def longest(offset: list[int], prefix: list[int] | None) -> int:
-    own = [b - a for a, b in zip(offset, offset[1:], strict=False)]
+    own = [b - a for a, b in pairwise(offset)]
     before = [own[of] if of >= 0 else 0 for of in prefix] if prefix is not None else [0] * len(own)
     return max(a + b for a, b in zip(own, before, strict=True))
 

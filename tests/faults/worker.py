@@ -161,7 +161,7 @@ class _Worker:
         finally:
             os._exit(code)
 
-    def _be_child(self, at: int) -> None:
+    def _be_child(self, first: int) -> None:
         said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
@@ -174,7 +174,7 @@ class _Worker:
         self.cases.start()
         seen: Counter[str] = Counter()
         with self._found.open("a") as found:
-            for at in range(at, len(self.numbers)):
+            for at in range(first, len(self.numbers)):
                 self._at[0], self._since[0] = at, time.monotonic()
                 if text := self.cases.run(self.numbers[at]):
                     fault = Fault(self.cases.name, self.numbers[at], text)
