@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -95,7 +94,9 @@ def make_run(folder: Path) -> None:
 def make_checkpoint(folder: Path) -> None:
     import torch
 
-    write_checkpoint(folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3})
+    write_checkpoint(
+        folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3}
+    )
 
 
 def make_summary(folder: Path) -> None:
@@ -152,9 +153,10 @@ LONGEST_TEXT = 2000  # letters of a message
 # ---- damage
 
 WORDS = (
-    b"0", b"-1", b"1e999", b"NaN", b"Infinity", b"-0", b"9" * 400, b"18446744073709551616", b"null", b"true", b'""', b"[]",
-    b"{}", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 20_000, b'{"a":' * 20_000, b"(" * 500, b"{9999}", b"{1,}", b"\\",
-    b"\n", b"1.5", b"'", b'"', b"inf", b"a = 1\n", b"[[task]]\n", b"[^", b"(?=a)", b"\\d{,99999}", b"..", b"/etc/passwd",
+    b"0", b"-1", b"1e999", b"NaN", b"Infinity", b"-0", b"9" * 400, b"18446744073709551616", b"null", b"true", b'""',
+    b"[]", b"{}", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 20_000, b'{"a":' * 20_000, b"(" * 500, b"{9999}",
+    b"{1,}", b"\\", b"\n", b"1.5", b"'", b'"', b"inf", b"a = 1\n", b"[[task]]\n", b"[^", b"(?=a)", b"\\d{,99999}",
+    b"..", b"/etc/passwd",
 )  # fmt: skip
 
 
@@ -213,8 +215,8 @@ def _other_value(content: bytes, rng: Random) -> bytes:
         container[key] = json.loads(json.dumps(other[of]))
     else:
         container[key] = rng.choice(
-            (None, True, -1, 0, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "é\n",
-             [], {}, [[]], [None], {"": 0}, "a" * 5000, list(range(100)), -(2**63), "../..", "nan")
+            (None, True, -1, 0, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
+             "é\n", [], {}, [[]], [None], {"": 0}, "a" * 5000, list(range(100)), -(2**63), "../..", "nan")
         )  # fmt: skip
     try:
         lines[i] = json.dumps(value).encode()
