@@ -253,12 +253,12 @@ class Run:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     @cached_property
     def controls(self) -> list[dict[str, Any]]:
         path = self.path / "controls.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     @cached_property
     def per_task(self) -> NDArray[np.float64] | None:

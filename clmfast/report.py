@@ -191,7 +191,7 @@ def page(run: Run) -> str:
     used = sorted({column.measure for column in run.columns})
     meanings = [[f"<code>{m}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used]
     settings = {
-        "config": json.loads((run.path / "config.json").read_text()),
+        "config": json.loads((run.path / "config.json").read_text(encoding="utf-8")),
         "estimators": meta["estimators"],
         "choices": meta["choices"],
         "grammars": meta["grammars"],
