@@ -122,5 +122,7 @@ def test_every_file_is_opened_as_utf8(path):
         owner = getattr(getattr(node.func, "value", None), "id", "")
         is_binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[:2])
         is_text = name in ("read_text", "write_text") or (name == "open" and owner != "os" and not is_binary)
-        if is_text or any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords):
+        if name in ("run", "Popen", "check_output"):
+            is_text |= any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords)
+        if is_text:
             assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path.name}:{node.lineno}"
