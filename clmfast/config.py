@@ -210,7 +210,7 @@ def replays_graph(config: RunConfig) -> tuple[bool, str]:
 
 MOST_STEPS = 10**9  # a year of steps that take 30 ms each
 MOST_POINTS = 2**20  # states in a ring or a probe, sequences in a batch
-MOST_GRAMMARS = 5000  # each is compared with each other one: a minute
+MOST_GRAMMARS = 2000  # each is compared with each other one: ten seconds
 LARGEST_FLOAT = 1e30  # float32 ends at 3e38
 
 # Far above what anyone needs, and low enough that what stands in the way of a run is its memory or its time, which

@@ -114,11 +114,6 @@ def check_needs(config: RunConfig, folder: Path | None = None) -> None:
     """ConfigError where this machine has not what the run needs. `folder` is one that exists, on the disk where the run
     will lie; None: it has its place already."""
     found = needs(config)
-    if found.seconds > YEAR_S:
-        raise ConfigError(
-            f"a run must be able to end within a year, this one takes at least {found.seconds / YEAR_S:,.1f} years: "
-            "fewer or smaller train.batch, steps, measure.n_init, measure.n_shuffles or weights"
-        )
     # What a GPU has to hold is torch's to tell: the machine itself needs little then.
     free, what = available_memory()
     if config.device == "cpu" and found.memory_bytes > free:
@@ -131,6 +126,11 @@ def check_needs(config: RunConfig, folder: Path | None = None) -> None:
     if found.disk > free:
         raise ConfigError(
             f"this run needs about {amount(found.disk)} on the disk of {folder}, got {amount(free)} that are free"
+        )
+    if found.seconds > YEAR_S:
+        raise ConfigError(
+            "a run must be able to end within a year (fewer steps, a smaller train.batch, model, measure.n_init or "
+            f"measure.n_shuffles), got one that takes at least {found.seconds / YEAR_S:,.1f} years"
         )
 
 

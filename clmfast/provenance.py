@@ -15,7 +15,7 @@ def commit() -> str:
         return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     except OSError:  # no git
         return "unknown"
     return told.stdout.strip() or "unknown"

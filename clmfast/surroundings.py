@@ -16,7 +16,7 @@ from typing import Any
 
 from clmfast.config import ConfigError, RunConfig, replays_graph
 
-VARIABLES = ("GOMP_SPINCOUNT", "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = ("GOMP_SPINCOUNT", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")  # the last one torch sets itself
 _at_work = threading.Lock()
 
 

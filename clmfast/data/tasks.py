@@ -41,6 +41,7 @@ BATCH_STREAMS = {name: i for i, name in enumerate(("train", "unseen", "validatio
 
 SIGNS = frozenset("\\^$.|?*+()[]{}-&~")  # that mean something in a regular expression, in Python's or in a class there
 MAX_TRIES = 4000  # random grammars in a row of which none is taken: half a second. As a rule every second one is.
+MAX_COMPARED = 5_000_000  # pairs of random grammars that are compared: about 20 s; 2000 grammars need 2 million or more
 MAX_TABLES = 2_000_000  # entries of the count tables of all own grammars together: seconds, and at most a gigabyte
 
 End = Literal["instruction_end", "prompt_end", "sequence_end"]
@@ -401,10 +402,10 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
     # Twice what is needed, so that unseen strings are not simply "the rest".
     min_size = 2 * (config.n_instructions + config.n_unseen_instructions)
     grammars: list[Grammar] = []
-    n_tries = 0  # since a grammar was last taken
+    n_tries = n_compared = 0  # tries: since a grammar was last taken
     while len(grammars) < n:
         n_tries += 1
-        if n_tries > MAX_TRIES:
+        if n_tries > MAX_TRIES or n_compared > MAX_COMPARED:
             raise ConfigError(
                 f"task: no {n} disjoint grammars of {min_size} or more strings, {config.min_instruction_length} to "
                 f"{config.max_instruction_length} letters long, were found over the alphabet {shown(config.alphabet)}: "
@@ -417,7 +418,13 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
         grammar = Grammar("".join(text for text, _ in pieces), config.max_instruction_length)
         if grammar.size < min_size:
             continue
-        if config.allow_overlap or all(common_string(grammar, other) is None for other in grammars):
+        is_apart = True
+        for other in [] if config.allow_overlap else grammars:
+            n_compared += 1
+            if common_string(grammar, other) is not None:
+                is_apart = False
+                break
+        if is_apart:
             grammars.append(grammar)
             n_tries = 0
     return grammars

@@ -90,10 +90,11 @@ def make_probe_sets(tasks: TaskSet, config: MeasureConfig, seed: int) -> list[Pr
     for readout in config.readouts:
         train = examples_of(tasks, "train", readout, config.probe_train, seed)
         unseen = {s: examples_of(tasks, s, readout, config.probe_unseen, seed) for s in config.probe_splits}
-        if len(train) < max(n_tasks := tasks.n_tasks, config.k + 1):
+        least = max(tasks.n_tasks, config.k + 1)  # for as many clusters as tasks, and for k neighbours
+        if len(train) < least:
             raise ConfigError(
-                f"measure.probe_train and the task must give a probe of {readout} at least {n_tasks} states (as many as "
-                f"tasks) and more than measure.k = {config.k}, got {len(train)}"
+                f"measure.probe_train and the task must give a probe of {readout} at least {least} training states "
+                f"(task.n_tasks, and more than measure.k), got {len(train)}"
             )
         sets.append(
             ProbeSet(readout, train, unseen, labels(train), {split: labels(ids) for split, ids in unseen.items()})

@@ -192,7 +192,7 @@ class Job:
         if code < 0:
             raise StudyError(f"run {self.path.name} was ended by {signal.Signals(-code).name}; start again to go on")
         if code not in (0, DIVERGED):
-            lines = beside(self.path, ".log").read_text(errors="replace").split("\n")
+            lines = beside(self.path, ".log").read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
         self.wanted.keep()
