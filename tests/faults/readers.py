@@ -73,7 +73,8 @@ def make_run(folder: Path) -> None:
     np.save(folder / "timing.npy", values[:, :3])
     np.save(folder / "per_task.npy", np.random.default_rng(1).random((rows, n_layers, 1, SMALL.task.n_tasks)))
     meta = {name: {} for name in META} | {
-        "machine": {"cpu": "x"}, "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
+        "machine": {"cpu": "x"},
+        "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
         "readouts": ["instruction_end"], "threads": 2, "measures": {name: vars(m) for name, m in MEASURES.items()},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns)],
         "timing_columns": ["step_plus_1", "forward", "backward"],
