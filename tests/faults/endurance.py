@@ -56,8 +56,8 @@ def main(is_long: bool, seed: int) -> int:
     (_, mib, n_files, n_threads, ms), (_, mib_late, n_files_late, n_threads_late, ms_late) = _early_and_late(samples)
     print(
         f"endurance: {n_steps:,} steps, memory {mib:.0f} -> {mib_late:.0f} MiB, open files {n_files:.0f} -> "
-        f"{n_files_late:.0f}, threads {n_threads:.0f} -> {n_threads_late:.0f}, a step {ms:.2f} -> {ms_late:.2f} ms, read "
-        f"{n_reads} times while it grew; {len(faults)} faults"
+        f"{n_files_late:.0f}, threads {n_threads:.0f} -> {n_threads_late:.0f}, a step {ms:.2f} -> {ms_late:.2f} ms, "
+        f"read {n_reads} times while it grew; {len(faults)} faults"
     )
     return _told(faults)
 
