@@ -4,6 +4,7 @@
 
 Where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda), the CUDA ops are built in, whichever torch stands beside: the
 library asks for nothing of CUDA until a tensor on a GPU arrives. CLMFAST_CUDA=0 leaves them out, =1 insists on them.
+CLMFAST_SANITIZE=1 instruments them for AddressSanitizer and UndefinedBehaviorSanitizer: see tests/faults/sanitize.py.
 CLMFAST_CUDA_DEVICE=9.0 compiles them for devices of that compute capability alone, which takes less than half the
 time: for whoever builds on the machine that has the GPU.
 
@@ -38,6 +39,15 @@ COMPILE_FLAGS = [
     "-ffp-contract=off",  # no value depends on fused multiply-add; what includes csrc/cpu/fused.h opts out
     "-fno-math-errno",  # a square root is an instruction
     f"-DTORCH_TARGET_VERSION={STABLE_ABI_OF}",
+]
+# -O1: at -O3 the instrumented build takes several times as long. vptr needs run-time types, which torch has not.
+SANITIZE_FLAGS = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=undefined",
 ]
 OLDEST_NVCC = (12, 0)  # that knows sm_90a
 NVCC_FLAGS = [
@@ -176,6 +186,8 @@ library_dirs = [str(torch / "lib")]
 libraries = ["torch_cpu"]
 link_args = []
 gencode = device_flags() if nvcc else []
+sanitize_flags = SANITIZE_FLAGS if os.environ.get("CLMFAST_SANITIZE", "0") == "1" else []
+link_args += sanitize_flags
 if nvcc:
     library_dirs += cuda_library_folders(nvcc)
     libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -192,6 +204,7 @@ setup(
             # the prefix map: torch's error messages name its header files, without the folder they were built in
             extra_compile_args=[
                 *COMPILE_FLAGS,
+                *sanitize_flags,
                 *(["-DCLMFAST_CUDA"] if nvcc else []),
                 "-isystem",
                 str(torch / "include"),

@@ -55,11 +55,11 @@ class Recorder:
     ) -> None:
         self.readouts = tuple(readouts)
         self.bank = torch.zeros(n_layers, len(readouts), n_points, width, device=device, dtype=dtype)
-        self.norm2 = torch.zeros(n_layers, len(readouts), n_points, device=device)
+        self.norm2 = torch.zeros(n_layers, len(readouts), n_points, device=device, dtype=torch.float32)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.example = torch.full((n_points,), -1, dtype=torch.int64)
+        self.example = torch.full((n_points,), -1, dtype=torch.int64, device="cpu")
         self.n_written = 0
-        self._span = self._span_of_last = (torch.empty(0), torch.empty(0))
+        self._span = self._span_of_last = (torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
 
     @property
     def n_points(self) -> int:
@@ -102,7 +102,7 @@ class Recorder:
 
     def next_rows(self, n: int) -> Tensor:
         """The rows [n] that the next n states will be written to."""
-        return (self.n_written + torch.arange(n)) % self.n_points
+        return (self.n_written + torch.arange(n, device="cpu")) % self.n_points
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs to go on with the same ring."""

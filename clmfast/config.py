@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from clmfast.untrusted import Damaged, one_line, read_json, read_toml, shown
+
 READOUTS = ("instruction_end", "prompt_end", "mean")
 LABEL_KINDS = ("task", "grammar", "instruction", "input", "output", "task_output")
 UNSEEN_SPLITS = ("unseen_pair", "unseen_instruction", "unseen_grammar")
@@ -229,13 +231,6 @@ AT_MOST: dict[str, int] = {
 MOST_LETTERS = 1000  # of the alphabet
 
 
-def _shown(value: object) -> str:
-    """A value that came, in a line."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return f"an integer of {value.bit_length()} bits"  # Python refuses to write those of thousands of digits
-    return str(value)
-
-
 def _check_kinds(name: str, section: Any) -> None:
     """Each setting is of the type of its field, finite and not larger than AT_MOST; ConfigError otherwise."""
     for field_name, kind in get_type_hints(type(section)).items():
@@ -247,12 +242,12 @@ def _check_kinds(name: str, section: Any) -> None:
             if not (isinstance(value, int) or math.isfinite(value)):
                 raise ConfigError(f"{full} must be a finite number, got {value}")
             if abs(value) > LARGEST_FLOAT:
-                raise ConfigError(f"{full} must be at most {LARGEST_FLOAT:g}, got {_shown(value)}")
+                raise ConfigError(f"{full} must be at most {LARGEST_FLOAT:g}, got {one_line(value, 80)}")
         elif kind is int:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{full} must be a whole number, got {value!r}")
             if value > AT_MOST[full]:
-                raise ConfigError(f"{full} must be at most {AT_MOST[full]}, got {_shown(value)}")
+                raise ConfigError(f"{full} must be at most {AT_MOST[full]}, got {one_line(value, 80)}")
         elif kind in (str, bool):
             if not isinstance(value, kind):
                 raise ConfigError(f"{full} must be {'a text' if kind is str else 'true or false'}, got {value!r}")
@@ -289,7 +284,7 @@ def check(config: RunConfig) -> None:
 
     def need(holds: bool, what: str, got: object) -> None:
         if not holds:
-            raise ConfigError(f"{what}, got {_shown(got)}")
+            raise ConfigError(f"{what}, got {one_line(got, 80)}")
 
     if train.graph == "on":
         need(config.device != "cpu", "train.graph must be auto or off where device is cpu", "on")
@@ -405,7 +400,7 @@ def closest(word: str, known: list[str]) -> str:
     """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
     import difflib
 
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:80], known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -414,48 +409,47 @@ def from_file(path: str | Path, base: RunConfig) -> RunConfig:
 
     Unknown keys and wrong types raise ConfigError. A run's own config.json is such a file.
     """
-    import json
-    import tomllib
-
     path = Path(path)
+    name = f"config file {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-        given = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"config file {path} must be readable: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} must be TOML or, if named .json, JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"config file {path} must hold a table of settings, got {type(given).__name__}")
-    return from_dict(given, base, str(path))
+        given = read_json(path, name=name) if path.suffix == ".json" else read_toml(path, name)
+    except Damaged as damage:
+        raise ConfigError(str(damage)) from None
+    return from_dict(given, base, name)
 
 
-def from_dict(given: dict[str, Any], base: RunConfig, where: str) -> RunConfig:
+def from_dict(given: Any, base: RunConfig, where: str) -> RunConfig:
+    """`base` with settings on top that are tables of plain values; ConfigError, beginning with `where`."""
     import dacite  # a twentieth of a second that `--help` need not wait for
 
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} must hold a table of settings, got {shown(given)}")
     merged = dataclasses.asdict(base)
     for key, value in given.items():
         if key not in merged:
-            raise ConfigError(f"{where}: unknown setting {key}{closest(key, list(merged))}")
+            raise ConfigError(f"{where}: unknown setting {one_line(key, 80)}{closest(key, list(merged))}")
         if isinstance(merged[key], dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {key} must be a table of settings, got {value!r}")
+                raise ConfigError(f"{where}: {key} must be a table of settings, got {shown(value)}")
             for name in value:
                 if name not in merged[key]:
-                    raise ConfigError(f"{where}: unknown setting {key}.{name}{closest(name, list(merged[key]))}")
+                    near = closest(name, list(merged[key]))
+                    raise ConfigError(f"{where}: unknown setting {key}.{one_line(name, 80)}{near}")
             merged[key].update(value)
         else:
             merged[key] = value
 
     def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ConfigError(f"{where}: a setting must be no table, got {shown(value)}")
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
     for section in ("task", "model", "train", "measure"):
         merged[section] = {name: tuples(value) for name, value in merged[section].items()}
     try:
         return dacite.from_dict(RunConfig, merged, dacite.Config(strict=True, type_hooks={float: _number}))
-    except dacite.DaciteError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    except (dacite.DaciteError, TypeError, ValueError, ArithmeticError) as error:  # it lets through what types raise
+        raise ConfigError(f"{where}: {one_line(error)}") from None
 
 
 def _number(value: Any) -> Any:

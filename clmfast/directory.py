@@ -21,10 +21,13 @@ from clmfast.files import (
     DamagedCheckpoint,
     checkpoints,
     hold,
+    make_folder,
     read_checkpoint,
     remove_parts,
     write_json,
 )
+from clmfast.schema import check_header
+from clmfast.untrusted import is_there, read_json, refusing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +72,7 @@ def is_empty(path: Path) -> bool:
 def claim(path: Path) -> int:
     """Make the directory of a new run, or take an empty one; returns the lock. ConfigError where a run is there."""
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(exist_ok=True)
+    make_folder(path)
     lock = _hold(path)
     if not is_empty(path):  # another run began, and ended, since we looked
         os.close(lock)
@@ -123,15 +125,12 @@ def config_of(path: Path) -> RunConfig:
 
 def header_of(path: Path) -> dict[str, Any]:
     """meta.json of a run that is to go on; empty where it died before it had one."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_there(path / "meta.json"):
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path / 'meta.json'} must be the header of the run: {error}") from None
-    if not isinstance(meta, dict):
-        raise ConfigError(f"--resume: {path / 'meta.json'} must be the header of the run, got {type(meta).__name__}")
-    return meta
+    with refusing(ConfigError, f"--resume: {path} must have the header of its run"):
+        meta = read_json(path / "meta.json")
+        check_header(meta)
+        return meta
 
 
 def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -164,17 +163,18 @@ def check_same(config: RunConfig, meta: dict[str, Any]) -> int:
 
 
 def newest_state(
-    path: Path, is_written: NDArray[np.bool_], check: Callable[..., None]
+    path: Path, is_written: NDArray[np.bool_], max_bytes: int, check: Callable[..., None]
 ) -> tuple[State | None, list[str]]:
     """(the newest state that the run in `path` can go on from, why those after it cannot be used).
 
     is_written [rows]: the rows that are there; a state needs all that are before it, as nothing computes them again.
+    max_bytes: a larger state is of no such run, and is not read.
     `check(tensors, values)` raises ValueError for a state that is of no such run. None: the run starts from step 0.
     """
     skipped = []
     for folder in reversed(checkpoints(path / "resume")):
         try:
-            tensors, values = read_checkpoint(folder)
+            tensors, values = read_checkpoint(folder, max_bytes)
             check(tensors, values)
             step = values["next_step"]
             if step != int(folder.name):

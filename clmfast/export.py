@@ -17,6 +17,7 @@ from clmfast.files import write_file
 from clmfast.paths import expanded, target
 from clmfast.record import NotARun, Run
 from clmfast.screen import complain, forgiving
+from clmfast.untrusted import computing, one_line
 
 
 def to_parquet(run: Run) -> bytes:
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> int:
         path = expanded(asked.dir)
         file = target(asked.out, "measurements.parquet" if asked.parquet else "measurements.csv", path)
         run = Run(path)
-        write_file(file, to_parquet(run) if asked.parquet else to_csv(run))
+        with computing(NotARun, f"{one_line(path)} must be a run directory with a record to export"):
+            content = to_parquet(run) if asked.parquet else to_csv(run)
+        write_file(file, content)
     except ImportError:
         complain("clmfast.export", "--parquet needs pyarrow: pip install 'clmfast[export]'")
         return 2

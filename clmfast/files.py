@@ -30,6 +30,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clmfast.untrusted import (
+    CHECKPOINT_BYTES,
+    Damaged,
+    array_header,
+    need,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    refusing,
+    sha256_of,
+    tensor_shapes,
+)
+
 PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")  # what is not finished yet, or not removed yet
 CHECKPOINT = re.compile(r"[0-9]{8,18}")  # the step
 LOCK = ".lock"
@@ -59,17 +73,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder in one that exists, if it is not there yet."""
-    with suppress(FileExistsError):
-        os.mkdir(path)
-        _sync_folder(path.parent)
+    """Make a folder, and those above it, if it is not there yet."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+            _sync_folder(path.parent)
 
 
 def remove_parts(folder: Path) -> None:
     """Remove what a process that died did not finish. Only whoever holds the folder may do that."""
     if folder.is_dir():
         for name in filter(PART.fullmatch, os.listdir(folder)):
-            _remove(folder / name)
+            remove(folder / name)
 
 
 def hold(folder: Path) -> int:
@@ -130,7 +146,7 @@ def _write_new(path: Path, fill: Callable[[int], None]) -> None:
         raise
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file, a link or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -142,7 +158,7 @@ def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint; at no moment is there a part of it under its name."""
     part = path.with_name(_part_name(path.name))
     os.rename(path, part)
-    _remove(part)
+    remove(part)
 
 
 def _open_own(path: Path, flags: int) -> int:
@@ -243,17 +259,14 @@ class RowFile:
             done += len(chunk)
 
     def _read_header(self) -> tuple[tuple[int, ...], np.dtype]:
-        with open(os.dup(self._file), "rb") as file:
+        with open(os.dup(self._file), "rb") as file, refusing(ValueError, f"{self.path} must be a file of rows"):
             file.seek(0)
-            try:
-                version = np.lib.format.read_magic(file)
-                if version != (2, 0):
-                    raise ValueError(f"its format must be 2.0, got {version}")
-                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-            except ValueError as error:
-                raise ValueError(f"{self.path} must be a file of rows: {error}") from None
-            self._offset = file.tell()
-        return shape, dtype
+            header = array_header(file.read)
+            n_bytes = header.n_bytes + header.data_bytes
+            n_there = os.fstat(self._file).st_size
+            need(n_there == n_bytes and not header.is_fortran, f"must have {n_bytes:,} bytes, row by row", n_there)
+        self._offset = header.n_bytes
+        return header.shape, header.dtype
 
     def write(self, row: int, values: NDArray) -> None:
         """Write one row, its first value last: where that is there, the row is whole."""
@@ -311,8 +324,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
     }
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     if path.is_dir():
-        with suppress(DamagedCheckpoint):
-            if _verified(path)[1] == digests:
+        with suppress(Damaged):
+            if _verified(path, CHECKPOINT_BYTES)[1] == digests:
                 return
         remove_checkpoint(path)
     contents["manifest.json"] = (json.dumps(digests, indent=1) + "\n").encode()
@@ -328,30 +341,38 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
         os.rename(part, path)
     except BaseException as error:
         with suppress(OSError):
-            _remove(part)
+            remove(part)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 
 
-def _verified(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """(contents, their sha256) of a checkpoint folder; DamagedCheckpoint if they are not those of its manifest."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        contents = {name: (path / name).read_bytes() for name in ("tensors.safetensors", "state.json")}
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} must have a manifest and its files: {error}") from None
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    for name, digest in digests.items():
-        if digest != manifest.get(name):
-            raise DamagedCheckpoint(f"checkpoint {path}: {name} must have the sha256 of its manifest, it does not")
-    return contents, digests
+def read_checkpoint(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, state) of a checkpoint folder; DamagedCheckpoint if it is not what was written.
+
+    `max_bytes` is the most that its tensors may take. They are read for the sum first, in little memory, then again.
+    """
+    with refusing(DamagedCheckpoint, f"checkpoint {path} must be as it was written"):
+        content, _ = _verified(path, max_bytes)
+        with refusing(Damaged, "state.json"):
+            values = parse_json(content)
+            need(isinstance(values, dict), "must hold values by name", values)
+        return read_tensors(path / "tensors.safetensors", max_bytes), values
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, state) of a checkpoint folder; DamagedCheckpoint if it is not what was written."""
-    from safetensors.torch import load
-
-    contents, _ = _verified(path)
-    return load(contents["tensors.safetensors"]), json.loads(contents["state.json"])
+def _verified(path: Path, max_bytes: int) -> tuple[bytes, dict[str, str]]:
+    """(content of state.json, the sha256 of both files) of a checkpoint folder; Damaged if its manifest says others."""
+    tensors, state = "tensors.safetensors", "state.json"
+    manifest = read_json(path / "manifest.json")
+    need(
+        isinstance(manifest, dict) and set(manifest) == {tensors, state},
+        f"manifest.json must name {tensors} and {state} alone",
+        manifest,
+    )
+    content = read_bytes(path / state)
+    tensor_shapes(path / tensors, max_bytes)  # before a file of any size is summed
+    sums = {state: hashlib.sha256(content).hexdigest(), tensors: sha256_of(path / tensors, max_bytes)}
+    for name, found in sums.items():
+        need(found == manifest[name], f"{name} must have the sha256 of its manifest", found)
+    return content, sums

@@ -26,6 +26,10 @@ Tap = Callable[[int, Tensor], None]
 the kept rows alone, [R, D]."""
 
 
+# Whatever torch's default dtype and device are: a seed means the same weights everywhere.
+OF_WEIGHTS: Any = {"device": "cpu", "dtype": torch.float32}
+
+
 class _HoldsWeights(nn.Module):
     """A module that only holds weights, which an op reads: it is never called, so a hook on it would never fire."""
 
@@ -60,12 +64,12 @@ class Block(_HoldsWeights):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_attention = _LayerNorm(config.width)
-        self.qkv = _Linear(config.width, 3 * config.width)
-        self.attention_out = _Linear(config.width, config.width)
-        self.norm_mlp = _LayerNorm(config.width)
-        self.mlp_in = _Linear(config.width, config.mlp_ratio * config.width)
-        self.mlp_out = _Linear(config.mlp_ratio * config.width, config.width)
+        self.norm_attention = _LayerNorm(config.width, **OF_WEIGHTS)
+        self.qkv = _Linear(config.width, 3 * config.width, **OF_WEIGHTS)
+        self.attention_out = _Linear(config.width, config.width, **OF_WEIGHTS)
+        self.norm_mlp = _LayerNorm(config.width, **OF_WEIGHTS)
+        self.mlp_in = _Linear(config.width, config.mlp_ratio * config.width, **OF_WEIGHTS)
+        self.mlp_out = _Linear(config.mlp_ratio * config.width, config.width, **OF_WEIGHTS)
 
     def weights(self) -> tuple[ops.BlockWeights, ops.BlockWeights]:
         """Those of attention and of the MLP."""
@@ -88,11 +92,11 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: int, max_length: int, seed: int) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = _Embedding(vocabulary, config.width)
-        self.position_embedding = _Embedding(max_length, config.width)
+        self.token_embedding = _Embedding(vocabulary, config.width, **OF_WEIGHTS)
+        self.position_embedding = _Embedding(max_length, config.width, **OF_WEIGHTS)
         self.blocks = _ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_out = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, vocabulary, bias=False)
+        self.norm_out = nn.LayerNorm(config.width, **OF_WEIGHTS)
+        self.head = nn.Linear(config.width, vocabulary, bias=False, **OF_WEIGHTS)
         if config.tie_head:
             self.head.weight = self.token_embedding.weight
         self.init_weights(seed)
@@ -102,7 +106,7 @@ class Transformer(nn.Module):
         """Normal(0, init_std) for matrices, Normal(0, embedding_std) for embeddings, 0 for biases, 1 and 0 for norms.
         The two projections that add to the residual stream get init_std / sqrt(2 n_layers), so that its variance does
         not grow with depth (Radford et al. 2019, section 2.3)."""
-        config, generator = self.config, torch.Generator().manual_seed(seed)
+        config, generator = self.config, torch.Generator("cpu").manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)

@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from clmfast.screen import console, is_live, one_line
+from clmfast.screen import MAX_LINE, console, is_live
+from clmfast.untrusted import one_line
 
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
@@ -49,7 +50,7 @@ class Progress:
             f"clmfast: {model.n_parameters:,} weights, {config.model.n_layers} layers of width {config.model.width}, "
             f"{config.steps:,} steps, seed {config.seed}; records in "
         )
-        self.console.print(text.append(one_line(self.path), "bold"), soft_wrap=True)
+        self.console.print(text.append(one_line(self.path, MAX_LINE), "bold"), soft_wrap=True)
         if self.is_live:
             self._live.start()
         return self
@@ -60,7 +61,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(one_line(text), soft_wrap=True)
+        self.console.print(one_line(text, MAX_LINE), soft_wrap=True)
 
     def update(self, step: Step) -> None:
         """Take in a step; prints where it is time to."""
@@ -110,4 +111,4 @@ class Progress:
         self.console.print(table)
         self.console.print(cost_text(run), soft_wrap=True)
         seconds = time.perf_counter() - self._start
-        self.console.print(f"{seconds:.0f} s. Report: {one_line(path / 'report.html')}", soft_wrap=True)
+        self.console.print(f"{seconds:.0f} s. Report: {one_line(path / 'report.html', MAX_LINE)}", soft_wrap=True)

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
+import re
 import time
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clmfast.config import RunConfig, from_file, to_dict
+from clmfast.config import ConfigError, RunConfig, from_file, to_dict
 from clmfast.directory import FOLDERS, write_config
 from clmfast.files import (
     LineFile,
@@ -42,11 +43,26 @@ from clmfast.files import (
 )
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
 from clmfast.needs import n_checkpoints
+from clmfast.schema import check_controls, check_header, read_events, written_rows
+from clmfast.untrusted import (
+    MIB,
+    Archive,
+    Damaged,
+    is_there,
+    names_in,
+    one_line,
+    read_array,
+    read_bytes,
+    read_json,
+    read_table,
+    refusing,
+)
 
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
 
 KEPT_RESUME_STATES = 2
+PROJECTIONS_BYTES = 256 * MIB  # of one readout, unpacked: what can be drawn is far less
 
 
 def is_checkpoint_step(step: int, n_steps: int) -> bool:
@@ -54,19 +70,25 @@ def is_checkpoint_step(step: int, n_steps: int) -> bool:
     return step == n_steps or (step & (step - 1) == 0 if step <= 512 else step % 500 == 0)
 
 
+def state_bytes(training: Training) -> int:
+    """About how much a saved state takes."""
+    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    tensors, _ = training.state()
+    # Two moments of AdamW, which are not there before the first step; a header of names.
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights + MIB // 4
+
+
 def disk_bytes(training: Training) -> int:
     """About how much a run directory will take, before anything is written."""
     config = training.config
     rows = config.steps + 1
-    tensors, _ = training.state()
     weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
-    state = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights  # two moments of AdamW to come
     per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
     report = 6_000_000
     return (
         rows * 8 * (len(training.columns) + 8 + per_task)
         + n_checkpoints(config.steps) * weights
-        + (KEPT_RESUME_STATES + 1) * state * (config.resume_every > 0)
+        + (KEPT_RESUME_STATES + 1) * state_bytes(training) * (config.resume_every > 0)
         + report
     )
 
@@ -163,9 +185,11 @@ class RunWriter:
     def save(self) -> None:
         """Write the state that a resumed run goes on from; all rows before it are on the disk first."""
         self.sync()
-        folder = self.path / "resume"
-        write_checkpoint(folder / f"{self.training.next_step:08d}", *self.training.state())
-        for old in checkpoints(folder)[:-KEPT_RESUME_STATES]:
+        write_checkpoint(self.path / "resume" / f"{self.training.next_step:08d}", *self.training.state())
+        self._remove_old_states()
+
+    def _remove_old_states(self) -> None:
+        for old in checkpoints(self.path / "resume")[:-KEPT_RESUME_STATES]:
             remove_checkpoint(old)
 
     def event(self, event: str, **values: Any) -> None:
@@ -181,8 +205,15 @@ class RunWriter:
             if file is not None:
                 file.sync()
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """All that was recorded is on the disk; what a process that died behind its last state left is tidied up."""
         self.sync()
+        self._remove_old_states()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for file in (self.steps, self.timing, self.per_task, self.events):
             if file is not None:
                 file.close()
@@ -216,7 +247,10 @@ def _estimators(training: Training) -> dict[str, Any]:
 
 
 class NotARun(ValueError):
-    """A folder that is no run directory, or one of another measurement version."""
+    """A folder that is no run directory, a damaged one, or one of another measurement version: one line.
+
+    Also what is read only when it is asked for, such as `Run.events`, raises nothing else.
+    """
 
 
 class Run:
@@ -224,47 +258,71 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
-            table = np.load(self.path / "steps.npy")
-            timing = np.load(self.path / "timing.npy")
-            self.columns = [Column(**{k: v for k, v in c.items() if k not in ("name", "unit")})
-                            for c in self.meta["columns"][1:]]  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NotARun(
-                f"{self.path} must be a run directory with meta.json, steps.npy and timing.npy: {error}"
-            ) from None
-        if self.meta.get("measurement_version") != MEASUREMENT_VERSION or table.shape[1] != 1 + len(self.columns):
-            raise NotARun(
-                f"{self.path} must have measurement version {MEASUREMENT_VERSION} and as many columns as its header, "
-                f"got version {self.meta.get('measurement_version')} and {table.shape[1] - 1} of {len(self.columns)}"
-            )
-        is_written = table[:, 0] > 0
-        self.step: NDArray[np.int64] = table[is_written, 0].astype(np.int64) - 1
-        self.values: NDArray[np.float64] = table[is_written, 1:]
-        self.timing = dict(zip(self.meta["timing_columns"][1:], timing[is_written, 1:].T, strict=True))
-        self._is_written = is_written
+        with self._refusing():
+            self.meta: dict[str, Any] = read_json(self.path / "meta.json")
+            with refusing(Damaged, "meta.json"):
+                self.columns = check_header(self.meta)
+            table, first = read_table(self.path / "steps.npy", 1 + len(self.columns))
+            # Read after the steps, and written before them: every row that the steps have is there.
+            names = self.meta["timing_columns"]
+            timing = read_array(self.path / "timing.npy", np.float64, (len(table), len(names)))
+            with refusing(Damaged, "steps.npy"):
+                self._written = written_rows(first)
+        self._n_rows = len(table)
+        self.step: NDArray[np.int64] = first[self._written].astype(np.int64) - 1
+        self.values: NDArray[np.float64] = table[self._written, 1:]
+        self.timing = dict(zip(names[1:], timing[self._written, 1:].T, strict=True))
         self._at = {column.name: i for i, column in enumerate(self.columns)}
+
+    def _refusing(self) -> AbstractContextManager[None]:
+        what = f"{one_line(self.path)} must be a run directory with meta.json, steps.npy and timing.npy"
+        return refusing(NotARun, what)
 
     @cached_property
     def config(self) -> RunConfig:
-        return from_file(self.path / "config.json", RunConfig())
+        try:
+            return from_file(self.path / "config.json", RunConfig())
+        except ConfigError as error:
+            raise NotARun(f"{one_line(self.path)} must be a run directory with its config: {error}") from None
+
+    @cached_property
+    def _read_events(self) -> tuple[list[dict[str, Any]], list[str]]:
+        path = self.path / "events.jsonl"
+        with self._refusing():
+            if not is_there(path):
+                return [], []
+            content = read_bytes(path)
+            with refusing(Damaged, path.name):
+                return read_events(content)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        """Every line of events.jsonl that is whole."""
+        return self._read_events[0]
+
+    @cached_property
+    def damaged_events(self) -> list[str]:
+        """What is wrong with each line of events.jsonl that is no event: the record is readable without it."""
+        return self._read_events[1]
 
     @cached_property
     def controls(self) -> list[dict[str, Any]]:
         path = self.path / "controls.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        with self._refusing():
+            found = read_json(path) if is_there(path) else []
+            with refusing(Damaged, path.name):
+                check_controls(found)
+        return found
 
     @cached_property
     def per_task(self) -> NDArray[np.float64] | None:
         """Neighbour purity of each task in the window [rows, layers, readouts, tasks]."""
         path = self.path / "per_task.npy"
-        return np.load(path)[self._is_written] if path.exists() else None
+        if not is_there(path):
+            return None
+        shape = (self._n_rows, len(self.layers), len(self.readouts), self.meta["n_tasks"])
+        with self._refusing():
+            return read_array(path, np.float64, shape)[self._written]
 
     @property
     def layers(self) -> range:
@@ -292,10 +350,20 @@ class Run:
 
     def snapshots(self, readout: str) -> dict[int, dict[str, NDArray]]:
         """Projections by step: `plane` [layers, points, 2], `share` [layers] and the labels of the points."""
-        found = {}
-        for path in sorted((self.path / "projections").glob(f"[0-9]*-{readout}.npz")):
-            with np.load(path) as arrays:
-                found[int(path.name.split("-")[0])] = dict(arrays)
+        found: dict[int, dict[str, NDArray]] = {}
+        left = PROJECTIONS_BYTES
+        folder = self.path / "projections"
+        with self._refusing():
+            for name in names_in(folder) if is_there(folder) else []:
+                match = re.fullmatch(r"([0-9]{8,12})-(.+)\.npz", name, re.ASCII)
+                if match is None or match[2] != readout:
+                    continue
+                archive = Archive(folder / name, max_unpacked=left)
+                plane = archive.read("plane", "f", (len(self.layers), None, 2))
+                arrays = {"plane": plane, "share": archive.read("share", "f", (len(self.layers),))}
+                arrays |= {label: archive.read(label, "iu", (plane.shape[1],)) for label in list(archive)}
+                left -= sum(array.nbytes for array in arrays.values())
+                found[int(match[1])] = arrays
         return found
 
     def long(self) -> dict[str, NDArray]:

@@ -16,13 +16,14 @@ import plotly.graph_objects as go
 import plotly.io
 
 from clmfast import plot
-from clmfast.config import ConfigError
+from clmfast.config import ConfigError, to_dict
 from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, HEADLINE_SPLIT, best_layer, findings
 from clmfast.measure.catalogue import MEASURES
 from clmfast.paths import expanded, target
 from clmfast.record import NotARun, Run
 from clmfast.screen import complain, forgiving
+from clmfast.untrusted import computing, one_line
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1.5em; }
@@ -59,6 +60,7 @@ def cost_text(run: Run) -> str:
 def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
     """(title, explanation, figure) of every picture that the run has the records for."""
     found: list[tuple[str, str, go.Figure]] = []
+    what_it_cost = cost_text(run)
     has_window, has_probe = run.has("window"), run.has("probe")
     headline = HEADLINE_READOUT if HEADLINE_READOUT in run.readouts else (run.readouts or [""])[0]
     top = best_layer(run, headline) if has_probe else (run.layers[-1] if has_window else None)
@@ -127,7 +129,7 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
                     figure,
                 )
             )
-    found.append(("What measuring cost", cost_text(run), plot.cost(run)))
+    found.append(("What measuring cost", what_it_cost, plot.cost(run)))
     return found
 
 
@@ -172,7 +174,7 @@ def page(run: Run) -> str:
         f"seed {config.seed}; {meta['machine']['cpu']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
     )
     parts = [
-        f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(facts)}</p>",
+        f"<h1>Do hidden states cluster by task?</h1><p class='quiet'>{html.escape(one_line(facts, 1000))}</p>",
         "<p>A causal Transformer learns to follow instructions. Each row is a claim of Wu &amp; Varshney "
         "(arXiv 2402.12151), read from this run: the states at the end of the instruction, after the last step.</p>",
         table(rows, ["claim (finding of the paper)", "this run", "bar", ""]),
@@ -182,6 +184,9 @@ def page(run: Run) -> str:
     if told := history(run):
         items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
         parts.append(f"<p>What happened to this run:</p><ul>{items}</ul>")
+    if run.damaged_events:
+        lost = f"{len(run.damaged_events)} lines of events.jsonl could not be read: {run.damaged_events[0]}"
+        parts.append(f"<p class='fails'>{html.escape(lost)}</p>")
     for i, (title, text, figure) in enumerate(sections(run)):
         picture = plotly.io.to_html(
             figure, full_html=False, include_plotlyjs=i == 0, div_id=f"picture{i}",
@@ -189,9 +194,11 @@ def page(run: Run) -> str:
         )  # fmt: skip
         parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{picture}")
     used = sorted({column.measure for column in run.columns})
-    meanings = [[f"<code>{m}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used]
+    meanings = [
+        [f"<code>{html.escape(m)}</code>", html.escape(MEASURES[m].text), html.escape(MEASURES[m].chance)] for m in used
+    ]
     settings = {
-        "config": json.loads((run.path / "config.json").read_text(encoding="utf-8")),
+        "config": to_dict(config),
         "estimators": meta["estimators"],
         "choices": meta["choices"],
         "grammars": meta["grammars"],
@@ -210,7 +217,10 @@ def page(run: Run) -> str:
 def write_report(path: Path, out: str | Path | None = None) -> Path:
     """Draw the report of a run directory into it, or to `out`, a file or a folder; returns the page's path."""
     file = target(out, "report.html", path)
-    write_file(file, page(Run(path)))
+    run = Run(path)
+    with computing(NotARun, f"{one_line(path)} must be a run directory with all that its report shows"):
+        content = page(run).encode()
+    write_file(file, content)
     return file
 
 

@@ -171,17 +171,17 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
                 lock = directory.claim(path)
             else:
                 path, lock = directory.claim_free_name(path, config.seed)
-        writer = RunWriter(path, training, TIMING_COLUMNS)
-        here = header(choices, torch.__version__)
-        notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
-        with Progress(training, path) as progress:
-            for note in notes:
-                progress.note(note)
-            exit_code = follow(training, writer, progress)
-            if exit_code in (0, DIVERGED, STOPPED_BY + signal.SIGINT):
-                progress.note("measuring the controls and drawing the report")
-                finish(training, writer)
-        writer.close()
+        with RunWriter(path, training, TIMING_COLUMNS) as writer:
+            here = header(choices, torch.__version__)
+            notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
+            with Progress(training, path) as progress:
+                for note in notes:
+                    progress.note(note)
+                exit_code = follow(training, writer, progress)
+                if exit_code in (0, DIVERGED, STOPPED_BY + signal.SIGINT):
+                    progress.note("measuring the controls and drawing the report")
+                    finish(training, writer)
+            writer.end()
         if exit_code in (0, DIVERGED):
             progress.summary(path)
     finally:
@@ -200,11 +200,14 @@ def begin(training: Training, writer: RunWriter, here: dict[str, Any]) -> list[s
 
 def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Take over the newest state of a run that was stopped; returns what its user should know."""
+    from clmfast.record import state_bytes
+
     if not meta:  # it died before it had a header, and so before any row
         return begin(training, writer, here)
     notes = []
-    is_written = writer.steps.is_written()
-    state, skipped = directory.newest_state(writer.path, is_written, training.check_state)
+    state, skipped = directory.newest_state(
+        writer.path, writer.steps.is_written(), 2 * state_bytes(training), training.check_state
+    )
     for reason in skipped:
         writer.event("state_skipped", step=0, reason=reason)
         notes.append(f"a saved state could not be used: {reason}")

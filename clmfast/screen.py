@@ -18,9 +18,11 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from clmfast.untrusted import one_line
+
 PLAIN_WIDTH = 160  # columns of the table where there is no terminal to ask
 MIN_WIDTH = 40  # a terminal that says it is narrower gets long lines: letters below each other say nothing
-MAX_LINE = 2000  # characters of an error message; what came may be a whole file
+MAX_LINE = 5000  # characters of a message: a path may have 4096, and what came may be a whole file
 PATIENCE_S = 10.0  # how long a stream that does not block may be full before a text is dropped
 
 
@@ -140,15 +142,7 @@ def is_live(on: Console) -> bool:
     return on.file.isatty() and on.is_terminal and not on.is_dumb_terminal and bool(os.environ.get("TERM", ""))
 
 
-def one_line(text: object) -> str:
-    """The text with what would break a line, or steer a terminal, as escapes; of a very long one both ends."""
-    shown = str(text)
-    if len(shown) > MAX_LINE:
-        shown = f"{shown[: MAX_LINE // 2]} ... {shown[-MAX_LINE // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
 def complain(who: str, what: object) -> None:
     """One line on stderr."""
     screen = sys.stderr if isinstance(sys.stderr, Screen) else Screen(sys.stderr)
-    screen.write(f"{who}: {one_line(what)}\n")
+    screen.write(f"{who}: {one_line(what, MAX_LINE)}\n")

@@ -49,7 +49,7 @@ class Inputs:
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         is_gpu = device.type == "cuda"
         sizes = [math.prod(shape) for shape in shapes.values()]
-        self._of_host: Tensor = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=is_gpu)
+        self._of_host: Tensor = torch.zeros(sum(sizes), dtype=torch.int64, device="cpu", pin_memory=is_gpu)
         self._of_device: Tensor = self._of_host.to(device) if is_gpu else self._of_host
         self.host, self.on_device = (
             {name: x.view(shapes[name]) for name, x in zip(shapes, whole.split(sizes), strict=True)}

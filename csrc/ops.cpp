@@ -9,10 +9,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -23,6 +22,7 @@
 #include "capture.h"
 #include "cpu/isa.h"
 #include "grid.h"
+#include "guard.h"
 #include "kmeans.h"
 #include "knn.h"
 #include "partition.h"
@@ -34,60 +34,28 @@
 namespace clmfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 // ---- what the checks are made of
-
-// Throws what Python sees as a ValueError with this text.
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
-std::string shape(const Tensor& x) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
-  text << ']';
-  return text.str();
-}
-
-bool has_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  if (x.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t i = 0;
-  for (int64_t size : sizes)
-    if (x.size(i++) != size) return false;
-  return true;
-}
 
 bool is_point_type(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-bool is_same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
-
 void require_points(const char* op, const char* name, const Tensor& points) {
   require(points.dim() == 3, op, ": ", name, " must be [S, N, D], got ", shape(points));
-  require(is_point_type(points.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16");
+  require(is_point_type(points.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, got ",
+          dtype(points));
   require(points.size(1) < int64_t{1} << 31, op, ": N must be below 2^31, got N=", points.size(1));
   require(points.size(2) < int64_t{1} << 20, op, ": D must be below 2^20, got D=", points.size(2));
 }
 
 void require_int64(const char* op, const char* name, const Tensor& x, const Tensor& beside) {
-  require(x.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64");
-  require(is_same_device(x, beside), op, ": all tensors must be on one device, but ", name, " is on another");
+  require(x.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64, got ", dtype(x));
+  require_there(op, name, x, beside);
 }
 
-// ---- what the CPU implementations are given
-
-void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  isa();  // what it throws would lose its text inside of torch's pool
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+void require_float(const char* op, const char* name, const Tensor& x, const Tensor& beside) {
+  require(x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ", dtype(x));
+  require_there(op, name, x, beside);
 }
 
 // Whether the launchers of csrc/cuda are built in. Without them no op is registered for a GPU.
@@ -98,22 +66,6 @@ constexpr bool HAS_CUDA = false;
 #endif
 
 bool is_on_gpu(const Tensor& x) { return HAS_CUDA && x.is_cuda(); }
-
-Tensor dense_float(const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float)); }
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 void copy_strides(const Tensor& x, int64_t* strides) {
   for (int64_t i = 0; i < x.dim(); ++i) strides[i] = x.stride(i);
@@ -143,7 +95,9 @@ Element element_of(const Tensor& x) {
 }
 
 // Points as the device at hand reads them: a GPU takes every element type as it is.
-Tensor dense_points_of(const Tensor& x) { return is_on_gpu(x) ? torch::stable::contiguous(x) : dense_float(x); }
+Tensor dense_points_of(const char* op, const Tensor& x) {
+  return is_on_gpu(x) ? dense(op, x) : dense(op, x, ScalarType::Float);
+}
 
 // torch's current stream of a device. The function lies in torch's CUDA library, which a torch for the CPU lacks, and
 // which is already loaded, but not where this library's symbols are looked for.
@@ -172,8 +126,8 @@ void on_gpu_of(const Tensor& x, const Run& run) {
   }
 }
 
-Tensor scratch(const Tensor& like, size_t n_bytes) {
-  return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);
+Tensor scratch(const char* op, const Tensor& like, size_t n_bytes) {
+  return empty(op, like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);
 }
 
 // ---- knn
@@ -181,14 +135,17 @@ Tensor scratch(const Tensor& like, size_t n_bytes) {
 std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTensor& queries,
                                const MaybeTensor& query_group, const MaybeTensor& point_group,
                                const MaybeTensor& within) {
-  require_points("knn", "points", points);
+  const char* name = "knn";
+  require_points(name, "points", points);
+  require_there(name, "points", points, points);
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2);
   if (queries) {
-    require_points("knn", "queries", *queries);
+    require_points(name, "queries", *queries);
     require(queries->size(0) == S && queries->size(2) == D,
             "knn: queries must be [S, Q, D] with the S and D of points ", shape(points), ", got ", shape(*queries));
-    require(queries->scalar_type() == points.scalar_type(), "knn: queries must have the dtype of points");
-    require(is_same_device(*queries, points), "knn: all tensors must be on one device, but queries is on another");
+    require(queries->scalar_type() == points.scalar_type(), "knn: queries must have the dtype of points, ",
+            dtype(points), ", got ", dtype(*queries));
+    require_there(name, "queries", *queries, points);
     require(k >= 1, "knn: k must be at least 1, got k=", k);
   } else {
     require(1 <= k && k < N, "knn: k must be in [1, N), got k=", k, " with N=", N);
@@ -197,28 +154,27 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
   require(query_group.has_value() == point_group.has_value(),
           "knn: barred must give the groups of both queries and points");
   if (query_group) {
-    require_int64("knn", "query_group", *query_group, points);
-    require_int64("knn", "point_group", *point_group, points);
+    require_int64(name, "query_group", *query_group, points);
+    require_int64(name, "point_group", *point_group, points);
     require(has_shape(*query_group, {Q}) && has_shape(*point_group, {N}), "knn: barred must be [Q] and [N] with Q=", Q,
             " and N=", N, ", got ", shape(*query_group), " and ", shape(*point_group));
   }
   if (within) {
-    require(within->scalar_type() == ScalarType::Float, "knn: within must be float32");
+    require_float(name, "within", *within, points);
     require(has_shape(*within, {S, Q}), "knn: within must be [S, Q] with S=", S, " and Q=", Q, ", got ",
             shape(*within));
-    require(is_same_device(*within, points), "knn: all tensors must be on one device, but within is on another");
   }
-  Tensor dist2 = empty(points, {S, Q, k}, ScalarType::Float), index = empty(points, {S, Q, k}, ScalarType::Long);
-  Tensor dense_points = dense_points_of(points);
-  MaybeTensor dense_queries, dense_query_group, dense_point_group, dense_within;
-  if (queries) dense_queries = dense_points_of(*queries);
-  if (query_group) dense_query_group = torch::stable::contiguous(*query_group);
-  if (point_group) dense_point_group = torch::stable::contiguous(*point_group);
-  if (within) dense_within = torch::stable::contiguous(*within);
+  Tensor dist2 = empty(name, points, {S, Q, k}, ScalarType::Float);
+  Tensor index = empty(name, points, {S, Q, k}, ScalarType::Long);
+  if (dist2.numel() == 0) return {dist2, index};
+  const Tensor dense_points = dense_points_of(name, points);
+  const MaybeTensor dense_queries = queries ? MaybeTensor(dense_points_of(name, *queries)) : std::nullopt;
+  const MaybeTensor dense_query_group = dense(name, query_group), dense_point_group = dense(name, point_group);
+  const MaybeTensor dense_within = dense(name, within);
   Knn op;
-  op.points = static_cast<const float*>(dense_points.const_data_ptr());
-  op.queries = queries ? static_cast<const float*>(dense_queries->const_data_ptr()) : nullptr;
-  op.is_self = !queries;  // not a null pointer, which an empty tensor has as well
+  op.points = data<float>(dense_points);
+  op.queries = queries ? data<float>(*dense_queries) : nullptr;
+  op.is_self = !queries;
   op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
   op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
   op.within = within ? data<float>(*dense_within) : nullptr;
@@ -227,7 +183,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
   op.index = mutable_data<int64_t>(index);
   if (is_on_gpu(points))
     on_gpu_of(points, [&](CudaStream stream) {
-      Tensor memory = scratch(points, knn_cuda_scratch(op));
+      Tensor memory = scratch(name, points, knn_cuda_scratch(op));
       knn_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
   else
@@ -243,26 +199,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
                                                   const MaybeTensor& within, const MaybeTensor& beyond,
                                                   const MaybeTensor& point, const MaybeTensor& reach,
                                                   const MaybeTensor& sum) {
-  require_points("kmeans", "points", points);
+  const char* name = "kmeans";
+  require_points(name, "points", points);
+  require_there(name, "points", points, points);
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
   require(1 <= K && K <= N, "kmeans: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
   require(n_init >= 1, "kmeans: n_init must be at least 1, got n_init=", n_init);
+  require(n_init < int64_t{1} << 31, "kmeans: n_init must be below 2^31, got n_init=", n_init);
   require(max_iter >= 1, "kmeans: max_iter must be at least 1, got max_iter=", max_iter);
+  // A GPU is told of all iterations beforehand.
+  require(max_iter <= int64_t{1} << 20, "kmeans: max_iter must be at most 2^20, got max_iter=", max_iter);
   require(tol >= 0, "kmeans: tol must not be negative, got tol=", tol);
   if (init) {
     require(has_shape(*init, {S, K, D}), "kmeans: init must be [S, K, D] = [", S, ", ", K, ", ", D, "], got ",
             shape(*init));
-    require(is_point_type(init->scalar_type()), "kmeans: init must be float32, bfloat16 or float16");
-    require(is_same_device(*init, points), "kmeans: all tensors must be on one device, but init is on another");
+    require(is_point_type(init->scalar_type()), "kmeans: init must be float32, bfloat16 or float16, got ", dtype(*init));
+    require_there(name, "init", *init, points);
     require(n_init == 1, "kmeans: n_init must be 1 when init is a tensor, got n_init=", n_init);
   }
-  Tensor label = empty(points, {S, N}, ScalarType::Long), centroid = empty(points, {S, K, D}, ScalarType::Float);
-  Tensor inertia = empty(points, {S}, ScalarType::Double), n_iter = empty(points, {S}, ScalarType::Long);
-  Tensor dense_points = dense_points_of(points);
-  MaybeTensor dense_init;
-  if (init) dense_init = dense_float(*init);
+  // Of every restart of every set: a label, bounds and a distance of each point, and the clusters' centroids and sums.
+  const double of_restart = static_cast<double>(N) * (GROUPS + 8) * 4 + static_cast<double>(K) * D * 20;
+  require_memory(name, "restarts, n_init=" + std::to_string(n_init),
+                 static_cast<double>(S) * static_cast<double>(n_init) * of_restart, points.is_cpu());
+  Tensor label = empty(name, points, {S, N}, ScalarType::Long);
+  Tensor centroid = empty(name, points, {S, K, D}, ScalarType::Float);
+  Tensor inertia = empty(name, points, {S}, ScalarType::Double), n_iter = empty(name, points, {S}, ScalarType::Long);
+  const Tensor dense_points = dense_points_of(name, points);
+  const MaybeTensor dense_init = init ? MaybeTensor(dense(name, *init, ScalarType::Float)) : std::nullopt;
   Kmeans op;
-  op.points = static_cast<const float*>(dense_points.const_data_ptr());
+  op.points = data<float>(dense_points);
   op.init = init ? data<float>(*dense_init) : nullptr;
   op.S = S, op.N = N, op.D = D, op.K = K;
   op.start = is_random ? KmeansStart::random : KmeansStart::plus_plus;
@@ -296,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.known = known ? &*known : nullptr;
   if (is_on_gpu(points)) {
     on_gpu_of(points, [&](CudaStream stream) {
-      Tensor memory = scratch(points, kmeans_cuda_scratch(op));
+      Tensor memory = scratch(name, points, kmeans_cuda_scratch(op));
       kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
   } else {
@@ -377,19 +342,26 @@ int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, 
 Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels) {
   const char* name = "separation";
   require_points(name, "points", points);
+  require_there(name, "points", points, points);
   require_int64(name, "label", label, points);
   const int64_t S = points.size(0), N = points.size(1);
   require(has_shape(label, {N}), name, ": label must be [N] with N=", N, ", got ", shape(label));
-  Tensor out = empty(points, {3, S}, ScalarType::Double);
-  Tensor dense_points = dense_points_of(points), dense_label = torch::stable::contiguous(label);
+  require(0 <= n_labels && n_labels < int64_t{1} << 31, name, ": n_labels must be in [0, 2^31), got n_labels=",
+          n_labels);
+  // Every label of every set has its centroid, and a sum to find it from.
+  require_memory(name, "centroids, n_labels=" + std::to_string(n_labels),
+                 static_cast<double>(S) * n_labels * (8 + static_cast<double>(points.size(2)) * 16), points.is_cpu());
+  Tensor out = empty(name, points, {3, S}, ScalarType::Double);
+  if (S == 0) return out;
+  const Tensor dense_points = dense_points_of(name, points), dense_label = dense(name, label);
   Separation op;
-  op.points = static_cast<const float*>(dense_points.const_data_ptr());
+  op.points = data<float>(dense_points);
   op.label = data<int64_t>(dense_label);
   op.S = S, op.N = N, op.D = points.size(2), op.n_labels = n_labels;
   op.out = mutable_data<double>(out);
   if (is_on_gpu(points)) {
     on_gpu_of(points, [&](CudaStream stream) {
-      Tensor memory = scratch(points, separation_cuda_scratch(op));
+      Tensor memory = scratch(name, points, separation_cuda_scratch(op));
       separation_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
     return out;
@@ -400,36 +372,45 @@ Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels) {
 
 // ---- votes
 
-Neighbours neighbours(const char* op, const Tensor& index, const Tensor& label) {
+void require_neighbours(const char* op, const Tensor& index, const Tensor& label) {
   require_int64(op, "index", index, index);
   require_int64(op, "label", label, index);
   require(index.dim() == 3 && label.dim() == 1, op, ": index must be [S, Q, k] and label [N], got ", shape(index),
           " and ", shape(label));
+}
+
+// Of dense tensors.
+Neighbours neighbours(const Tensor& index, const Tensor& label) {
   return {data<int64_t>(index), data<int64_t>(label), index.size(0), index.size(1), index.size(2), label.size(0)};
 }
 
 Tensor majority_vote(const Tensor& index, const Tensor& label) {
   const char* name = "majority_vote";
-  Tensor dense_index = torch::stable::contiguous(index), dense_label = torch::stable::contiguous(label);
-  const Neighbours near = neighbours(name, dense_index, dense_label);
-  Tensor voted = empty(index, {near.S, near.Q}, ScalarType::Long);
+  require_neighbours(name, index, label);
+  Tensor voted = empty(name, index, {index.size(0), index.size(1)}, ScalarType::Long);
+  if (voted.numel() == 0) return voted;
+  const Tensor dense_index = dense(name, index), dense_label = dense(name, label);
+  const Neighbours near = neighbours(dense_index, dense_label);
   if (is_on_gpu(index)) {
     on_gpu_of(index, [&](CudaStream stream) { majority_vote_cuda(near, mutable_data<int64_t>(voted), stream); });
     return voted;
   }
-  require(majority_vote_cpu(near, mutable_data<int64_t>(voted), parallel_for), name, ": index must be in [-1, N), with N=",
-          near.N);
+  require(majority_vote_cpu(near, mutable_data<int64_t>(voted), parallel_for), name,
+          ": index must be in [-1, N), with N=", near.N);
   return voted;
 }
 
 Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& truth, int64_t n_labels) {
   const char* name = "label_shares";
-  Tensor dense_index = torch::stable::contiguous(index), dense_label = torch::stable::contiguous(label);
-  Tensor dense_truth = torch::stable::contiguous(truth);
-  const Neighbours near = neighbours(name, dense_index, dense_label);
+  require_neighbours(name, index, label);
   require_int64(name, "truth", truth, index);
-  require(has_shape(truth, {near.Q}), name, ": truth must be [Q] with Q=", near.Q, ", got ", shape(truth));
-  Tensor out = empty(index, {2, near.S, n_labels}, ScalarType::Double);
+  require(has_shape(truth, {index.size(1)}), name, ": truth must be [Q] with Q=", index.size(1), ", got ",
+          shape(truth));
+  require(n_labels >= 0, name, ": n_labels must not be negative, got n_labels=", n_labels);
+  Tensor out = empty(name, index, {2, index.size(0), n_labels}, ScalarType::Double);
+  if (index.size(0) == 0) return out;
+  const Tensor dense_index = dense(name, index), dense_label = dense(name, label), dense_truth = dense(name, truth);
+  const Neighbours near = neighbours(dense_index, dense_label);
   if (is_on_gpu(index)) {
     on_gpu_of(index, [&](CudaStream stream) {
       label_shares_cuda(near, data<int64_t>(dense_truth), n_labels, mutable_data<double>(out), stream);
@@ -457,14 +438,16 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
                 N = truth.size(truth.dim() - 1);
   require(label.size(label.dim() - 1) == N && (label.dim() == 1 || label.size(0) == S), name,
           ": truth and label must agree in N, and in S where both have it, got ", shape(truth), " and ", shape(label));
+  require(N < int64_t{1} << 31, name, ": N must be below 2^31, got N=", N);
   require(n_truth.has_value() == n_label.has_value(), name, ": give both n_truth and n_label, or neither");
   if (n_truth) {
     require(*n_truth >= 1 && *n_label >= 1 && *n_truth <= (int64_t{1} << 28) / *n_label, name,
             ": n_truth and n_label must be at least 1 and their product at most 2^28, got ", *n_truth, " and ",
             *n_label);
   }
-  Tensor scores = empty(truth, {6, S}, ScalarType::Double);
-  Tensor dense_truth = torch::stable::contiguous(truth), dense_label = torch::stable::contiguous(label);
+  Tensor scores = empty(name, truth, {6, S}, ScalarType::Double);
+  if (S == 0) return scores;
+  const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);
   PartitionScores op;
   op.truth = data<int64_t>(dense_truth);
   op.label = data<int64_t>(dense_label);
@@ -476,7 +459,7 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
   op.scores = mutable_data<double>(scores);
   if (is_on_gpu(truth)) {
     on_gpu_of(truth, [&](CudaStream stream) {
-      Tensor memory = scratch(truth, partition_scores_cuda_scratch(op));
+      Tensor memory = scratch(name, truth, partition_scores_cuda_scratch(op));
       partition_scores_cuda(op, memory.mutable_data_ptr(), stream);
     });
     return scores;
@@ -495,13 +478,14 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
           ": truth must be [V, N] and label [S, N], got ", shape(truth), " and ", shape(label));
   require(0 <= n_truth && n_truth < 1 << 28 && 0 <= n_label && n_label < 1 << 28, name,
           ": n_truth and n_label must be in [0, 2^28), got ", n_truth, " and ", n_label);
-  Tensor score = empty(truth, {truth.size(0), label.size(0)}, ScalarType::Double);
-  Tensor dense_truth = torch::stable::contiguous(truth), dense_label = torch::stable::contiguous(label);
+  require(truth.size(1) < int64_t{1} << 31, name, ": N must be below 2^31, got N=", truth.size(1));
+  Tensor score = empty(name, truth, {truth.size(0), label.size(0)}, ScalarType::Double);
+  const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);
   const AdjustedRand op{data<int64_t>(dense_truth), data<int64_t>(dense_label), truth.size(0), label.size(0),
                         truth.size(1),              n_truth,                    n_label,       mutable_data<double>(score)};
   if (is_on_gpu(truth)) {
     on_gpu_of(truth, [&](CudaStream stream) {
-      Tensor memory = scratch(truth, adjusted_rand_cuda_scratch(op));
+      Tensor memory = scratch(name, truth, adjusted_rand_cuda_scratch(op));
       adjusted_rand_cuda(op, memory.mutable_data_ptr(), stream);
     });
     return score;
@@ -513,11 +497,49 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
 
 // ---- capture_rows
 
+// Whether two elements may lie in one place: not if every stride is longer than all that the shorter ones span.
+bool overlaps_itself(const Tensor& x) {
+  if (x.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t i = 0; i < x.dim(); ++i)
+    if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t spanned = 0;
+  for (auto [stride, size] : dims) {
+    if (stride <= spanned) return true;
+    spanned += stride * (size - 1);
+  }
+  return false;
+}
+
+// Whether a and b may have an element in one place. Interleaved, as columns of one matrix, they do not: then all strides
+// but the shortest are multiples of a period, within which each has a part of its own.
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const char *first_a = static_cast<const char*>(a.const_data_ptr()), *first_b = static_cast<const char*>(b.const_data_ptr());
+  if (first_a + n_bytes_spanned(a) <= first_b || first_b + n_bytes_spanned(b) <= first_a) return false;
+  int64_t period = 0;
+  for (const Tensor* x : {&a, &b})
+    for (int64_t i = 0; i < x->dim(); ++i)
+      if (x->size(i) > 1 && x->stride(i) != 1)
+        period = std::gcd(period, x->stride(i) * static_cast<int64_t>(x->element_size()));
+  if (period == 0) return true;
+  auto width = [](const Tensor& x) {  // of what lies side by side
+    int64_t n = 1;
+    for (int64_t i = 0; i < x.dim(); ++i)
+      if (x.stride(i) == 1) n += x.size(i) - 1;
+    return n * static_cast<int64_t>(x.element_size());
+  };
+  const int64_t apart = ((first_b - first_a) % period + period) % period;
+  return apart < width(a) || apart + width(b) > period;
+}
+
 void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, const Tensor& slot, const Tensor& bank,
                   const Tensor& norm2) {
   const char* name = "capture_rows";
   require(x.dim() == 2 || x.dim() == 3, name, ": x must be [B, T, D] or [n, D], got ", shape(x));
-  require(is_point_type(x.scalar_type()), name, ": x must be float32, bfloat16 or float16");
+  require(is_point_type(x.scalar_type()), name, ": x must be float32, bfloat16 or float16, got ", dtype(x));
+  require_there(name, "x", x, x);
   require_int64(name, "start", start, x);
   require_int64(name, "stop", stop, x);
   require_int64(name, "slot", slot, x);
@@ -532,11 +554,23 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
   require(bank.dim() == 3 && bank.size(0) == R && bank.size(2) == D, name, ": bank must be [R, N, D] with R=", R,
           " and D=", D, ", got ", shape(bank));
   const int64_t N = bank.size(1);
-  require(bank.scalar_type() == x.scalar_type(), name, ": bank must have the dtype of x");
+  require(bank.scalar_type() == x.scalar_type(), name, ": bank must have the dtype of x, ", dtype(x), ", got ",
+          dtype(bank));
   require(has_shape(norm2, {R, N}) && norm2.scalar_type() == ScalarType::Float, name, ": norm2 must be [R, N] = [", R,
-          ", ", N, "] float32, got ", shape(norm2));
-  require(is_same_device(bank, x) && is_same_device(norm2, x), name, ": all tensors must be on one device");
+          ", ", N, "] float32, got ", shape(norm2), " ", dtype(norm2));
+  require_there(name, "bank", bank, x);
+  require_there(name, "norm2", norm2, x);
   require(B <= N, name, ": the batch must fit the bank, got B=", B, " with N=", N);
+  const std::pair<const char*, const Tensor*> of_call[] = {{"bank", &bank},   {"norm2", &norm2}, {"x", &x},
+                                                           {"start", &start}, {"stop", &stop},   {"slot", &slot}};
+  for (size_t i = 0; i < 2; ++i) {  // those that are written
+    require(!overlaps_itself(*of_call[i].second), name, ": ", of_call[i].first,
+            " must have strides that keep its elements apart, got ",
+            strides(*of_call[i].second));
+    for (size_t j = i + 1; j < std::size(of_call); ++j)
+      require(!overlap(*of_call[i].second, *of_call[j].second), name, ": ", of_call[i].first,
+              " must not share memory with ", of_call[j].first);
+  }
   CaptureRows op;
   op.element = element_of(x);
   op.x = x.const_data_ptr();
@@ -560,11 +594,11 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
 
 // ---- attention
 
-void require_qkv(const Tensor& qkv, const MaybeTensor& lengths) {
-  const char* op = "attention";
+void require_qkv(const char* op, const Tensor& qkv, const MaybeTensor& lengths) {
   require(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must be [B, T, 3, H, W], got ", shape(qkv));
   require(is_point_type(qkv.scalar_type()) || qkv.scalar_type() == ScalarType::Double, op,
-          ": qkv must be float32, float64, bfloat16 or float16");
+          ": qkv must be float32, float64, bfloat16 or float16, got ", dtype(qkv));
+  require_there(op, "qkv", qkv, qkv);
   if (!lengths) return;
   require_int64(op, "lengths", *lengths, qkv);
   require(has_shape(*lengths, {qkv.size(0)}), op, ": lengths must be [B] with B=", qkv.size(0), ", got ",
@@ -572,15 +606,14 @@ void require_qkv(const Tensor& qkv, const MaybeTensor& lengths) {
 }
 
 // Every sequence of a padded batch.
-std::vector<Sequence> sequences_of(const Tensor& qkv, const MaybeTensor& lengths) {
+std::vector<Sequence> sequences_of(const char* op, const Tensor& qkv, const MaybeTensor& lengths) {
   const int64_t B = qkv.size(0), T = qkv.size(1);
-  MaybeTensor dense;
-  if (lengths) dense = torch::stable::contiguous(*lengths);
+  const MaybeTensor given = dense(op, lengths);
   std::vector<Sequence> found;
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t length = dense ? data<int64_t>(*dense)[b] : T;
-    require(0 <= length && length <= T, "attention: lengths must be in [0, T], got ", length, " with T=", T);
-    found.push_back({b * T, b * T, b * T + length});
+  for (int64_t b = 0; b < (lengths || qkv.numel() ? B : 0); ++b) {
+    const int64_t length = given ? data<int64_t>(*given)[b] : T;
+    require(0 <= length && length <= T, op, ": lengths must be in [0, T], got ", length, " with T=", T);
+    if (qkv.numel()) found.push_back({b * T, b * T, b * T + length});
   }
   return found;
 }
@@ -589,8 +622,6 @@ std::vector<Sequence> sequences_of(const Tensor& qkv, const MaybeTensor& lengths
 ScalarType computing_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-Tensor dense_as(const Tensor& x, ScalarType type) { return torch::stable::contiguous(torch::stable::to(x, type)); }
 
 template <class T>
 Attention<T> attention_of(const Tensor& qkv) {
@@ -613,13 +644,18 @@ void attention_into(const Tensor& qkv, const std::vector<Sequence>& sequences, c
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const MaybeTensor& lengths) {
-  require_qkv(qkv, lengths);
+  const char* name = "attention";
+  require_qkv(name, qkv, lengths);
   const int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
   const ScalarType type = computing_type(qkv);
-  const std::vector<Sequence> sequences = sequences_of(qkv, lengths);
-  Tensor out = empty(qkv, {B, T, H, W}, type), lse = empty(qkv, {B, T, H}, type), dense = dense_as(qkv, type);
-  (type == ScalarType::Double ? attention_into<double> : attention_into<float>)(dense, sequences, out, lse);
-  return {torch::stable::to(out, qkv.scalar_type()), lse};
+  const std::vector<Sequence> sequences = sequences_of(name, qkv, lengths);
+  Tensor out = empty(name, qkv, {B, T, H, W}, type), lse = empty(name, qkv, {B, T, H}, type);
+  if (qkv.numel())
+    (type == ScalarType::Double ? attention_into<double> : attention_into<float>)(dense(name, qkv, type), sequences,
+                                                                                 out, lse);
+  else
+    torch::stable::zero_(lse);
+  return {dense(name, out, qkv.scalar_type()), lse};
 }
 
 template <class T>
@@ -638,14 +674,26 @@ void attention_backward_into(const Tensor& qkv, const std::vector<Sequence>& seq
 
 Tensor attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                           const MaybeTensor& lengths) {
-  require_qkv(qkv, lengths);
+  const char* name = "attention_backward";
+  require_qkv(name, qkv, lengths);
   const int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), W = qkv.size(4);
   const ScalarType type = computing_type(qkv);
-  Tensor grad = empty(qkv, {B, T, 3, H, W}, type);
-  (type == ScalarType::Double ? attention_backward_into<double> : attention_backward_into<float>)(
-      dense_as(qkv, type), sequences_of(qkv, lengths), dense_as(grad_out, type), dense_as(out, type),
-      torch::stable::contiguous(lse), grad);
-  return torch::stable::to(grad, qkv.scalar_type());
+  const std::pair<const char*, const Tensor*> like_out[] = {{"grad_out", &grad_out}, {"out", &out}};
+  for (auto [what, x] : like_out) {
+    require(has_shape(*x, {B, T, H, W}) && x->scalar_type() == qkv.scalar_type(), name, ": ", what,
+            " must be [B, T, H, W] in the dtype of qkv ", shape(qkv), " ", dtype(qkv), ", got ", shape(*x), " ",
+            dtype(*x));
+    require_there(name, what, *x, qkv);
+  }
+  require(has_shape(lse, {B, T, H}) && lse.scalar_type() == type, name, ": lse must be [B, T, H] as attention of qkv ",
+          shape(qkv), " ", dtype(qkv), " returns it, got ", shape(lse), " ", dtype(lse));
+  require_there(name, "lse", lse, qkv);
+  const std::vector<Sequence> sequences = sequences_of(name, qkv, lengths);
+  Tensor grad = empty(name, qkv, {B, T, 3, H, W}, type);
+  if (qkv.numel())
+    (type == ScalarType::Double ? attention_backward_into<double> : attention_backward_into<float>)(
+        dense(name, qkv, type), sequences, dense(name, grad_out, type), dense(name, out, type), dense(name, lse), grad);
+  return dense(name, grad, qkv.scalar_type());
 }
 
 // ---- the halves of a block
@@ -655,23 +703,29 @@ struct Weights {
   Tensor norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias;
 
   Weights(const char* op, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
-          const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, int64_t between)
-      : norm_weight(torch::stable::contiguous(norm_weight)),
-        norm_bias(torch::stable::contiguous(norm_bias)),
-        in_weight(torch::stable::contiguous(in_weight)),
-        in_bias(torch::stable::contiguous(in_bias)),
-        out_weight(torch::stable::contiguous(out_weight)),
-        out_bias(torch::stable::contiguous(out_bias)) {
+          const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, bool is_attention) {
     require(x.dim() == 2, op, ": x must be [n, D], got ", shape(x));
     const int64_t D = x.size(1), F = in_weight.dim() == 2 ? in_weight.size(0) : -1;
-    const int64_t out_in = between ? between : F;
     require(has_shape(norm_weight, {D}) && has_shape(norm_bias, {D}) && has_shape(in_weight, {F, D}) &&
-                has_shape(in_bias, {F}) && has_shape(out_weight, {D, out_in}) && has_shape(out_bias, {D}),
+                has_shape(in_bias, {F}) && has_shape(out_weight, {D, is_attention ? D : F}) && has_shape(out_bias, {D}),
             op, ": weights must be [D], [D], [F, D], [F], [D, .], [D] with D=", D, ", got ", shape(norm_weight), ", ",
             shape(norm_bias), ", ", shape(in_weight), ", ", shape(in_bias), ", ", shape(out_weight), ", ",
             shape(out_bias));
-    for (const Tensor* w : {&x, &norm_weight, &norm_bias, &in_weight, &in_bias, &out_weight, &out_bias})
-      require(w->scalar_type() == ScalarType::Float, op, ": x and weights must be float32 on the CPU");
+    require(D >= 1 && F >= 1, op, ": D and F must be at least 1, got D=", D, " and F=", F);
+    const std::pair<const char*, const Tensor*> given[] = {
+        {"x", &x},           {"norm_weight", &norm_weight}, {"norm_bias", &norm_bias}, {"in_weight", &in_weight},
+        {"in_bias", &in_bias}, {"out_weight", &out_weight},   {"out_bias", &out_bias}};
+    for (auto [name, w] : given) {
+      require(w->scalar_type() == ScalarType::Float, op, ": x and weights must be float32 on the CPU, got ", dtype(*w),
+              " for ", name);
+      require_there(op, name, *w, x);
+    }
+    this->norm_weight = dense(op, norm_weight);
+    this->norm_bias = dense(op, norm_bias);
+    this->in_weight = dense(op, in_weight);
+    this->in_bias = dense(op, in_bias);
+    this->out_weight = dense(op, out_weight);
+    this->out_bias = dense(op, out_bias);
   }
 
   BlockWeights raw() const {
@@ -683,10 +737,22 @@ struct Weights {
 // Gradients of x and of the six weights, in that order.
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Grads empty_grads(const Tensor& x, const Weights& w) {
-  auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
+Grads empty_grads(const char* op, const Tensor& x, const Weights& w) {
+  auto like = [&](const Tensor& t) {
+    return t.dim() == 1 ? empty(op, t, {t.size(0)}, ScalarType::Float)
+                        : empty(op, t, {t.size(0), t.size(1)}, ScalarType::Float);
+  };
   return {like(x),         like(w.norm_weight), like(w.norm_bias), like(w.in_weight),
           like(w.in_bias), like(w.out_weight),  like(w.out_bias)};
+}
+
+// What a backward pass is given beside the arguments of the forward one: float32 of this shape, made dense.
+Tensor from_forward(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> sizes,
+                    const Tensor& beside) {
+  require(has_shape(x, sizes), op, ": ", name, " must be ", listed(sizes), " as the forward pass has it, got ",
+          shape(x));
+  require_float(op, name, x, beside);
+  return dense(op, x);
 }
 
 BlockGrads raw(const Grads& grads) {
@@ -695,21 +761,24 @@ BlockGrads raw(const Grads& grads) {
           mutable_data<float>(std::get<5>(grads)), mutable_data<float>(std::get<6>(grads))};
 }
 
+// Columns of what an MLP saves.
+int64_t padded(int64_t F) { return (F + HIDDEN_PANEL - 1) / HIDDEN_PANEL * HIDDEN_PANEL; }
+
 // Null for what was not saved.
 float* saved_data(const Tensor& x) { return x.numel() ? mutable_data<float>(x) : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
     const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, bool save) {
-  const Weights weights("mlp_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, 0);
-  const Tensor dense = torch::stable::contiguous(x);
-  const MlpBlock op{weights.raw(), x.size(0), data<float>(dense)};
+  const char* name = "mlp_block";
+  const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, false);
+  const Tensor dense_x = dense(name, x);
+  const MlpBlock op{weights.raw(), x.size(0), data<float>(dense_x)};
   const int64_t n = save ? op.n : 0;
-  Tensor y = empty(x, {op.n, op.weights.D}, ScalarType::Float);
-  Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
-  const int64_t padded_F = (op.weights.F + HIDDEN_PANEL - 1) / HIDDEN_PANEL * HIDDEN_PANEL;
-  Tensor hidden = empty(x, {n, padded_F}, ScalarType::Float);  // the op's own layout inside
-  Tensor slope = empty(x, {n, op.weights.F}, ScalarType::Float);
+  Tensor y = empty(name, x, {op.n, op.weights.D}, ScalarType::Float);
+  Tensor mean = empty(name, x, {n}, ScalarType::Float), rstd = empty(name, x, {n}, ScalarType::Float);
+  Tensor hidden = empty(name, x, {n, padded(op.weights.F)}, ScalarType::Float);  // the op's own layout inside
+  Tensor slope = empty(name, x, {n, op.weights.F}, ScalarType::Float);
   mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
                 parallel_for);
   return {y, mean, rstd, hidden, slope};
@@ -719,12 +788,18 @@ Grads mlp_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& no
                          const Tensor& in_weight, const Tensor& in_bias, const Tensor& out_weight,
                          const Tensor& out_bias, const Tensor& mean, const Tensor& rstd, const Tensor& hidden,
                          const Tensor& slope) {
-  const Weights weights("mlp_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, 0);
-  const Tensor dense = torch::stable::contiguous(x), dense_grad = torch::stable::contiguous(grad_y);
-  const MlpBlock op{weights.raw(), x.size(0), data<float>(dense)};
-  Grads grads = empty_grads(dense, weights);
-  mlp_block_backward_cpu(op, {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
-                         data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads), parallel_for);
+  const char* name = "mlp_block_backward";
+  const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, false);
+  const int64_t n = x.size(0), D = x.size(1), F = in_weight.size(0);
+  const Tensor dense_x = dense(name, x), dense_grad = from_forward(name, "grad_y", grad_y, {n, D}, x);
+  const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x), from_forward(name, "rstd", rstd, {n}, x),
+                          from_forward(name, "hidden", hidden, {n, padded(F)}, x),
+                          from_forward(name, "slope", slope, {n, F}, x)};
+  const MlpBlock op{weights.raw(), n, data<float>(dense_x)};
+  Grads grads = empty_grads(name, x, weights);
+  mlp_block_backward_cpu(
+      op, {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3])},
+      data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads), parallel_for);
   return grads;
 }
 
@@ -738,16 +813,17 @@ void require_ascending(const char* op, const char* name, const Tensor& rows, int
 
 // The indices of an AttentionBlock, dense and checked; they keep it alive.
 struct Packed {
+  const char* op;
   Tensor x, offset;
   MaybeTensor kept, prefix, source;
 
-  Packed(const Tensor& x, const Tensor& offset, const MaybeTensor& kept, const MaybeTensor& prefix,
+  Packed(const char* op, const Tensor& x, const Tensor& offset, const MaybeTensor& kept, const MaybeTensor& prefix,
          const MaybeTensor& source)
-      : x(torch::stable::contiguous(x)), offset(torch::stable::contiguous(offset)) {
-    const char* op = "attention_block";
+      : op(op), x(dense(op, x)) {
     const int64_t n = source ? source->numel() : x.size(0);
     require_int64(op, "offset", offset, x);
     require(offset.dim() == 1 && offset.numel() >= 1, op, ": offset must be [B + 1], got ", shape(offset));
+    this->offset = dense(op, offset);
     const int64_t* at = data<int64_t>(this->offset);
     const int64_t B = offset.numel() - 1;
     require(at[0] == 0 && at[B] == n, op, ": offset must run from 0 to n=", n, ", got ", at[0], " to ", at[B]);
@@ -756,14 +832,14 @@ struct Packed {
     if (kept) {
       require_int64(op, "kept", *kept, x);
       require(kept->dim() == 1, op, ": kept must be [R], got ", shape(*kept));
-      this->kept = torch::stable::contiguous(*kept);
+      this->kept = dense(op, *kept);
       require_ascending(op, "kept", *this->kept, n);
     }
     if (source) {
       require_int64(op, "source", *source, x);
       require(source->dim() == 1, op, ": source must be [n_tokens], got ", shape(*source));
       require(kept && !prefix, op, ": source must come with kept and without prefix");
-      this->source = torch::stable::contiguous(*source);
+      this->source = dense(op, *source);
       const int64_t *row = data<int64_t>(*this->source), *token = data<int64_t>(*this->kept);
       for (int64_t i = 0; i < n; ++i)
         require(0 <= row[i] && row[i] < x.size(0), op, ": source must be in [0, ", x.size(0), "), got ", row[i]);
@@ -773,18 +849,19 @@ struct Packed {
     if (!prefix) return;
     require_int64(op, "prefix", *prefix, x);
     require(has_shape(*prefix, {B}), op, ": prefix must be [B] with B=", B, ", got ", shape(*prefix));
-    this->prefix = torch::stable::contiguous(*prefix);
+    this->prefix = dense(op, *prefix);
+    const int64_t* before = data<int64_t>(*this->prefix);
     for (int64_t b = 0; b < B; ++b) {
-      const int64_t of = data<int64_t>(*this->prefix)[b];
-      require(-1 <= of && of < B, op, ": prefix must be -1 or a sequence below ", B, ", got ", of);
+      require(-1 <= before[b] && before[b] < B, op, ": prefix must be -1 or a sequence below ", B, ", got ", before[b]);
+      require(before[b] < 0 || before[before[b]] < 0, op, ": a prefix must have no prefix itself, got ", before[b],
+              " for sequence ", b);
     }
   }
 
   AttentionBlock raw(const Weights& weights, int64_t n_heads) const {
     const BlockWeights w = weights.raw();
     require(n_heads >= 1 && w.D % n_heads == 0 && w.F == 3 * w.D,
-            "attention_block: in_weight must be [3 D, D] and n_heads must divide D, got n_heads=", n_heads,
-            " with D=", w.D);
+            op, ": in_weight must be [3 D, D] and n_heads must divide D, got n_heads=", n_heads, " with D=", w.D);
     return {w,
             x.size(0),
             source ? source->numel() : x.size(0),
@@ -803,15 +880,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_blo
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& in_weight,
     const Tensor& in_bias, const Tensor& out_weight, const Tensor& out_bias, int64_t n_heads, const Tensor& offset,
     const MaybeTensor& kept, const MaybeTensor& prefix, const MaybeTensor& source, bool save) {
-  const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
-                        x.size(x.dim() - 1));
-  const Packed packed(x, offset, kept, prefix, source);
+  const char* name = "attention_block";
+  const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, true);
+  const Packed packed(name, x, offset, kept, prefix, source);
   const AttentionBlock op = packed.raw(weights, n_heads);
   const int64_t n = save ? op.n : 0, D = op.weights.D;
-  Tensor y = empty(x, {op.R, D}, ScalarType::Float);
-  Tensor mean = empty(x, {n}, ScalarType::Float), rstd = empty(x, {n}, ScalarType::Float);
-  Tensor q = empty(x, {op.R, D}, ScalarType::Float), kv = empty(x, {op.n, 2, D}, ScalarType::Float);
-  Tensor mixed = empty(x, {op.R, D}, ScalarType::Float), lse = empty(x, {op.R, n_heads}, ScalarType::Float);
+  Tensor y = empty(name, x, {op.R, D}, ScalarType::Float);
+  Tensor mean = empty(name, x, {n}, ScalarType::Float), rstd = empty(name, x, {n}, ScalarType::Float);
+  Tensor q = empty(name, x, {op.R, D}, ScalarType::Float), kv = empty(name, x, {op.n, 2, D}, ScalarType::Float);
+  Tensor mixed = empty(name, x, {op.R, D}, ScalarType::Float), lse = empty(name, x, {op.R, n_heads}, ScalarType::Float);
   attention_block_cpu(op, mutable_data<float>(y),
                       {saved_data(mean), saved_data(rstd), mutable_data<float>(q), mutable_data<float>(kv),
                        mutable_data<float>(mixed), mutable_data<float>(lse)},
@@ -825,15 +902,19 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
                                const MaybeTensor& kept, const MaybeTensor& source, const Tensor& mean,
                                const Tensor& rstd, const Tensor& q, const Tensor& kv, const Tensor& mixed,
                                const Tensor& lse) {
-  const Weights weights("attention_block", x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias,
-                        x.size(x.dim() - 1));
-  const Packed packed(x, offset, kept, std::nullopt, source);
+  const char* name = "attention_block_backward";
+  const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, true);
+  const Packed packed(name, x, offset, kept, std::nullopt, source);
   const AttentionBlock op = packed.raw(weights, n_heads);
-  const Tensor dense_grad = torch::stable::contiguous(grad_y);
-  Grads grads = empty_grads(packed.x, weights);
+  const int64_t n = op.n, R = op.R, D = op.weights.D;
+  const Tensor dense_grad = from_forward(name, "grad_y", grad_y, {R, D}, x);
+  const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x),      from_forward(name, "rstd", rstd, {n}, x),
+                          from_forward(name, "q", q, {R, D}, x),         from_forward(name, "kv", kv, {n, 2, D}, x),
+                          from_forward(name, "mixed", mixed, {R, D}, x), from_forward(name, "lse", lse, {R, n_heads}, x)};
+  Grads grads = empty_grads(name, x, weights);
   attention_block_backward_cpu(op,
-                               {mutable_data<float>(mean), mutable_data<float>(rstd), mutable_data<float>(q),
-                                mutable_data<float>(kv), mutable_data<float>(mixed), mutable_data<float>(lse)},
+                               {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3]),
+                                saved_data(saved[4]), saved_data(saved[5])},
                                data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads),
                                parallel_for);
   return grads;
@@ -843,15 +924,15 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
 
 constexpr size_t N_WEIGHTS = 6, N_SAVED = 11;  // of a half; of a block: attention's six, what lies between, mlp's four
 
-void require_blocks(const std::vector<Tensor>& weights) {
-  require(!weights.empty() && weights.size() % (2 * N_WEIGHTS) == 0, "transformer_blocks: weights must be ",
-          2 * N_WEIGHTS, " for each of one or more blocks, got ", weights.size());
+void require_blocks(const char* op, const std::vector<Tensor>& weights) {
+  require(!weights.empty() && weights.size() % (2 * N_WEIGHTS) == 0, op, ": weights must be ", 2 * N_WEIGHTS,
+          " for each of one or more blocks, got ", weights.size());
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> transformer_blocks(
     const Tensor& x, std::vector<Tensor> weights, int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
     const MaybeTensor& kept, const MaybeTensor& prefix, const MaybeTensor& source, bool save) {
-  require_blocks(weights);
+  require_blocks("transformer_blocks", weights);
   Tensor y = x;
   std::vector<Tensor> states, saved;
   for (auto w = weights.begin(); w != weights.end(); w += 2 * N_WEIGHTS) {
@@ -872,10 +953,12 @@ std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tens
                                                 std::vector<Tensor> states, std::vector<Tensor> saved,
                                                 int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
                                                 const MaybeTensor& kept, const MaybeTensor& source) {
-  require_blocks(weights);
+  const char* name = "transformer_blocks_backward";
+  require_blocks(name, weights);
   const size_t n_blocks = weights.size() / (2 * N_WEIGHTS);
   require(states.size() == n_blocks - 1 && saved.size() == n_blocks * N_SAVED,
-          "transformer_blocks_backward: states and saved must be those of the forward pass");
+          name, ": states and saved must be those of the forward pass, ", n_blocks - 1, " and ", n_blocks * N_SAVED,
+          " tensors, got ", states.size(), " and ", saved.size());
   std::vector<Tensor> grads(1 + weights.size());
   grads[0] = grad_y;
   auto take = [&](size_t first, Grads half) {
@@ -898,14 +981,29 @@ std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tens
 // What CPU and GPU both have.
 template <class Library>
 void implement_measures(Library& m) {
-  m.impl("knn", TORCH_BOX(&knn));
-  m.impl("kmeans", TORCH_BOX(&kmeans));
-  m.impl("separation", TORCH_BOX(&separation));
-  m.impl("majority_vote", TORCH_BOX(&majority_vote));
-  m.impl("label_shares", TORCH_BOX(&label_shares));
-  m.impl("partition_scores", TORCH_BOX(&partition_scores));
-  m.impl("adjusted_rand", TORCH_BOX(&adjusted_rand));
-  m.impl("capture_rows", TORCH_BOX(&capture_rows));
+  CLMFAST_IMPLEMENT(m, knn);
+  CLMFAST_IMPLEMENT(m, kmeans);
+  CLMFAST_IMPLEMENT(m, separation);
+  CLMFAST_IMPLEMENT(m, majority_vote);
+  CLMFAST_IMPLEMENT(m, label_shares);
+  CLMFAST_IMPLEMENT(m, partition_scores);
+  CLMFAST_IMPLEMENT(m, adjusted_rand);
+  CLMFAST_IMPLEMENT(m, capture_rows);
+}
+
+// What a CPU alone has.
+template <class Library>
+void implement_on_cpu(Library& m) {
+  CLMFAST_IMPLEMENT(m, ring_to_grid);
+  CLMFAST_IMPLEMENT(m, ring_knn);
+  CLMFAST_IMPLEMENT(m, attention);
+  CLMFAST_IMPLEMENT(m, attention_backward);
+  CLMFAST_IMPLEMENT(m, mlp_block);
+  CLMFAST_IMPLEMENT(m, mlp_block_backward);
+  CLMFAST_IMPLEMENT(m, attention_block);
+  CLMFAST_IMPLEMENT(m, attention_block_backward);
+  CLMFAST_IMPLEMENT(m, transformer_blocks);
+  CLMFAST_IMPLEMENT(m, transformer_blocks_backward);
 }
 
 }  // namespace
@@ -964,16 +1062,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(clmfast, CPU, m) {
   clmfast::implement_measures(m);
-  m.impl("ring_to_grid", TORCH_BOX(&clmfast::ring_to_grid));
-  m.impl("ring_knn", TORCH_BOX(&clmfast::ring_knn));
-  m.impl("attention", TORCH_BOX(&clmfast::attention));
-  m.impl("attention_backward", TORCH_BOX(&clmfast::attention_backward));
-  m.impl("mlp_block", TORCH_BOX(&clmfast::mlp_block));
-  m.impl("mlp_block_backward", TORCH_BOX(&clmfast::mlp_block_backward));
-  m.impl("attention_block", TORCH_BOX(&clmfast::attention_block));
-  m.impl("attention_block_backward", TORCH_BOX(&clmfast::attention_block_backward));
-  m.impl("transformer_blocks", TORCH_BOX(&clmfast::transformer_blocks));
-  m.impl("transformer_blocks_backward", TORCH_BOX(&clmfast::transformer_blocks_backward));
+  clmfast::implement_on_cpu(m);
 }
 
 #ifdef CLMFAST_CUDA

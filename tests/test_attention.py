@@ -174,4 +174,4 @@ QKV = torch.zeros(2, 4, 3, 2, 8)
 def test_refusals(qkv, lengths, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared as it is, not as a pattern
         ops.attention(qkv, lengths)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)

@@ -184,9 +184,9 @@ SPANS = "capture_rows: slot must be at least 0 and spans must satisfy 0 <= start
         ("x", torch.zeros(4), "capture_rows: x must be [B, T, D] or [n, D], got [4]"),
         ("x", torch.zeros(3, 4, 5).double(), "capture_rows: x must be float32, bfloat16 or float16"),
         ("x", torch.zeros(3, 4, 5).half(), "capture_rows: bank must have the dtype of x"),
-        ("start", torch.zeros(2, 3), "capture_rows: start must be int64"),
-        ("stop", torch.zeros(2, 3), "capture_rows: stop must be int64"),
-        ("slot", torch.zeros(1), "capture_rows: slot must be int64"),
+        ("start", torch.zeros(2, 3), "capture_rows: start must be integers, got float32"),
+        ("stop", torch.zeros(2, 3), "capture_rows: stop must be integers, got float32"),
+        ("slot", torch.zeros(1), "capture_rows: slot must be integers, got float32"),
         (
             "start",
             torch.zeros(2, 4, dtype=torch.int64),

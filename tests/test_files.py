@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import clmfast
 from clmfast.files import (
     DamagedCheckpoint,
     LineFile,
@@ -205,3 +209,29 @@ def test_a_flipped_bit_is_noticed(tmp_path, name):
     write_checkpoint(tmp_path / "0002", {"a": torch.full((9,), 2.0)}, {"step": 2})
     assert read_checkpoint(tmp_path / "0002")[1] == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["0002"]
+
+
+CHANGING = (
+    *("os.write", "os.pwrite", "os.replace", "os.rename", "os.remove", "os.unlink", "os.mkdir", "os.makedirs"),
+    *("os.truncate", "os.ftruncate", "shutil.rmtree", "shutil.copy", "shutil.copytree", "shutil.move", "np.save"),
+    *("np.savez", "np.savetxt", "torch.save"),
+)
+METHODS = ("write_text", "write_bytes", "mkdir", "unlink", "rename", "touch", "rmdir", "symlink_to")
+
+
+def test_nothing_else_writes():
+    """What keeps its promises goes through files.py: no other module makes, changes or removes a file."""
+    package = Path(clmfast.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or path == package / "files.py":
+                continue
+            name = ast.unparse(node.func)
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            words = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            to_write = name.endswith("open") and any(re.fullmatch("r?[wax+]+[bt]?[+]?", word) for word in words)
+            if to_write or name in CHANGING or name.rpartition(".")[2] in METHODS:
+                found.add((path.name, name))
+    # Arrays that are written into memory; what is printed, also by a run that a study starts.
+    assert found == {("record.py", "np.savez"), ("screen.py", "os.write"), ("runs.py", "open")}

@@ -339,4 +339,4 @@ POINTS = torch.zeros(2, 10, 3)
 def test_refusals(points, K, options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared as it is, not as a pattern
         ops.kmeans(points, K, **options)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)

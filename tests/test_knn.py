@@ -282,8 +282,7 @@ GROUP = torch.zeros(64, dtype=torch.int64)
             r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [64] and",
         ),
         ((POINTS, 1, None, (GROUP, None)), r"knn: barred must give the groups of both queries and points"),
-        ((POINTS, 1, None, (GROUP.int(), GROUP)), r"knn: query_group must be int64"),
-        ((POINTS, 1, None, (GROUP, GROUP.float())), r"knn: point_group must be int64"),
+        ((POINTS, 1, None, (GROUP, GROUP.float())), r"knn: point_group must be integers, got float32"),
     ],
 )
 def test_refusals(arguments, message):

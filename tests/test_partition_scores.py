@@ -217,8 +217,7 @@ RANGE = "partition_scores: truth must be in [0, n_truth) and label in [0, n_labe
 @pytest.mark.parametrize(
     ("truth", "label", "promise", "message"),
     [
-        (TRUTH.int(), TRUTH, {}, "partition_scores: truth must be int64"),
-        (TRUTH, TRUTH.float(), {}, "partition_scores: label must be int64"),
+        (TRUTH, TRUTH.float(), {}, "partition_scores: label must be integers, got float32"),
         (TRUTH[None], TRUTH, {}, "partition_scores: truth and label must be [N] or [S, N], got [1, 3, 8] and [3, 8]"),
         (TRUTH, TRUTH[0, 0], {}, "partition_scores: truth and label must be [N] or [S, N], got [3, 8] and []"),
         (

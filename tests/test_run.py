@@ -165,7 +165,7 @@ def interrupted_after(process, out, n_steps, by=signal.SIGINT):
     """Ask the run to stop once n_steps are on disk; returns what was printed."""
     for _ in range(600):
         time.sleep(0.1)
-        if (out / "events.jsonl").exists() and len(Run(out).step) > n_steps:
+        if (out / "checkpoints" / "00000000").exists() and len(Run(out).step) > n_steps:
             break
     process.send_signal(by)
     printed, errors = process.communicate(timeout=120)

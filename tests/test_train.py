@@ -32,6 +32,24 @@ def test_measuring_does_not_change_training(small, two_threads):
     assert np.isfinite(np.array(measured)[:-1]).all()
 
 
+@pytest.mark.parametrize("other", ["dtype", "device"])
+def test_other_defaults_of_torch_change_no_bit(small, other):
+    expected = list(train(small))
+    try:
+        if other == "dtype":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        found = list(train(small))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for x, y in zip(found, expected, strict=True):
+        assert np.array_equal(x.values, y.values, equal_nan=True), x.step
+        if x.per_task is not None:
+            assert np.array_equal(x.per_task, y.per_task, equal_nan=True)
+
+
 def test_same_config_same_bits_other_seed_other_losses(small, two_threads):
     a, b = list(train(small)), list(train(small))
     for x, y in zip(a, b, strict=True):

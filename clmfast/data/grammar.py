@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clmfast.data.compiled import compiled
+from clmfast.untrusted import shown
 
 MAX_STATES = 10_000  # nodes of the NFA, states of the DFA, and the largest count in {m,n}
 MAX_MOVES = 3_000_000  # (NFA node, character range) pairs looked at to build one DFA: half a second to a second
@@ -107,7 +108,7 @@ class _Parser:
         self.names: set[str] = set()
 
     def refuse(self, start: int, end: int, why: str) -> GrammarError:
-        return GrammarError(f"{self.pattern[start:end]!r} at position {start}: {why}")
+        return GrammarError(f"{shown(self.pattern[start:end])} at position {start}: {why}")
 
     def peek(self) -> str:
         return self.pattern[self.at : self.at + 1]
@@ -539,7 +540,7 @@ class Grammar:
         Raises GrammarError when there are fewer than n such strings, or when nearly no `branch` draw is short enough.
         """
         if mode not in ("uniform", "branch", "enumerate"):
-            raise GrammarError(f"mode must be uniform, branch or enumerate, got {mode!r}")
+            raise GrammarError(f"mode must be uniform, branch or enumerate, got {shown(mode)}")
         seen = {text for text in without if self.matches(text)}
         if not 0 <= n <= self.size - len(seen):
             ruled_out = f", {len(seen)} of them ruled out by `without`" if seen else ""
@@ -576,7 +577,7 @@ class Grammar:
         Returns code points [total] uint32 and offset [n + 1] int64: string i is codes[offset[i] : offset[i + 1]].
         """
         if mode not in ("uniform", "branch"):
-            raise GrammarError(f"mode must be uniform or branch, got {mode!r}")
+            raise GrammarError(f"mode must be uniform or branch, got {shown(mode)}")
         return self._draw(n, np.random.Generator(np.random.PCG64(seed)), mode)
 
     def _draw(self, n: int, rng: np.random.Generator, mode: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -612,11 +613,6 @@ class Grammar:
             row = counts[n_left - 1]
             nodes.append([(w * row[t], low, w, node(t, n_left - 1)) for low, w, t in self._moves[state] if row[t]])
         return _table(nodes, 1)
-
-
-def shown(pattern: str) -> str:
-    """A pattern for a message: of a long one, the two ends."""
-    return repr(pattern) if len(pattern) <= 200 else f"{pattern[:100]!r}...{pattern[-50:]!r}"
 
 
 def _count_text(count: int) -> str:

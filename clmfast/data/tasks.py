@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from clmfast.config import ConfigError, TaskConfig, power
 from clmfast.data.compiled import compiled
-from clmfast.data.grammar import Grammar, GrammarError, common_string, shown
+from clmfast.data.grammar import Grammar, GrammarError, common_string
+from clmfast.untrusted import shown
 
 Ids = NDArray[np.int64]
 
@@ -407,7 +408,7 @@ def _random_grammars(config: TaskConfig, rng: np.random.Generator) -> list[Gramm
         if n_tries > MAX_TRIES or n_compared > MAX_COMPARED:
             raise ConfigError(
                 f"task: no {n} disjoint grammars of {min_size} or more strings, {config.min_instruction_length} to "
-                f"{config.max_instruction_length} letters long, were found over the alphabet {config.alphabet!r}: "
+                f"{config.max_instruction_length} letters long, were found over the alphabet {shown(config.alphabet)}: "
                 f"allow longer instructions or more letters, or ask for fewer, got {len(grammars)}"
             )
         pieces = [random_piece(config.alphabet, rng) for _ in range(rng.integers(3, 7))]

@@ -45,7 +45,7 @@ def collapse(points: Tensor, label: Tensor, weight: Tensor | None = None) -> Col
     """
     classes, label = label.unique(return_inverse=True)
     n_classes = len(classes)
-    nan = torch.full((len(points),), torch.nan, dtype=torch.float64)
+    nan = torch.full((len(points),), torch.nan, dtype=torch.float64, device=points.device)
     if n_classes < 2:
         return Collapse(nan, nan, nan, nan, nan)
     x_SND = points.double()
@@ -92,5 +92,5 @@ def least_squares_classifier(within: Tensor, weight: Tensor, centred: Tensor) ->
     n_classes, width = centred.shape[1:]
     total_SDD = (within * weight[:, None]).mT @ within + centred.mT @ centred / n_classes
     mean_S = total_SDD.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
-    total_SDD = total_SDD + RIDGE * mean_S[:, None, None] * torch.eye(width, dtype=torch.float64)
+    total_SDD = total_SDD + RIDGE * mean_S[:, None, None] * torch.eye(width, dtype=torch.float64, device=within.device)
     return torch.linalg.solve(total_SDD, centred.mT).mT / n_classes

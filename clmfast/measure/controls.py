@@ -22,7 +22,7 @@ from clmfast.measure.probe import ProbeSet, columns_of, probe_measures
 def letter_counts(tasks: TaskSet, examples: Ids, with_input: bool) -> Tensor:
     """Bag of letters [1, N, letters] float32: how often each letter occurs in the instruction (and the input)."""
     n_letters = tasks.first_output
-    counts = torch.zeros(1, len(examples), n_letters)
+    counts = torch.zeros(1, len(examples), n_letters, dtype=torch.float32, device="cpu")
     labels = tasks.labels(examples)
     for i, (instruction, i_input) in enumerate(zip(labels["instruction"], labels["input"], strict=True)):
         letters = tasks.letters[tasks.offset[instruction] : tasks.offset[instruction + 1]]
@@ -64,10 +64,10 @@ def shuffled_label_control(
         of_split[split] = [
             ops.knn(points, k, query, (of_query[kind], truth[kind])).index for kind in ("instruction", "grammar")
         ]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rounds: dict[str, list[Tensor]] = {}
     for _ in range(config.n_shuffles):
-        task = truth["task"][torch.randperm(len(truth["task"]), generator=generator)]
+        task = truth["task"][torch.randperm(len(truth["task"]), generator=generator, device="cpu")]
         one = {
             "ari_task": partition_scores_of(task, n_tasks, fit.label, n_tasks).ari,
             "neighbour_purity": neighbour_purity(near, task, task),

@@ -26,9 +26,9 @@ class RingNeighbours:
         self.n_recomputed = 0  # lists that ran short
         self.k = k
         self._state = RingState(
-            torch.empty(*shape, int(k * LIST_PER_K), dtype=torch.int64),
-            torch.empty(shape, dtype=torch.int64),
-            torch.empty(*shape, k, dtype=torch.int64),
+            torch.empty(*shape, int(k * LIST_PER_K), dtype=torch.int64, device="cpu"),
+            torch.empty(shape, dtype=torch.int64, device="cpu"),
+            torch.empty(*shape, k, dtype=torch.int64, device="cpu"),
         )
 
     def search(self, points: Ring, queries: Ring | None, barred: tuple[Tensor, Tensor]) -> Tensor:

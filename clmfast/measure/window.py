@@ -48,7 +48,7 @@ class Window:
             self._known = nothing_known(n_sets, config.window, width, tasks.n_tasks)
             self._grid = empty_grid(self.train.points)
             self._grid_unseen = empty_grid(self.unseen.points, self._grid)
-        self.centroid = torch.empty(0, device=device)
+        self.centroid = torch.empty(0, device=device, dtype=torch.float32)
         self.columns = [  # what `measure` returns, in its order
             Column("window", measure, readout, layer, split)
             for measures, split in ((MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT))
@@ -115,7 +115,7 @@ class Window:
         is_new = self._n_seen[self.train] == 0
         train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
         ops.ring_to_grid(train, unseen, is_new=is_new)
-        self._known.within[:, (train.first + torch.arange(train.count)) % self.train.n_points] = torch.inf
+        self._known.within[:, (train.first + torch.arange(train.count, device="cpu")) % self.train.n_points] = torch.inf
         return self.near.update(train, None, barred)[0], self.near_unseen.update(train, unseen, barred_unseen)
 
     def _ring(self, recorder: Recorder, grid: Grid | None) -> Ring:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clmfast.ops.arguments import integer, register_fake, require_tensors
 from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     float32, float64, bfloat16 and float16; the last two are computed in float32. Differentiable once, see composed().
     """
+    require_tensors("attention", qkv, *(() if lengths is None else (lengths,)))
     if is_composed():
+        _check_padded("attention", qkv, lengths)
         return _composed(qkv, lengths)
     refuse_tangents("attention", qkv)
     out, _ = torch.ops.clmfast.attention(qkv, lengths)
@@ -48,7 +51,11 @@ def packed_attention(qkv: Tensor, offset: Tensor, max_length: int, prefix: Tenso
     its prefix, is longer than max_length. prefix [B] int64: the sequence that stands before b, -1: none; it has none
     itself; only without gradient. Dtypes and derivatives as for attention.
     """
+    require_tensors("packed_attention", qkv, offset, *(() if prefix is None else (prefix,)))
+    max_length = integer("packed_attention", "max_length", max_length)
     if is_composed():
+        _check_packed("packed_attention", qkv, offset, prefix)
+        max_length = _longest("packed_attention", qkv, offset, prefix, max_length)
         rows, lengths, is_own = padded_rows(offset, prefix, max_length)
         return _into_rows(len(qkv), rows[is_own], _composed(qkv[rows], lengths)[is_own])
     refuse_tangents("attention", qkv)
@@ -73,14 +80,14 @@ _library.define(
 )
 
 
-@torch.library.register_fake("clmfast::attention")
+@register_fake("attention")
 def _(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, _, H, W = qkv.shape
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return qkv.new_empty((B, T, H, W)), qkv.new_empty((B, T, H), dtype=lse_dtype)
 
 
-@torch.library.register_fake("clmfast::attention_backward")
+@register_fake("attention_backward")
 def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
@@ -99,14 +106,14 @@ def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, None]
 torch.library.register_autograd("clmfast::attention", _differentiate, setup_context=_save)
 
 
-@torch.library.register_fake("clmfast::packed_attention")
+@register_fake("packed_attention")
 def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
     n, _, H, W = qkv.shape
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return qkv.new_empty((n, H, W)), qkv.new_empty((n, H), dtype=lse_dtype)
 
 
-@torch.library.register_fake("clmfast::packed_attention_backward")
+@register_fake("packed_attention_backward")
 def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
@@ -128,6 +135,101 @@ def _differentiate_packed(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor
 torch.library.register_autograd("clmfast::packed_attention", _differentiate_packed, setup_context=_save_packed)
 
 
+# ---- checks, but for what csrc/ops.cpp checks
+
+
+def _check_integers(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], says: str, qkv: Tensor) -> None:
+    if x is None:
+        return
+    if x.dtype != torch.int64:
+        raise ValueError(f"{op}: {name} must be int64, got {str(x.dtype).removeprefix('torch.')}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {says}, got {list(x.shape)}")
+    if x.device != qkv.device:
+        raise ValueError(f"{op}: {name} must be on {qkv.device}, got {x.device}")
+
+
+def _check_there(op: str, name: str, x: Tensor | None) -> None:
+    """Of a storage that was resized there may be less than the shape speaks of."""
+    if x is None or torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    n = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    held = x.untyped_storage().nbytes()
+    if n * x.element_size() > held:
+        raise ValueError(
+            f"{op}: the storage of {name} must hold its elements, {n * x.element_size()} bytes, got {held}"
+        )
+
+
+def _check_dtype(op: str, qkv: Tensor) -> None:
+    if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        got = str(qkv.dtype).removeprefix("torch.")
+        raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16, got {got}")
+
+
+def _check_padded(op: str, qkv: Tensor, lengths: Tensor | None) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must be [B, T, 3, H, W], got {list(qkv.shape)}")
+    _check_dtype(op, qkv)
+    B = qkv.shape[0]
+    _check_integers(op, "lengths", lengths, (B,), f"[B] with B={B}", qkv)
+
+
+def _check_packed(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None) -> None:
+    require_tensors(op, qkv, offset)
+    for name, x in (("qkv", qkv), ("offset", offset), ("prefix", prefix)):
+        _check_there(op, name, x)
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"{op}: qkv must be [n, 3, H, W], got {list(qkv.shape)}")
+    _check_dtype(op, qkv)
+    if offset.dim() != 1 or len(offset) < 1:
+        raise ValueError(f"{op}: offset must be [B + 1], got {list(offset.shape)}")
+    B = len(offset) - 1
+    _check_integers(op, "offset", offset, (B + 1,), "[B + 1]", qkv)
+    _check_integers(op, "prefix", prefix, (B,), f"[B] with B={B}", qkv)
+
+
+def _check_saved(op: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> None:
+    require_tensors(op, grad_out, out, lse)
+    *rows, _, H, W = qkv.shape
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    for name, x, shape, dtype in (
+        ("grad_out", grad_out, [*rows, H, W], qkv.dtype),
+        ("out", out, [*rows, H, W], qkv.dtype),
+        ("lse", lse, [*rows, H], wide),
+    ):
+        _check_there(op, name, x)
+        if list(x.shape) != shape or x.dtype != dtype or x.device != qkv.device:
+            raise ValueError(
+                f"{op}: {name} must be {shape} {dtype} on {qkv.device}, got {list(x.shape)} {x.dtype} on {x.device}"
+            )
+
+
+def _longest(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> int:
+    """The longest sequence with its prefix, after a look at what offset and prefix hold; on a GPU, and while compiling,
+    max_length, as nothing is looked at there."""
+    if torch.compiler.is_compiling():
+        return max_length
+    n, own, B = len(qkv), offset.diff(), len(offset) - 1
+    if qkv.device.type != "cpu":
+        return max_length if n else 0
+    if offset[0] != 0 or offset[-1] != n or (own < 0).any():
+        raise ValueError(f"{op}: offset must ascend from 0 to n={n}")
+    before = torch.zeros_like(own)
+    if prefix is not None:
+        if ((prefix < -1) | (prefix >= B)).any():
+            raise ValueError(f"{op}: prefix must be -1 or a sequence below {B}")
+        if (prefix[prefix[prefix >= 0]] >= 0).any():
+            raise ValueError(f"{op}: a prefix must have no prefix itself")
+        before = torch.where(prefix >= 0, own[prefix.clamp(min=0)], 0)
+    longest = int((before + own).max()) if B else 0
+    if longest > max_length:
+        raise ValueError(
+            f"{op}: no sequence, with its prefix, may be longer than max_length={max_length}, got {longest}"
+        )
+    return longest
+
+
 # ---- packed sequences on the CPU: padded ones, there and back
 
 
@@ -147,6 +249,9 @@ def padded_rows(offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple
 
 @torch.library.impl("clmfast::packed_attention", "CPU")
 def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
+    op = "packed_attention"
+    _check_packed(op, qkv, offset, prefix)
+    max_length = _longest(op, qkv, offset, prefix, max_length)
     rows, lengths, is_own = padded_rows(offset, prefix, max_length)
     out, lse = torch.ops.clmfast.attention(qkv[rows], lengths)
     at = rows[is_own]
@@ -155,6 +260,10 @@ def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tu
 
 @torch.library.impl("clmfast::packed_attention_backward", "CPU")
 def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int) -> Tensor:
+    op = "packed_attention_backward"
+    _check_packed(op, qkv, offset, None)
+    _check_saved(op, grad_out, qkv, out, lse)
+    max_length = _longest(op, qkv, offset, None, max_length)
     rows, lengths, is_own = padded_rows(offset, None, max_length)
     padded = (x[rows] for x in (grad_out, qkv, out, lse))
     return _into_rows(len(qkv), rows[is_own], torch.ops.clmfast.attention_backward(*padded, lengths)[is_own])
@@ -169,17 +278,9 @@ def _into_rows(n: int, rows: Tensor, values: Tensor) -> Tensor:
 
 @torch.library.impl("clmfast::attention", "CUDA")
 def _attention(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"attention: qkv must be [B, T, 3, H, W], got {list(qkv.shape)}")
+    _check_padded("attention", qkv, lengths)
+    _check_width("attention", qkv)
     B, T, _, H, W = qkv.shape
-    _check("attention", qkv)
-    if lengths is not None:
-        if lengths.dtype != torch.int64:
-            raise ValueError("attention: lengths must be int64")
-        if lengths.shape != (B,):
-            raise ValueError(f"attention: lengths must be [B] with B={B}, got {list(lengths.shape)}")
-        if lengths.device != qkv.device:
-            raise ValueError(f"attention: lengths must be on {qkv.device}, got {lengths.device}")
     if qkv.dtype == torch.float64:
         return _dense(qkv, lengths)
     from clmfast.ops import attention_triton
@@ -190,6 +291,10 @@ def _attention(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("clmfast::attention_backward", "CUDA")
 def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Tensor | None) -> Tensor:
+    op = "attention_backward"
+    _check_padded(op, qkv, lengths)
+    _check_width(op, qkv)
+    _check_saved(op, grad_out, qkv, out, lse)
     B, T = qkv.shape[:2]
     if qkv.dtype == torch.float64:
         return _dense_backward(grad_out, qkv, lengths)
@@ -202,11 +307,10 @@ def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
 
 @torch.library.impl("clmfast::packed_attention", "CUDA")
 def _packed_attention(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"packed_attention: qkv must be [n, 3, H, W], got {list(qkv.shape)}")
-    _check("packed_attention", qkv)
+    _check_packed("packed_attention", qkv, offset, prefix)
+    _check_width("packed_attention", qkv)
     if qkv.dtype == torch.float64:
-        rows, lengths, is_own = padded_rows(offset, prefix, max_length)
+        rows, lengths, is_own = padded_rows(offset, prefix, max_length if len(qkv) else 0)
         out, lse = _dense(qkv[rows], lengths)
         at = rows[is_own]
         return _into_rows(len(qkv), at, out[is_own]), _into_rows(len(qkv), at, lse[is_own])
@@ -219,8 +323,12 @@ def _packed_attention(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_le
 def _packed_attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, max_length: int
 ) -> Tensor:
+    op = "packed_attention_backward"
+    _check_packed(op, qkv, offset, None)
+    _check_width(op, qkv)
+    _check_saved(op, grad_out, qkv, out, lse)
     if qkv.dtype == torch.float64:
-        rows, lengths, is_own = padded_rows(offset, None, max_length)
+        rows, lengths, is_own = padded_rows(offset, None, max_length if len(qkv) else 0)
         return _into_rows(len(qkv), rows[is_own], _dense_backward(grad_out[rows], qkv[rows], lengths)[is_own])
     from clmfast.ops import attention_triton
 
@@ -240,9 +348,7 @@ def _packed(offset: Tensor, prefix: Tensor | None, max_length: int) -> Form:
     return Form(OFFSETS, len(offset) - 1, max_length, offset.contiguous(), prefix)
 
 
-def _check(op: str, qkv: Tensor) -> None:
-    if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16")
+def _check_width(op: str, qkv: Tensor) -> None:
     if qkv.shape[-1] > MAX_HEAD_WIDTH and qkv.dtype != torch.float64:
         raise ValueError(f"{op}: the head width must be at most {MAX_HEAD_WIDTH} on a GPU, got {qkv.shape[-1]}")
 

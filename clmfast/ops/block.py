@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clmfast.ops.arguments import integer, register_fake, require_tensors
 from clmfast.ops.attention import packed_attention
 from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
@@ -33,6 +34,7 @@ class BlockWeights(NamedTuple):
 
 def mlp_block(x: Tensor, weights: BlockWeights) -> Tensor:
     """x [n, D] -> [n, D]. Differentiable once, see composed()."""
+    require_tensors("mlp_block", x, *weights)
     if _is_fused(x):
         refuse_tangents("mlp_block", x, *weights)
         return torch.ops.clmfast.mlp_block.default(x, *weights, _wants_grad(x, weights))[0]
@@ -63,6 +65,8 @@ def attention_block(
     share rows. offset and kept then count tokens. Needs kept, with source[kept] ascending; not together with prefix.
     max_length: no sequence is longer, its prefix included. With it nothing waits for the device; it changes no value.
     """
+    require_tensors("attention_block", x, *weights, offset, *(i for i in (kept, prefix, source) if i is not None))
+    n_heads = integer("attention_block", "n_heads", n_heads)
     wants_grad = _wants_grad(x, weights)
     _refuse_gradient("attention_block", prefix, wants_grad)
     if _is_fused(x):
@@ -101,8 +105,12 @@ def transformer_blocks(
     with source: the tokens that the rows are, which all other blocks compute. Everything else is as for
     `attention_block`. One call, because what Python and autograd add to each half's would be a tenth of a step.
     """
+    flat = [w for halves in weights for half in halves for w in half]
+    require_tensors(
+        "transformer_blocks", x, *flat, offset, *(i for i in (asking, kept, prefix, source) if i is not None)
+    )
+    n_heads = integer("transformer_blocks", "n_heads", n_heads)
     if _is_fused(x):
-        flat = [w for halves in weights for half in halves for w in half]
         refuse_tangents("transformer_blocks", x, *flat)
         wants_grad = _wants_grad(x, flat)
         _refuse_gradient("transformer_blocks", prefix, wants_grad)
@@ -187,14 +195,14 @@ N_WEIGHTS = len(BlockWeights._fields)
 HIDDEN_PANEL = 16  # as in csrc/block.h
 
 
-@torch.library.register_fake("clmfast::mlp_block")
+@register_fake("mlp_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     n, n_hidden = len(x) if rest[-1] else 0, len(rest[2])
     shapes = (x.shape, (n,), (n,), (n, -(-n_hidden // HIDDEN_PANEL) * HIDDEN_PANEL), (n, n_hidden))
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("clmfast::attention_block")
+@register_fake("attention_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     n_heads, _, kept, _, _, save = rest[N_WEIGHTS:]
     (n_tokens, D), n = x.shape, len(x) if save else 0
@@ -203,7 +211,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("clmfast::transformer_blocks")
+@register_fake("transformer_blocks")
 def _(
     x: Tensor,
     weights: list[Tensor],
@@ -227,13 +235,13 @@ def _(
     return x, states[:-1], saved
 
 
-@torch.library.register_fake("clmfast::transformer_blocks_backward")
+@register_fake("transformer_blocks_backward")
 def _(grad_y: Tensor, x: Tensor, weights: list[Tensor], *rest: Any) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *weights)]
 
 
-@torch.library.register_fake("clmfast::mlp_block_backward")
-@torch.library.register_fake("clmfast::attention_block_backward")
+@register_fake("mlp_block_backward")
+@register_fake("attention_block_backward")
 def _empty_grads(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *rest[:N_WEIGHTS]))
 

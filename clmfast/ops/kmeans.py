@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clmfast.ops import arguments
+from clmfast.ops.arguments import Array
+
 GROUPS, REACH_ROWS = 24, 32  # as in csrc/kmeans.h
 
 
@@ -29,20 +32,20 @@ class Known(NamedTuple):
 def nothing_known(S: int, N: int, D: int, K: int) -> Known:
     """To begin with, for S sets of at most N points and K clusters."""
     return Known(
-        torch.full((S, N), -1, dtype=torch.int32),
-        torch.full((S, N), torch.inf),
-        torch.empty(S, N, GROUPS),
-        torch.empty(S, N, D),
-        torch.zeros(S, -(-N // REACH_ROWS), D),
-        torch.zeros(S, K + 1, D, dtype=torch.float64),
+        torch.full((S, N), -1, dtype=torch.int32, device="cpu"),
+        torch.full((S, N), torch.inf, dtype=torch.float32, device="cpu"),
+        torch.empty(S, N, GROUPS, dtype=torch.float32, device="cpu"),
+        torch.empty(S, N, D, dtype=torch.float32, device="cpu"),
+        torch.zeros(S, -(-N // REACH_ROWS), D, dtype=torch.float32, device="cpu"),
+        torch.zeros(S, K + 1, D, dtype=torch.float64, device="cpu"),
     )
 
 
 def kmeans(
-    points: Tensor,
+    points: Array,
     n_clusters: int,
     *,
-    init: str | Tensor = "k-means++",
+    init: str | Array = "k-means++",
     n_init: int = 1,
     max_iter: int = 100,
     tol: float = 1e-4,
@@ -60,20 +63,28 @@ def kmeans(
     set and restart only. known: what the last call wrote there, if init is its centroids; points that changed since
     must have within = inf, and N must not have become smaller. It saves work and changes no bit; a GPU makes no use of
     it, and marks it as out of date.
+    Arrays and lists serve as well as tensors; a list of numbers becomes float32, and no other dtype is rounded.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
     if isinstance(init, str) and init not in ("k-means++", "random"):
         raise ValueError(f'kmeans: init must be "k-means++", "random" or a tensor, got "{init}"')
-    centroid = None if isinstance(init, str) else init.detach()
-    is_random = isinstance(init, str) and init == "random"
+    op = "kmeans"
+    beside = (points, init)
     found = torch.ops.clmfast.kmeans(
-        points.detach(), n_clusters, centroid, is_random, n_init, max_iter, tol, seed,
+        arguments.points(op, "points", points, beside),
+        arguments.integer(op, "n_clusters", n_clusters),
+        None if isinstance(init, str) else arguments.points(op, "init", init, beside),
+        isinstance(init, str) and init == "random",
+        arguments.integer(op, "n_init", n_init),
+        arguments.integer(op, "max_iter", max_iter),
+        arguments.number(op, "tol", tol),
+        arguments.integer(op, "seed", seed),
         *(known or (None,) * 6),
-    )  # fmt: skip
+    )
     return KMeans(*found)
 
 
-@torch.library.register_fake("clmfast::kmeans")
+@arguments.register_fake("kmeans")
 def _(
     points: Tensor,
     n_clusters: int,

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clmfast.ops import arguments
+from clmfast.ops.arguments import Array
+
 
 class PartitionScores(NamedTuple):
     ari: Tensor  # each [S] float64
@@ -16,7 +19,7 @@ class PartitionScores(NamedTuple):
 
 
 def partition_scores(
-    truth: Tensor, label: Tensor, *, n_truth: int | None = None, n_label: int | None = None
+    truth: Array, label: Array, *, n_truth: int | None = None, n_label: int | None = None
 ) -> PartitionScores:
     """Agreement of two labelings of the same N points, for each of S sets.
 
@@ -30,8 +33,8 @@ def partition_scores(
         v_measure    = harmonic mean of homogeneity and completeness (equal to nmi but where an entropy is 0) [0, 1]
         purity       = 1/N sum_j max_i n_ij                                                                  (0, 1]
 
-    truth, label: [N] or [S, N] int64; a labeling of shape [N] is shared by all sets, and two of them are one set (S =
-    1).
+    truth, label: [N] or [S, N] integers or booleans, as tensors, arrays or lists; a labeling of shape [N] is shared by
+    all sets, and two of them are one set (S = 1).
     n_truth, n_label: promise that values lie in [0, n_truth) and [0, n_label), which a CPU then counts in a dense
     table; a value outside, -1 included, is an error. Without them any values are allowed, each a class of its own, and
     a CPU counts by sorting.
@@ -44,23 +47,39 @@ def partition_scores(
     ari: Hubert & Arabie 1985. homogeneity, completeness, v_measure: Rosenberg & Hirschberg 2007. purity: Manning,
     Raghavan & Schuetze 2008, section 16.3. Special cases are scikit-learn's.
     """
-    return PartitionScores(*torch.ops.clmfast.partition_scores(truth, label, n_truth, n_label).unbind(0))
+    op = "partition_scores"
+    beside = (truth, label)
+    scores = torch.ops.clmfast.partition_scores(
+        arguments.labels(op, "truth", truth, beside),
+        arguments.labels(op, "label", label, beside),
+        None if n_truth is None else arguments.integer(op, "n_truth", n_truth),
+        None if n_label is None else arguments.integer(op, "n_label", n_label),
+    )
+    return PartitionScores(*scores.unbind(0))
 
 
-def adjusted_rand(truth: Tensor, label: Tensor, n_truth: int, n_label: int) -> Tensor:
+def adjusted_rand(truth: Array, label: Array, n_truth: int, n_label: int) -> Tensor:
     """The ari of partition_scores, alone and cheaper, for each of V truths and S labelings: [V, S] float64.
 
-    truth [V, N] int64 in [0, n_truth); label [S, N] int64 in [-1, n_label), where -1 is a cluster like any other.
+    truth [V, N] in [0, n_truth); label [S, N] in [-1, n_label), where -1 is a cluster like any other: integers, as
+    tensors, arrays or lists.
     """
-    return torch.ops.clmfast.adjusted_rand(truth, label, n_truth, n_label)
+    op = "adjusted_rand"
+    beside = (truth, label)
+    return torch.ops.clmfast.adjusted_rand(
+        arguments.labels(op, "truth", truth, beside),
+        arguments.labels(op, "label", label, beside),
+        arguments.integer(op, "n_truth", n_truth),
+        arguments.integer(op, "n_label", n_label),
+    )
 
 
-@torch.library.register_fake("clmfast::adjusted_rand")
+@arguments.register_fake("adjusted_rand")
 def _(truth: Tensor, label: Tensor, n_truth: int, n_label: int) -> Tensor:
     return truth.new_empty((truth.shape[0], label.shape[0]), dtype=torch.float64)
 
 
-@torch.library.register_fake("clmfast::partition_scores")
+@arguments.register_fake("partition_scores")
 def _(truth: Tensor, label: Tensor, n_truth: int | None, n_label: int | None) -> Tensor:
     S = truth.shape[0] if truth.dim() == 2 else label.shape[0] if label.dim() == 2 else 1
     return truth.new_empty((6, S), dtype=torch.float64)

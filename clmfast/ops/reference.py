@@ -15,14 +15,14 @@ def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Ten
     asked = points if queries is None else queries
     S, Q, _ = asked.shape
     N = points.shape[1]
-    dist2_SQk = torch.full((S, Q, k), math.inf)
-    index_SQk = torch.full((S, Q, k), -1)
+    dist2_SQk = torch.full((S, Q, k), math.inf, dtype=torch.float32, device="cpu")
+    index_SQk = torch.full((S, Q, k), -1, device="cpu")
     for s in range(S):
         for i in range(Q):
             dist2_N = (asked[s, i].double() - points[s].double()).square().sum(dim=1).float()
             is_candidate_N = points[s].isfinite().all(dim=1) & asked[s, i].isfinite().all()
             if queries is None:
-                is_candidate_N &= torch.arange(N) != i
+                is_candidate_N &= torch.arange(N, device="cpu") != i
             if barred is not None:
                 is_candidate_N &= barred[0][i] != barred[1]
             candidate = is_candidate_N.nonzero().flatten()
@@ -36,15 +36,15 @@ def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4)
     """Lloyd's iterations from given centroids, which are rounded to float32 after every move, as the op stores them."""
     S, N, D = points.shape
     K = init.shape[1]
-    label_SN = torch.full((S, N), -1)
-    centroid_SKD = torch.empty(S, K, D)
-    inertia_S = torch.zeros(S, dtype=torch.float64)
-    n_iter_S = torch.zeros(S, dtype=torch.int64)
+    label_SN = torch.full((S, N), -1, device="cpu")
+    centroid_SKD = torch.empty(S, K, D, dtype=torch.float32, device="cpu")
+    inertia_S = torch.zeros(S, dtype=torch.float64, device="cpu")
+    n_iter_S = torch.zeros(S, dtype=torch.int64, device="cpu")
     for s in range(S):
         is_finite_N = points[s].isfinite().all(dim=1)
         x_ND = points[s][is_finite_N].double()
         centroid_KD = init[s].double()
-        label_N = torch.full((len(x_ND),), -1)
+        label_N = torch.full((len(x_ND),), -1, device="cpu")
         bound = tol * float(x_ND.var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
         for i in range(1, max_iter + 1):
             n_iter_S[s] = i
@@ -85,7 +85,7 @@ def partition_scores(truth: Tensor, label: Tensor) -> PartitionScores:
     """truth, label [N] or [S, N], any values: the formulas of ops.partition, pairs counted in exact integers."""
     S = max(len(x) if x.dim() == 2 else 1 for x in (truth, label))
     rows = [_partition_scores_of_one(t, l) for t, l in zip(_per_set(truth, S), _per_set(label, S), strict=True)]
-    return PartitionScores(*torch.tensor(rows, dtype=torch.float64).reshape(S, 6).unbind(1))
+    return PartitionScores(*torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(S, 6).unbind(1))
 
 
 def _per_set(labels: Tensor, S: int) -> list[list[int]]:
@@ -136,12 +136,12 @@ def capture_rows(x: Tensor, start: Tensor, stop: Tensor, slot: Tensor, bank: Ten
 def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Dense scores per sequence; positions beyond its length never enter. Any dtype in, float64 out."""
     B, T, _, H, W = qkv.shape
-    out_BTHW = torch.zeros(B, T, H, W, dtype=torch.float64)
+    out_BTHW = torch.zeros(B, T, H, W, dtype=torch.float64, device="cpu")
     for b in range(B):
         n = T if lengths is None else int(lengths[b])
         q_nHW, k_nHW, v_nHW = qkv[b, :n].double().unbind(1)
         scores_Hnn = torch.einsum("thw,shw->hts", q_nHW, k_nHW) / math.sqrt(W)
-        is_later_nn = torch.ones(n, n, dtype=torch.bool).triu(1)
+        is_later_nn = torch.ones(n, n, dtype=torch.bool, device="cpu").triu(1)
         weights_Hnn = scores_Hnn.masked_fill(is_later_nn, -math.inf).softmax(dim=2)
         out_BTHW[b, :n] = torch.einsum("hts,shw->thw", weights_Hnn, v_nHW)
     return out_BTHW

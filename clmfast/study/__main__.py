@@ -26,6 +26,7 @@ from clmfast.paths import expanded
 from clmfast.screen import complain, forgiving
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
 from clmfast.surroundings import on_signal
+from clmfast.untrusted import computing
 
 if TYPE_CHECKING:
     from clmfast.study.runs import Wanted
@@ -175,7 +176,7 @@ def work(asked: argparse.Namespace) -> None:
     elif asked.name == "all":
         chosen = {name: chosen[name] for name in drawable(plans)}
 
-    from clmfast.study.pages import facts_of, write_pages
+    from clmfast.study.pages import facts_of, others_in, write_pages
 
     command = " ".join(
         [
@@ -188,9 +189,11 @@ def work(asked: argparse.Namespace) -> None:
     for name, study in chosen.items():
         planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
         runs, diverged = read(planned)
-        claims, sections = study.analyse(runs)
-        facts = facts_of(runs, command, asked.quick, diverged)
-        path = write_pages(folder, name, study, claims, sections, runs, facts)
+        with computing(StudyError, f"{name}: the records of its runs must hold what it reads"):
+            others = others_in(folder, name)  # before the work, as one that is damaged ends it
+            facts = facts_of(runs, command, asked.quick, diverged)
+            claims, sections = study.analyse(runs)
+            path = write_pages(folder, name, study, claims, sections, runs, facts, others)
         n_holding = sum(one.verdict == "holds" for one in claims)
         print(f"{name}: {n_holding} of {len(claims)} claims hold; {path}", flush=True)
 
@@ -202,10 +205,12 @@ def main(arguments: list[str]) -> int:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    from clmfast.record import NotARun
+
     try:
         with on_signal(signal.SIGTERM, stop):
             work(parse(arguments))
-    except (StudyError, ConfigError) as error:
+    except (StudyError, ConfigError, NotARun) as error:
         complain("clmfast.study", error)
         return BAD_INPUT
     except OSError as error:

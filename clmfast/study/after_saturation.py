@@ -32,7 +32,7 @@ from clmfast.measure.controls import letter_counts
 from clmfast.measure.probe import Probe
 from clmfast.plot import GREY, layout
 from clmfast.record import Run
-from clmfast.study.base import Revisit, Runs, Section, Study, changed
+from clmfast.study.base import Kept, Revisit, Runs, Section, Study, StudyError, changed
 from clmfast.study.claims import Claim, claim
 from clmfast.study.figures import (
     COLOURS,
@@ -47,7 +47,7 @@ from clmfast.study.figures import (
     over_seeds,
 )
 from clmfast.study.revisit import checkpoint_steps, model_at, tasks_of
-from clmfast.study.summary import revisited
+from clmfast.study.summary import kept_at, revisited
 from clmfast.study.unseen import CROSS, KNN
 
 LENGTH = 6  # times the steps of other studies: some ten times the step that early stopping picks
@@ -137,7 +137,11 @@ def _numbers(found: Collapse) -> list[float]:
 
 def trace_of(run: Run) -> Trace:
     """Neural collapse at every checkpoint of a run."""
-    return Trace(**revisited(run, TRACE))
+    trace = Trace(**revisited(run, TRACE))
+    n_steps = (len(trace.step), trace.values.shape[1], trace.shuffled.shape[1])
+    if len(set(n_steps)) != 1:
+        raise StudyError(f"{kept_at(run.path, TRACE).name} must have values at each of its steps, got {n_steps}")
+    return trace
 
 
 def collapse_at_checkpoints(run: Run) -> Trace:
@@ -172,7 +176,16 @@ def collapse_at_checkpoints(run: Run) -> Trace:
     return Trace(np.array(steps), values, shuffled, np.array(letters))
 
 
-TRACE = Revisit("collapse", lambda run: collapse_at_checkpoints(run)._asdict())
+TRACE = Revisit(
+    "collapse",
+    lambda run: collapse_at_checkpoints(run)._asdict(),
+    (
+        Kept("step", np.int64, (None,)),
+        Kept("values", np.float64, (len(VIEWS), None, len(COLLAPSE))),
+        Kept("shuffled", np.float64, (len(VIEWS), None, len(COLLAPSE))),
+        Kept("letters", np.float64, (len(VIEWS), len(COLLAPSE))),
+    ),
+)
 
 
 def collapse_around(run: Run, view: str, measure: str) -> tuple[float, float]:

@@ -24,11 +24,20 @@ class StudyError(ValueError):
     """What a caller can get wrong, or what lies in the way: one line."""
 
 
+class Kept(NamedTuple):
+    """An array that a file must hold; None in its shape: any size."""
+
+    name: str
+    dtype: type
+    shape: tuple[int | None, ...]
+
+
 class Revisit(NamedTuple):
     """What a study reads from a run's checkpoints. It is kept under its name, and so outlives them."""
 
     name: str
     read: Callable[[Run], Mapping[str, NDArray]]
+    holds: tuple[Kept, ...]
 
 
 @dataclasses.dataclass(frozen=True)

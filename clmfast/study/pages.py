@@ -7,7 +7,7 @@ import html
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from clmfast.report import STYLE, table
 from clmfast.study import claims as claims_module
 from clmfast.study.base import Runs, Section, Study, StudyError
 from clmfast.study.claims import KINDS, Claim, to_csv, to_rows
+from clmfast.untrusted import need, one_line, read_json, refusing
 
 
 def number(value: float) -> str:
@@ -109,7 +110,8 @@ def wall_seconds(runs: Iterable[Run]) -> float:
     for run in runs:
         for event in run.events:
             at = event["unix_time_s"]
-            spans.append((at, at) if event["event"] in ("start", "resume") else (spans.pop()[0], at))
+            is_start = event["event"] in ("start", "resume") or not spans  # the line of a start may be damaged
+            spans.append((at, at) if is_start else (spans.pop()[0], at))
     total, until = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -149,18 +151,32 @@ def write_pages(
     sections: list[Section],
     runs: Runs,
     facts: dict[str, Any],
+    others: Mapping[str, list[dict[str, Any]]],
 ) -> Path:
     """Write the page and the tables of a study, then the tables of all studies of the folder; returns the page."""
     rows = to_rows(name, claims)
     write_file(folder / f"{name}.html", page(name, study, claims, sections, runs, facts))
     write_json(folder / f"{name}.json", {"study": name, "question": study.question, **facts, "claims": rows})
     write_file(folder / f"{name}.csv", to_csv(rows))
-    every = [row for path in sorted(folder.glob("*.json")) if path.stem != "claims" for row in _claims_in(path)]
+    every = [row for _, of_study in sorted({**others, name: rows}.items()) for row in of_study]
     write_json(folder / "claims.json", every)
     write_file(folder / "claims.csv", to_csv(every))
     return folder / f"{name}.html"
 
 
+def others_in(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the other studies' tables in a folder, by study; StudyError where one is damaged."""
+    return {path.stem: _claims_in(path) for path in folder.glob("*.json") if path.stem not in ("claims", name)}
+
+
 def _claims_in(path: Path) -> list[dict[str, Any]]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["claims"] if isinstance(found, dict) and "claims" in found else []
+    """The claims of a study's own table; a folder may hold other JSON, too."""
+    fields = {"study", *(field.name for field in dataclasses.fields(Claim))}
+    with refusing(StudyError, f"{one_line(path)} must be the table of a study"):
+        found = read_json(path)
+        rows = found.get("claims", []) if isinstance(found, dict) else []
+        are_rows = isinstance(rows, list) and all(isinstance(row, dict) and set(row) == fields for row in rows)
+        need(are_rows, "claims must be rows as this version writes them", rows)
+        are_plain = all(isinstance(value, str | int | float | None) for row in rows for value in row.values())
+        need(are_plain, "claims must be texts and numbers", rows)
+    return rows

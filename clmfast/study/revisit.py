@@ -10,6 +10,7 @@ from clmfast.files import DamagedCheckpoint, checkpoints, read_checkpoint
 from clmfast.model import Transformer
 from clmfast.record import Run
 from clmfast.study.base import StudyError
+from clmfast.untrusted import TENSOR_HEADER_BYTES
 
 
 def tasks_of(config: RunConfig) -> TaskSet:
@@ -28,14 +29,18 @@ def checkpoint_steps(run: Run) -> list[int]:
 def model_at(run: Run, tasks: TaskSet, step: int) -> Transformer:
     """The model after `step` updates; StudyError where its checkpoint is missing or damaged."""
     path = run.path / "checkpoints" / f"{step:08d}"
+    model = Transformer(run.config.model, len(tasks.vocabulary), tasks.max_length, run.config.seed)
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
-        tensors, _ = read_checkpoint(path)
+        tensors, _ = read_checkpoint(path, n_bytes + TENSOR_HEADER_BYTES)
     except DamagedCheckpoint as error:
         raise StudyError(f"run {run.path.name} must hold the weights of step {step}: {error}") from None
-    model = Transformer(run.config.model, len(tasks.vocabulary), tasks.max_length, run.config.seed)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if run.config.model.tie_head:
+    if run.config.model.tie_head and "token_embedding.weight" in weights:
         weights["head.weight"] = weights["token_embedding.weight"]
+    have = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    if have != {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}:
+        raise StudyError(f"run {run.path.name} must hold the weights of its model at step {step}, they are another's")
     model.load_state_dict(weights)
     return model
 

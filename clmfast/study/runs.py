@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -146,7 +145,7 @@ def hold(folder: Path) -> int:
 
     The lock ends with the last process that holds it, so that a run which outlived a killed study is not resumed twice.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     try:
         lock = files.hold(folder)
     except BlockingIOError:
@@ -168,8 +167,8 @@ class Job:
             command += ["--resume", str(path)]
         else:
             for file in path.parent.glob(f"{glob.escape(path.name)}.*"):
-                file.unlink()
-            path.parent.mkdir(parents=True, exist_ok=True)
+                files.remove(file)
+            files.make_folder(path.parent)
             write_json(beside(path, ".json"), to_dict(config))
             command += ["--config", str(beside(path, ".json")), "--out", str(path)]
         with open(beside(path, ".log"), "wb") as log:
@@ -197,7 +196,8 @@ class Job:
             last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
             raise StudyError(f"run {self.path.name} failed: {last.removeprefix('clmfast: ')}")
         self.wanted.keep()
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        if (self.path / "resume").exists():
+            files.remove(self.path / "resume")
         return True
 
 

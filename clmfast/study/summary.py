@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from numpy.typing import NDArray
 from clmfast.config import LABEL_KINDS, ConfigError, RunConfig, from_dict, to_dict
 from clmfast.files import write_file
 from clmfast.findings import HEADLINE_READOUT, best_layer
-from clmfast.measure.catalogue import MEASUREMENT_VERSION, Column
 from clmfast.record import NotARun, Run
+from clmfast.schema import MAX_STEPS, check_controls, check_event, check_facts, columns_of
 from clmfast.study.base import Revisit
+from clmfast.untrusted import JSON_BYTES, Archive, Damaged, is_there, need, one_line, parse_json, refusing
 
 KEPT = ("accuracy", *(f"ari_{kind}" for kind in LABEL_KINDS), "knn_accuracy", "cross_grammar_knn_accuracy")
 META = ("measurement_version", "versions", "machine", "threads", "n_layers", "n_tasks", "readouts")
+FACTS = ("config", "meta", "columns", "events", "controls", "timing_ms")
+MAX_PER_TASK_BYTES = 2 << 30
 THOUSANDTHS, NOT_MEASURED = 1000, np.iinfo(np.int16).min
 
 
@@ -85,30 +90,63 @@ class Summary(Run):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with np.load(beside(path, ".npz")) as file:
-                arrays = dict(file)
-            facts = json.loads(arrays["facts"].tobytes())
-            self.meta = facts["meta"]
-            self.columns = [Column(**column) for column in facts["columns"]]
-            self.events, self.controls = facts["events"], facts["controls"]
-            self.config = from_dict(facts["config"], RunConfig(), path.name)
-            self.step, self.values = arrays["step"], unpack(arrays["values"])
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, ConfigError) as error:
-            raise NotARun(f"{beside(path, '.npz')} must be the summary of a run: {error}") from None
-        if self.meta["measurement_version"] != MEASUREMENT_VERSION:
-            raise NotARun(
-                f"{beside(path, '.npz')} must have measurement version {MEASUREMENT_VERSION}, "
-                f"got {self.meta['measurement_version']}"
-            )
-        self.timing = {name: np.array([ms]) for name, ms in facts["timing_ms"].items()}
+        file = beside(path, ".npz")
+        with refusing(NotARun, f"{one_line(file)} must be the summary of a run"):
+            archive = Archive(file)
+            n_bytes = math.prod(archive.shape("facts"))
+            need(n_bytes <= JSON_BYTES, f"facts must have at most {JSON_BYTES:,} bytes", n_bytes)
+            with refusing(Damaged, "facts"):
+                facts = parse_json(archive.read("facts", np.uint8, (None,)).tobytes())
+                self.timing = self._check(facts)
+            try:
+                self.config = from_dict(facts["config"], RunConfig(), "config")
+            except ConfigError as error:
+                raise Damaged(str(error)) from None
+            n_rows = math.prod(archive.shape("step"))
+            need(n_rows <= MAX_STEPS, f"step must have at most {MAX_STEPS:,} rows", n_rows)
+            self.step = archive.read("step", np.int64, (None,))
+            is_right = (np.diff(self.step, prepend=-1) > 0).all() and (self.step <= MAX_STEPS).all()
+            need(bool(is_right), f"step must rise from 0 or more to at most {MAX_STEPS:,}", "others")
+            n = len(self.step)
+            self.values = unpack(archive.read("values", np.int16, (len(self.columns), n)))
+            self._of_task: NDArray[np.float64] | None = None
+            if "per_task" in archive:
+                self._of_task = unpack(archive.read("per_task", np.int16, (self.meta["n_tasks"], n)))
+                self._layer_of_tasks = int(archive.read("per_task_layer", np.int64, ()))
+                need(self._layer_of_tasks in self.layers, "per_task_layer must be a layer", self._layer_of_tasks)
+                need(HEADLINE_READOUT in self.readouts, f"readouts must have {HEADLINE_READOUT}", self.readouts)
         self._at = {column.name: i for i, column in enumerate(self.columns)}
-        self.per_task = None
-        if "per_task" in arrays:
-            of_task = unpack(arrays["per_task"])
-            shape = (len(of_task), len(self.layers), len(self.readouts), of_task.shape[1])
-            self.per_task = np.full(shape, np.nan)
-            self.per_task[:, int(arrays["per_task_layer"]), self.readouts.index(HEADLINE_READOUT)] = of_task
+
+    def _check(self, facts: Any) -> dict[str, NDArray[np.float64]]:
+        """Take in the facts; the totals of the timings."""
+        need(isinstance(facts, dict) and set(facts) == set(FACTS), f"must be {', '.join(FACTS)}", facts)
+        self.meta = facts["meta"]
+        check_facts(self.meta)
+        need(isinstance(facts["columns"], list), "columns must be a list", facts["columns"])
+        self.columns = columns_of(facts["columns"], self.meta["n_layers"])
+        self.events, self.damaged_events, self.controls = facts["events"], [], facts["controls"]
+        need(isinstance(self.events, list), "events must be a list", self.events)
+        for event in self.events:
+            check_event(event)
+        check_controls(self.controls)
+        timing = facts["timing_ms"]
+        are_numbers = isinstance(timing, dict) and all(isinstance(ms, float) for ms in timing.values())
+        need(are_numbers, "timing_ms must be numbers by name", timing)
+        return {name: np.array([ms]) for name, ms in timing.items()}
+
+    @cached_property
+    def per_task(self) -> NDArray[np.float64] | None:
+        """As of the whole run; NaN but in the layer that is kept."""
+        if self._of_task is None:
+            return None
+        n, n_tasks = self._of_task.shape
+        shape = (n, len(self.layers), len(self.readouts), n_tasks)
+        if math.prod(shape) * 8 > MAX_PER_TASK_BYTES:  # it was a small file
+            said = f"must unpack to at most {MAX_PER_TASK_BYTES:,} bytes, got shape {list(shape)}"
+            raise NotARun(f"{one_line(beside(self.path, '.npz'))} must be the summary of a run: per_task {said}")
+        found = np.full(shape, np.nan)
+        found[:, self._layer_of_tasks, self.readouts.index(HEADLINE_READOUT)] = self._of_task
+        return found
 
 
 def kept_at(path: Path, what: Revisit) -> Path:
@@ -116,9 +154,12 @@ def kept_at(path: Path, what: Revisit) -> Path:
 
 
 def revisited(run: Run, what: Revisit) -> dict[str, NDArray]:
-    """What the checkpoints of a run say, or said when they were there."""
+    """What the checkpoints of a run say, or said when they were there; NotARun if what was kept is damaged."""
     path = kept_at(run.path, what)
-    if not path.exists():
+    if not is_there(path):
         write_arrays(path, what.read(run))
-    with np.load(path) as file:
-        return dict(file)
+    with refusing(NotARun, f"{one_line(path)} must be what the checkpoints of a run say"):
+        archive = Archive(path)
+        wanted, names = sorted(one.name for one in what.holds), sorted(archive)
+        need(names == wanted, f"must hold {', '.join(wanted)}", ", ".join(names))
+        return {one.name: archive.read(one.name, one.dtype, one.shape) for one in what.holds}

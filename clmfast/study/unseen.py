@@ -20,7 +20,7 @@ from clmfast.measure.neighbours import majority_vote
 from clmfast.measure.probe import Probe
 from clmfast.plot import layout
 from clmfast.record import Run
-from clmfast.study.base import BASE_LABEL, Revisit, Runs, Section, Study
+from clmfast.study.base import BASE_LABEL, Kept, Revisit, Runs, Section, Study
 from clmfast.study.claims import Claim, claim
 from clmfast.study.emergence import configs, rank_correlation
 from clmfast.study.figures import COLOURS, CONTROL_TEXT, CONTROLS, GREY, control_of, curves, final_layers
@@ -72,7 +72,7 @@ def mistakes_and_votes(run: Run) -> dict[str, np.ndarray]:
     return {"counts": np.array(counts)}
 
 
-MISTAKES = Revisit("mistakes", mistakes_and_votes)
+MISTAKES = Revisit("mistakes", mistakes_and_votes, (Kept("counts", np.int64, (2, 2)),))
 
 
 def log_odds_ratio(table: np.ndarray) -> float:

@@ -11,6 +11,8 @@ import time
 # faults.
 HARNESSES = {
     "fuzz": "random calls of all ops, random damage to all files that are read",
+    "sweep": "kills and disk faults at every change that a run makes to its directory",
+    "endurance": "a toy run of very many steps: memory, open files and time per step stay as they are",
     "leaks": "memory that calls of ops, good and refused ones, do not give back",
     "sanitize": "op tests and some of the fuzz under AddressSanitizer and UndefinedBehaviorSanitizer",
 }

@@ -20,7 +20,7 @@ from tests.faults import readers, table
 from tests.faults.arguments import BENIGN, Maker, Spec, leaves, spoil
 from tests.faults.worker import Cases, Fault, Limits, Progress, run_cases
 
-ALLOWED = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
+ALLOWED = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError, MemoryError)
 INTERNAL = ("INTERNAL ASSERT", "API call failed", "std::", "bad_alloc", "vector::", "stoi", "unknown", "Unknown")
 TORCHS_OWN = ("Declaration: ", "Could not run '", "There were no tensor arguments")  # texts of torch's dispatcher take several lines
 MAX_ALIKE = 4  # examples that are printed
