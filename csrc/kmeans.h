@@ -27,7 +27,7 @@
 //            repeats some of them as centroids. A centroid in init that is not finite starts at the mean of its set.
 // Devices    give the same bits from the same first centroids. k-means++ adds distances up in an order of the device's
 //            own, so its draws agree but for rounding; so does the variance that tol is measured by.
-// Limits     1 <= K <= N < 2^31; D < 2^20.
+// Limits     1 <= K <= N < 2^31; D < 2^20; 1 <= n_init < 2^31; 1 <= max_iter <= 2^20.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 // adjusted_rand: ari alone, of S labelings and V others at once. truth [V, N] in [0, n_truth), label [S, N] in [-1,
 // n_label), where -1 is a cluster like any other; score [V, S]. The same bits; false or NaN if a value is out of range.
 //
-// Pair counts are exact integers up to N = 2^31; all ways of counting give the same bits, and so does ari on every
+// N < 2^31. Pair counts are exact integers; all ways of counting give the same bits, and so does ari on every
 // device. A GPU's logarithms are its own.
 //
 // The CPU counts in one dense n_truth x n_label table per set, or without a promise by sorting: O(N log N) time, O(N)

@@ -2,7 +2,7 @@
 //
 //   points  [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value; a GPU
 //                                 reads them as they are: then `points` points at what `element` says)
-//   label   [N] int64 in [0, n_labels), shared by all sets
+//   label   [N] int64 in [0, n_labels), shared by all sets; n_labels < 2^31
 //   out     [3, S] float64: centroid silhouette, scatter ratio, total scatter (formulas: clmfast/measure/separation.py)
 //
 // Centroids are means in float64 of the points in their order, rounded to float32; distances to them are float64 dist2

@@ -1,8 +1,9 @@
 """The ops: one contract, one Python function and one reference (reference.py) each.
 
 In what measures, the set axis comes first, `[S, N, D]`, and all sets are one call; attention and Transformer blocks
-take tokens. All are compiled from csrc/; wrong arguments are refused there, once, and arrive as ValueError. Results do
-not depend on the number of threads, bit for bit.
+take tokens. All are compiled from csrc/, where wrong tensors are refused, once; arguments.py makes tensors and numbers
+of what Python gives. What is wrong arrives as ValueError or TypeError, what takes more memory than there is as
+MemoryError. Results do not depend on the number of threads, bit for bit.
 """
 
 from pathlib import Path

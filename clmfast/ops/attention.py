@@ -149,16 +149,15 @@ def _check_integers(op: str, name: str, x: Tensor | None, shape: tuple[int, ...]
         raise ValueError(f"{op}: {name} must be on {qkv.device}, got {x.device}")
 
 
-def _check_there(op: str, name: str, x: Tensor | None) -> None:
+def _check_there(op: str, **tensors: Tensor | None) -> None:
     """Of a storage that was resized there may be less than the shape speaks of."""
-    if x is None or torch.compiler.is_compiling() or x.numel() == 0:
-        return
-    n = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    held = x.untyped_storage().nbytes()
-    if n * x.element_size() > held:
-        raise ValueError(
-            f"{op}: the storage of {name} must hold its elements, {n * x.element_size()} bytes, got {held}"
-        )
+    for name, x in tensors.items():
+        if x is None or x.numel() == 0:
+            continue
+        n = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        needed, held = n * x.element_size(), x.untyped_storage().nbytes()
+        if needed > held:
+            raise ValueError(f"{op}: the storage of {name} must hold its elements, {needed} bytes, got {held}")
 
 
 def _check_dtype(op: str, qkv: Tensor) -> None:
@@ -177,8 +176,6 @@ def _check_padded(op: str, qkv: Tensor, lengths: Tensor | None) -> None:
 
 def _check_packed(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None) -> None:
     require_tensors(op, qkv, offset)
-    for name, x in (("qkv", qkv), ("offset", offset), ("prefix", prefix)):
-        _check_there(op, name, x)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{op}: qkv must be [n, 3, H, W], got {list(qkv.shape)}")
     _check_dtype(op, qkv)
@@ -198,7 +195,6 @@ def _check_saved(op: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tenso
         ("out", out, [*rows, H, W], qkv.dtype),
         ("lse", lse, [*rows, H], wide),
     ):
-        _check_there(op, name, x)
         if list(x.shape) != shape or x.dtype != dtype or x.device != qkv.device:
             raise ValueError(
                 f"{op}: {name} must be {shape} {dtype} on {qkv.device}, got {list(x.shape)} {x.dtype} on {x.device}"
@@ -251,6 +247,7 @@ def padded_rows(offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple
 def _(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
     op = "packed_attention"
     _check_packed(op, qkv, offset, prefix)
+    _check_there(op, qkv=qkv, offset=offset, prefix=prefix)
     max_length = _longest(op, qkv, offset, prefix, max_length)
     rows, lengths, is_own = padded_rows(offset, prefix, max_length)
     out, lse = torch.ops.clmfast.attention(qkv[rows], lengths)
@@ -263,6 +260,7 @@ def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offset: Tensor, m
     op = "packed_attention_backward"
     _check_packed(op, qkv, offset, None)
     _check_saved(op, grad_out, qkv, out, lse)
+    _check_there(op, grad_out=grad_out, qkv=qkv, out=out, lse=lse, offset=offset)
     max_length = _longest(op, qkv, offset, None, max_length)
     rows, lengths, is_own = padded_rows(offset, None, max_length)
     padded = (x[rows] for x in (grad_out, qkv, out, lse))
@@ -279,6 +277,7 @@ def _into_rows(n: int, rows: Tensor, values: Tensor) -> Tensor:
 @torch.library.impl("clmfast::attention", "CUDA")
 def _attention(qkv: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_padded("attention", qkv, lengths)
+    _check_there("attention", qkv=qkv, lengths=lengths)
     _check_width("attention", qkv)
     B, T, _, H, W = qkv.shape
     if qkv.dtype == torch.float64:
@@ -295,6 +294,7 @@ def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     _check_padded(op, qkv, lengths)
     _check_width(op, qkv)
     _check_saved(op, grad_out, qkv, out, lse)
+    _check_there(op, grad_out=grad_out, qkv=qkv, out=out, lse=lse, lengths=lengths)
     B, T = qkv.shape[:2]
     if qkv.dtype == torch.float64:
         return _dense_backward(grad_out, qkv, lengths)
@@ -307,8 +307,10 @@ def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
 
 @torch.library.impl("clmfast::packed_attention", "CUDA")
 def _packed_attention(qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> tuple[Tensor, Tensor]:
-    _check_packed("packed_attention", qkv, offset, prefix)
-    _check_width("packed_attention", qkv)
+    op = "packed_attention"
+    _check_packed(op, qkv, offset, prefix)
+    _check_there(op, qkv=qkv, offset=offset, prefix=prefix)
+    _check_width(op, qkv)
     if qkv.dtype == torch.float64:
         rows, lengths, is_own = padded_rows(offset, prefix, max_length if len(qkv) else 0)
         out, lse = _dense(qkv[rows], lengths)
@@ -327,6 +329,7 @@ def _packed_attention_backward(
     _check_packed(op, qkv, offset, None)
     _check_width(op, qkv)
     _check_saved(op, grad_out, qkv, out, lse)
+    _check_there(op, grad_out=grad_out, qkv=qkv, out=out, lse=lse, offset=offset)
     if qkv.dtype == torch.float64:
         rows, lengths, is_own = padded_rows(offset, None, max_length if len(qkv) else 0)
         return _into_rows(len(qkv), rows[is_own], _dense_backward(grad_out[rows], qkv[rows], lengths)[is_own])

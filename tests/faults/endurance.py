@@ -53,11 +53,10 @@ def main(is_long: bool, seed: int) -> int:
         loss = run_read.column(Column("train", "loss").name)
         if len(run_read.step) != n_steps + 1 or not np.isfinite(loss[:-1]).all():
             faults.append(f"the record must have {n_steps + 1} rows with a loss, got {np.isfinite(loss).sum()}")
-    quarter = len(samples) // 4
+    (_, mib, n_files, n_threads, ms), (_, mib_late, n_files_late, n_threads_late, ms_late) = _early_and_late(samples)
     print(
-        f"endurance: {n_steps:,} steps, memory {samples[quarter, 1]:.0f} -> {samples[-1, 1]:.0f} MiB, open files "
-        f"{samples[quarter, 2]:.0f} -> {samples[-1, 2]:.0f}, threads {samples[quarter, 3]:.0f} -> "
-        f"{samples[-1, 3]:.0f}, a step {np.median(samples[quarter : 2 * quarter, 4]):.2f} -> {np.median(samples[-quarter:, 4]):.2f} ms, "
+        f"endurance: {n_steps:,} steps, memory {mib:.0f} -> {mib_late:.0f} MiB, open files {n_files:.0f} -> "
+        f"{n_files_late:.0f}, threads {n_threads:.0f} -> {n_threads_late:.0f}, a step {ms:.2f} -> {ms_late:.2f} ms, "
         f"read {n_reads} times while it grew; {len(faults)} faults"
     )
     return _told(faults)
@@ -118,16 +117,20 @@ def _read_throughout(child: int, out: Path, n_steps: int) -> tuple[list[str], in
 
 
 def _judge(samples: np.ndarray) -> list[str]:
-    """samples [N, 5]: step, resident MiB, open files, threads, median ms of a step."""
-    quarter = len(samples) // 4
+    (_, mib, n_files, n_threads, ms), (_, mib_late, n_files_late, n_threads_late, ms_late) = _early_and_late(samples)
     faults = []
-    grown = samples[-1, 1] - samples[quarter, 1]
-    if grown > MAX_GROWTH_MIB:
-        faults.append(f"memory must grow by at most {MAX_GROWTH_MIB:.0f} MiB, it grew by {grown:.0f}")
-    for column, what in ((2, "open files"), (3, "threads")):
-        if samples[-1, column] > samples[quarter, column]:
-            faults.append(f"{what} must not grow, {samples[quarter, column]:.0f} became {samples[-1, column]:.0f}")
-    early, late = np.median(samples[quarter : 2 * quarter, 4]), np.median(samples[-quarter:, 4])
-    if late > MAX_SLOWER * early:
-        faults.append(f"a step must not get slower, {early:.2f} ms became {late:.2f}")
+    if mib_late - mib > MAX_GROWTH_MIB:
+        faults.append(f"memory must grow by at most {MAX_GROWTH_MIB:.0f} MiB, {mib:.0f} became {mib_late:.0f}")
+    for before, after, what in ((n_files, n_files_late, "open files"), (n_threads, n_threads_late, "threads")):
+        if after > before:
+            faults.append(f"{what} must not grow, {before:.0f} became {after:.0f}")
+    if ms_late > MAX_SLOWER * ms:
+        faults.append(f"a step must not get slower, {ms:.2f} ms became {ms_late:.2f}")
     return faults
+
+
+def _early_and_late(samples: np.ndarray) -> np.ndarray:
+    """samples [N, 5]: step, resident MiB, open files, threads, median ms of a step. [2, 5]: medians of the second
+    quarter, when all that is made once has been made, and of the last one."""
+    quarter = len(samples) // 4
+    return np.stack([np.median(samples[quarter : 2 * quarter], 0), np.median(samples[-quarter:], 0)])

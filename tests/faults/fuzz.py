@@ -1,8 +1,8 @@
 """Fuzzing: random calls of all ops and random damage to all files that are read, most of them almost right.
 
 A call may succeed, or be refused by an exception of one line. Faults are crashes, hangs, exceptions of other kinds or
-with texts of the machinery below, good calls that are refused, inputs that change, and results that differ from one call
-to the next, from 1 to 2 threads, from uninitialised memory to memory full of NaN, or from reference.py.
+with texts of the machinery below, good calls that are refused, inputs that change, and results that differ from one
+call to the next, from 1 to 2 threads, from uninitialised memory to memory full of NaN, or from reference.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from tests.faults.worker import Cases, Fault, Limits, Progress, run_cases
 
 ALLOWED = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError, MemoryError)
 INTERNAL = ("INTERNAL ASSERT", "API call failed", "std::", "bad_alloc", "vector::", "stoi", "unknown", "Unknown")
-TORCHS_OWN = ("Declaration: ", "Could not run '", "There were no tensor arguments")  # texts of torch's dispatcher take several lines
+TORCHS_OWN = (
+    "Declaration: ",
+    "Could not run '",
+    "There were no tensor arguments",
+)  # texts of torch's dispatcher take several lines
 MAX_ALIKE = 4  # examples that are printed
 GOOD_SHARE = 0.25  # of the calls, that are left as they were drawn
 CHECK_SHARE = 0.15  # of those that could be, are compared with the reference
@@ -71,7 +75,11 @@ class OpCases:
         for (spec, place), old in zip(made.placed, before, strict=True):
             region = place.margin if id(spec) in written and error is None else slice(None)
             if not torch.equal(place.bytes[region], old[region]):
-                return "a call that was refused wrote to its arguments:" if error else "an input, or memory beside it, changed:"
+                return (
+                    "a call that was refused wrote to its arguments:"
+                    if error
+                    else "an input, or memory beside it, changed:"
+                )
         is_good = not {mark.split(" of ")[0] for mark in marks} - BENIGN
         if error is not None:
             return _wrong_error(error, is_good)
@@ -127,7 +135,9 @@ class OpCases:
         return None
 
 
-def _attempt(op: table.Op, given: dict[str, Any], keep: list[Any] | None = None) -> tuple[list[Tensor], BaseException | None]:
+def _attempt(
+    op: table.Op, given: dict[str, Any], keep: list[Any] | None = None
+) -> tuple[list[Tensor], BaseException | None]:
     try:
         result = op.call(**given)
     except Exception as error:
@@ -201,7 +211,9 @@ def warm() -> None:
     torch.nn.functional.layer_norm(torch.empty(1, 1, device="meta"), (1,))
 
 
-def main(is_long: bool, seed: int, n_cases: int | None = None, only: tuple[str, ...] = (), sanitized: bool = False) -> int:
+def main(
+    is_long: bool, seed: int, n_cases: int | None = None, only: tuple[str, ...] = (), sanitized: bool = False
+) -> int:
     """Returns the number of faults."""
     if names := table.missing():
         print(f"fuzz: these ops have no generator in tests/faults/table.py: {', '.join(sorted(names))}")

@@ -49,9 +49,7 @@ class Slot:
     def whole(self, dtype: torch.dtype) -> Tensor:
         """All of the slot as one 1-D tensor."""
         if dtype not in self._of:
-            self._of[dtype] = torch.frombuffer(
-                self._map, dtype=dtype, offset=PAGE, count=SLOT_BYTES // dtype.itemsize
-            )
+            self._of[dtype] = torch.frombuffer(self._map, dtype=dtype, offset=PAGE, count=SLOT_BYTES // dtype.itemsize)
         return self._of[dtype]
 
     def place(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, at_end: bool) -> Placed:

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import mmap
 import sys
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -82,13 +83,13 @@ class LeakCases:
                 _call(op, given)
             marks.append(in_use())
         for kind, (limit, unit) in enumerate(LIMITS):
-            amount = min(b[kind] - a[kind] for a, b in zip(marks, marks[1:], strict=False)) / n
+            amount = min(b[kind] - a[kind] for a, b in pairwise(marks)) / n
             if amount > limit:
                 return f"{amount:.3g} {unit}"
         return None
 
     def _calls(self, op: table.Op) -> list[dict[str, Any]]:
-        """Small good calls, and calls that are refused. All their tensors are made anew: they must outlive one another."""
+        """Small good calls, and calls that are refused; tensors of their own, which outlive the maker's."""
         rng = Random(f"{self.seed}/leaks/{op.name}")
         good, refused = [], []
         for _ in range(300):

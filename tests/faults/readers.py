@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -74,6 +73,7 @@ def make_run(folder: Path) -> None:
     np.save(folder / "timing.npy", values[:, :3])
     np.save(folder / "per_task.npy", np.random.default_rng(1).random((rows, n_layers, 1, SMALL.task.n_tasks)))
     meta = {name: {} for name in META} | {
+        "machine": {"cpu": "x"},
         "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
         "readouts": ["instruction_end"], "threads": 2, "measures": {name: vars(m) for name, m in MEASURES.items()},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns)],
@@ -83,7 +83,8 @@ def make_run(folder: Path) -> None:
     make_json(folder)
     events = [{"event": name, "unix_time_s": 1.5, "step": 2} for name in ("start", "early_stop", "end")]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "controls.json").write_text(json.dumps([{"name": "letters", "ari_task": 0.1}]))
+    control = {"control": "raw_strings", "readout": "instruction_end", "split": "", "measure": "ari_task", "layer": -1}
+    (folder / "controls.json").write_text(json.dumps([control | {"mean": 0.1, "low": 0.0, "high": 0.2}]))
     (folder / "projections").mkdir()
     np.savez(
         folder / "projections" / "00000002-instruction_end.npz",
@@ -94,7 +95,9 @@ def make_run(folder: Path) -> None:
 def make_checkpoint(folder: Path) -> None:
     import torch
 
-    write_checkpoint(folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3})
+    write_checkpoint(
+        folder / "c", {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, {"step": 3}
+    )
 
 
 def make_summary(folder: Path) -> None:
@@ -151,9 +154,10 @@ LONGEST_TEXT = 2000  # letters of a message
 # ---- damage
 
 WORDS = (
-    b"0", b"-1", b"1e999", b"NaN", b"Infinity", b"-0", b"9" * 400, b"18446744073709551616", b"null", b"true", b'""', b"[]",
-    b"{}", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 20_000, b'{"a":' * 20_000, b"(" * 500, b"{9999}", b"{1,}", b"\\",
-    b"\n", b"1.5", b"'", b'"', b"inf", b"a = 1\n", b"[[task]]\n", b"[^", b"(?=a)", b"\\d{,99999}", b"..", b"/etc/passwd",
+    b"0", b"-1", b"1e999", b"NaN", b"Infinity", b"-0", b"9" * 400, b"18446744073709551616", b"null", b"true", b'""',
+    b"[]", b"{}", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 20_000, b'{"a":' * 20_000, b"(" * 500, b"{9999}",
+    b"{1,}", b"\\", b"\n", b"1.5", b"'", b'"', b"inf", b"a = 1\n", b"[[task]]\n", b"[^", b"(?=a)", b"\\d{,99999}",
+    b"..", b"/etc/passwd",
 )  # fmt: skip
 
 
@@ -212,8 +216,8 @@ def _other_value(content: bytes, rng: Random) -> bytes:
         container[key] = json.loads(json.dumps(other[of]))
     else:
         container[key] = rng.choice(
-            (None, True, -1, 0, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "é\n",
-             [], {}, [[]], [None], {"": 0}, "a" * 5000, list(range(100)), -(2**63), "../..", "nan")
+            (None, True, -1, 0, 1, 1.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
+             "é\n", [], {}, [[]], [None], {"": 0}, "a" * 5000, list(range(100)), -(2**63), "../..", "nan")
         )  # fmt: skip
     try:
         lines[i] = json.dumps(value).encode()

@@ -1,7 +1,7 @@
 """AddressSanitizer and UndefinedBehaviorSanitizer: the op tests and some of the fuzz with an instrumented library.
 
-The library is built beside a copy of the package and the tests, build/sanitize/, so that the usual one stays as it is. A
-finding ends the process that makes it: a test run stops there, the fuzz records the case and goes on.
+The library is built beside a copy of the package and the tests, build/sanitize/, so that the usual one stays as it is.
+A finding ends the process that makes it: a test run stops there, the fuzz records the case and goes on.
 Leaks are not looked for here, for Python and torch keep a lot until the end; leaks.py does.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = (
-    "test_knn", "test_kmeans", "test_partition_scores", "test_separation", "test_capture_rows", "test_attention", "test_block",
-    "test_neighbours", "test_projection",
+    "test_knn", "test_kmeans", "test_partition_scores", "test_separation", "test_capture_rows", "test_attention",
+    "test_block", "test_neighbours", "test_projection",
 )  # fmt: skip
 # Not under sanitizers: what compiles a model takes minutes, and other processes would not have the sanitizer's library.
 LEFT_OUT = "not compile and not opcheck and not subprocess"
@@ -28,9 +28,20 @@ N_CASES = {False: 1500, True: 60_000}  # of the fuzz, public and raw each
 
 def build() -> None:
     """Make the instrumented library, or bring it up to date, and a copy of all Python beside it."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", FOLDER, "--build-temp", f"{FOLDER}-objects"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        FOLDER,
+        "--build-temp",
+        f"{FOLDER}-objects",
+    ]
     environment = os.environ | {"CLMFAST_SANITIZE": "1", "CLMFAST_CUDA": "0"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    library, sources = FOLDER / "clmfast" / "ops" / "_C.so", [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     for name in ("clmfast", "tests"):
         for path in (ROOT / name).rglob("*"):
             if path.suffix in (".py", ".toml", ".txt", ".json"):
@@ -44,10 +55,12 @@ def environment() -> dict[str, str]:
     compiler = os.environ.get("CXX", "g++")
     # Both come first: the sanitizer looks for what throws exceptions when it starts, and Python brings no libstdc++.
     libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    options = "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048:hard_rss_limit_mb=6000"
+    options = "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=512:hard_rss_limit_mb=6000"
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": f"{options}:handle_segv=0:strict_init_order=1",
@@ -61,7 +74,18 @@ def main(is_long: bool, seed: int) -> int:
     build()
     print(f"sanitize: built in {time.monotonic() - began:.0f} s", flush=True)
     n_cases = N_CASES[is_long]
-    fuzz = ["tests.faults", "fuzz", "--sanitized", "--seed", str(seed), "--cases", str(n_cases), "--only", "public", "raw"]
+    fuzz = [
+        "tests.faults",
+        "fuzz",
+        "--sanitized",
+        "--seed",
+        str(seed),
+        "--cases",
+        str(n_cases),
+        "--only",
+        "public",
+        "raw",
+    ]
     files = [f"tests/{name}.py" for name in TESTS if (FOLDER / "tests" / f"{name}.py").exists()]
     # Output is not captured: a process that a sanitizer ends would take its report along.
     tests = ["pytest", "-q", "-x", "--capture=no", "-p", "no:cacheprovider", "-k", LEFT_OUT, *files]

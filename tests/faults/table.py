@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -49,7 +50,9 @@ def few(rng: Random, least: int = 0) -> int:
 
 def many(rng: Random, least: int = 0) -> int:
     """A size that sometimes is longer than a block of the kernels."""
-    return max(least, few(rng, 1) if rng.random() < 0.85 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513)))
+    return max(
+        least, few(rng, 1) if rng.random() < 0.85 else rng.choice((0, 15, 16, 17, 31, 33, 64, 65, 130, 257, 513))
+    )
 
 
 def points(rng: Random, shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
@@ -91,7 +94,11 @@ def draw_knn(rng: Random) -> Arguments:
     has_queries = rng.random() < 0.5
     if has_queries:
         N = rng.choice((0, 1, N))
-    k = rng.randrange(1, min(N, 20) if not has_queries and N < 20 else 20 if has_queries else min(N, 20))if N > 2 else 1
+    k = (
+        rng.randrange(1, min(N, 20) if not has_queries and N < 20 else 20 if has_queries else min(N, 20))
+        if N > 2
+        else 1
+    )
     n_asked = Q if has_queries else N
     return {
         "points": points(rng, (S, N, D), dtype),
@@ -275,7 +282,7 @@ def prefixes(rng: Random, offset: list[int]) -> list[int]:
 
 
 def longest(offset: list[int], prefix: list[int] | None) -> int:
-    own = [b - a for a, b in zip(offset, offset[1:], strict=False)]
+    own = [b - a for a, b in pairwise(offset)]
     before = [own[of] if of >= 0 else 0 for of in prefix] if prefix is not None else [0] * len(own)
     return max(a + b for a, b in zip(own, before, strict=True))
 

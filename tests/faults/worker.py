@@ -7,6 +7,7 @@ parent must not run any of its parallel loops itself, whose threads would be mis
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import faulthandler
 import mmap
@@ -59,7 +60,9 @@ class Limits(NamedTuple):
     n_workers: int = 2
 
 
-def run_cases(cases: Cases, n_cases: int, limits: Limits, tell: Callable[[int, int], None] | None = None) -> list[Fault]:
+def run_cases(
+    cases: Cases, n_cases: int, limits: Limits, tell: Callable[[int, int], None] | None = None
+) -> list[Fault]:
     """Run cases 0 to n_cases - 1; `tell(n_done, n_faults)` is called a few times a second."""
     with contextlib.ExitStack() as stack:
         workers = [
@@ -71,7 +74,9 @@ def run_cases(cases: Cases, n_cases: int, limits: Limits, tell: Callable[[int, i
             time.sleep(0.02)
             faults += [fault for worker in workers for fault in worker.watch()]
             if sum(worker.n_deaths for worker in workers) > MAX_DEATHS:
-                faults.append(Fault(cases.name, -1, f"more than {MAX_DEATHS} cases crashed or hung: the rest was left out"))
+                faults.append(
+                    Fault(cases.name, -1, f"more than {MAX_DEATHS} cases crashed or hung: the rest was left out")
+                )
                 break
             if tell:
                 tell(sum(worker.n_done for worker in workers), len(faults))
@@ -156,7 +161,7 @@ class _Worker:
         finally:
             os._exit(code)
 
-    def _be_child(self, at: int) -> None:
+    def _be_child(self, first: int) -> None:
         said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
@@ -169,7 +174,7 @@ class _Worker:
         self.cases.start()
         seen: Counter[str] = Counter()
         with self._found.open("a") as found:
-            for at in range(at, len(self.numbers)):
+            for at in range(first, len(self.numbers)):
                 self._at[0], self._since[0] = at, time.monotonic()
                 if text := self.cases.run(self.numbers[at]):
                     fault = Fault(self.cases.name, self.numbers[at], text)
@@ -185,15 +190,13 @@ class _Worker:
             lines = file.read()
             whole = lines[: lines.rfind("\n") + 1]
             self._n_read += len(whole.encode())
-        import ast
-
         split = (line.split("\t", 1) for line in whole.splitlines())
         return [Fault(self.cases.name, int(i), ast.literal_eval(text)) for i, text in split]
 
     def _last_words(self) -> str:
         """What a sanitizer or the harness said before the child died."""
         text = self._said.read_text(errors="replace") if self._said.exists() else ""
-        marks = ("AddressSanitizer", "runtime error:", "harness itself")
+        marks = ("ERROR: AddressSanitizer", "CHECK failed", "runtime error:", "harness itself")
         lines = text.splitlines()
         first = next((i for i, line in enumerate(lines) if any(mark in line for mark in marks)), None)
         if first is None:
@@ -228,4 +231,7 @@ class Progress:
         took = time.monotonic() - self.began
         clear = "\r\x1b[K" if sys.stdout.isatty() else ""
         rate = self.n_cases / took
-        print(f"{clear}{self.name}: {self.n_cases:,} cases in {took:.0f} s ({rate:,.0f}/s), {len(faults)} faults", flush=True)
+        print(
+            f"{clear}{self.name}: {self.n_cases:,} cases in {took:.0f} s ({rate:,.0f}/s), {len(faults)} faults",
+            flush=True,
+        )
