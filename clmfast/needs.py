@@ -90,7 +90,7 @@ def needs(config: RunConfig) -> Needs:
     columns += n_sets * (PROBE_COLUMNS + SPLIT_COLUMNS * len(measure.probe_splits)) * has_probe
     per_task = n_sets * task.n_tasks * is_measured
     disk = (config.steps + 1) * 8.0 * (columns + 8 + per_task) + n_checkpoints(config.steps) * 4.0 * n_parameters
-    state = 12.0 * n_parameters + 4.0 * n_sets * ring * D * is_measured
+    state = 2**18 + 12.0 * n_parameters + 4.0 * n_sets * ring * D * is_measured
     disk += KEPT_STATES * state * (config.resume_every > 0) + REPORT_BYTES
 
     flops = config.steps * 6.0 * n_rows * max(1, L - 1) * (4 * D * D + 2 * D * F)

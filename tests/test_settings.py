@@ -137,7 +137,7 @@ def test_every_configuration_ends_in_one_line_or_works(part, tmp_path):
         (["--task.n-tasks", "1000", "--task.n-grammars", "1000"], r"task.n_tasks x .* at most 2000, got 1001000"),
         (["--task.input-length", str(10**9)], r"task.input_length must be at most 1000"),
         (["--seed", str(2**63)], r"seed must be at most 9223372036854775807, got 9223372036854775808"),
-        (["--seed", str(10**60)], r"seed must be at most .*, got an integer of 200 bits"),
+        (["--seed", str(10**60)], r"seed must be at most 9223372036854775807, got "),
         (["--train.lr", "1e300"], r"train.lr must be at most 1e\+30, got 1e\+300"),
         (["--task.alphabet", "ab\n"], r"task.alphabet must be letters that can be printed, got 'ab\\n'"),
         (["--measure.probe-train", "20"], r"measure.probe_train and the task must give a probe of prompt_end"),
@@ -206,10 +206,11 @@ def test_inputs_are_different_however_long():
 
 
 def test_comparing_grammars_is_bounded():
-    a, b = Grammar("(a|b)*a(a|b){11}", 100), Grammar("(a|b)*b(a|b){10}c", 100)
+    # One has to remember one bit of each of the last 11 letters, the other the other bit, and no string is in both.
+    a, b = Grammar("[abcd]*[ab][abcd]{10}", 100), Grammar("[abcd]*[ac][abcd]{10}e", 100)
     start = time.perf_counter()
     with pytest.raises(GrammarError, match="at most 1000000 pairs of states"):
-        common_string(a, Grammar("(a|b)*b(a|b){11}c", 100)) and common_string(a, b)
+        common_string(a, b)
     assert time.perf_counter() - start < SECONDS
 
 
