@@ -290,3 +290,13 @@ def test_a_loop_of_a_shell_stops_on_ctrl_c(config_file, tmp_path):
     printed = shell.communicate(timeout=120)[0]
     assert "all" not in printed and not (tmp_path / "2").exists()
     assert "--resume" in printed
+
+
+def test_memory_that_runs_out_is_one_line(config_file, tmp_path, monkeypatch, capsys):
+    def too_much(*_):
+        raise MemoryError("a terabyte")
+
+    monkeypatch.setattr("clmfast.train.Training.__iter__", too_much)
+    assert main(["--config", config_file, "--out", str(tmp_path / "run")]) == 5
+    told = capsys.readouterr().err
+    assert told == "clmfast: the memory must hold the run, it ran out: a terabyte\n"
