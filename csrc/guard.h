@@ -112,7 +112,8 @@ class NoMemory : public std::bad_alloc {
 
 // What torch said of the call that failed last in this thread; empty where it does not tell.
 inline std::string words_of_torch() {
-  const char* told = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  if (!torch_exception_get_what_without_backtrace) return "";
+  const char* told = torch_exception_get_what_without_backtrace();
   return told ? told : "";
 }
 

@@ -213,7 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   if (init) {
     require(has_shape(*init, {S, K, D}), "kmeans: init must be [S, K, D] = [", S, ", ", K, ", ", D, "], got ",
             shape(*init));
-    require(is_point_type(init->scalar_type()), "kmeans: init must be float32, bfloat16 or float16, got ", dtype(*init));
+    require(is_point_type(init->scalar_type()), "kmeans: init must be float32, bfloat16 or float16, got ",
+            dtype(*init));
     require_there(name, "init", *init, points);
     require(n_init == 1, "kmeans: n_init must be 1 when init is a tensor, got n_init=", n_init);
   }
@@ -512,11 +513,12 @@ bool overlaps_itself(const Tensor& x) {
   return false;
 }
 
-// Whether a and b may have an element in one place. Interleaved, as columns of one matrix, they do not: then all strides
-// but the shortest are multiples of a period, within which each has a part of its own.
+// Whether a and b may have an element in one place. Interleaved, as columns of one matrix, they do not: then all
+// strides but the shortest are multiples of a period, within which each has a part of its own.
 bool overlap(const Tensor& a, const Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
-  const char *first_a = static_cast<const char*>(a.const_data_ptr()), *first_b = static_cast<const char*>(b.const_data_ptr());
+  const char* first_a = static_cast<const char*>(a.const_data_ptr());
+  const char* first_b = static_cast<const char*>(b.const_data_ptr());
   if (first_a + n_bytes_spanned(a) <= first_b || first_b + n_bytes_spanned(b) <= first_a) return false;
   int64_t period = 0;
   for (const Tensor* x : {&a, &b})
@@ -908,9 +910,12 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
   const AttentionBlock op = packed.raw(weights, n_heads);
   const int64_t n = op.n, R = op.R, D = op.weights.D;
   const Tensor dense_grad = from_forward(name, "grad_y", grad_y, {R, D}, x);
-  const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x),      from_forward(name, "rstd", rstd, {n}, x),
-                          from_forward(name, "q", q, {R, D}, x),         from_forward(name, "kv", kv, {n, 2, D}, x),
-                          from_forward(name, "mixed", mixed, {R, D}, x), from_forward(name, "lse", lse, {R, n_heads}, x)};
+  const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x),
+                          from_forward(name, "rstd", rstd, {n}, x),
+                          from_forward(name, "q", q, {R, D}, x),
+                          from_forward(name, "kv", kv, {n, 2, D}, x),
+                          from_forward(name, "mixed", mixed, {R, D}, x),
+                          from_forward(name, "lse", lse, {R, n_heads}, x)};
   Grads grads = empty_grads(name, x, weights);
   attention_block_backward_cpu(op,
                                {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3]),

@@ -253,6 +253,30 @@ def test_a_prefix_has_no_prefix():
         ops.packed_attention(qkv, offset, 10, prefix)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_and_composed_halves_refuse_the_same(dtype):
+    x, *weights = (t.to(dtype) for t in CALLS["attention_block"][:7])
+    w, offset, kept = ops.BlockWeights(*weights), torch.tensor([0, 3, 10]), torch.tensor([2, 5])
+    for refused in (
+        lambda: ops.attention_block(x, w, 0, offset),
+        lambda: ops.attention_block(x, w, 3, offset),
+        lambda: ops.attention_block(x[0], w, 2, offset),
+        lambda: ops.attention_block(x, w._replace(out_weight=w.out_weight.to("meta")), 2, offset),
+        lambda: ops.attention_block(x, w, 2, offset.to("meta")),
+        lambda: ops.attention_block(x, w, 2, torch.tensor([0, 3, 11])),
+        lambda: ops.attention_block(x, w, 2, offset, kept=-kept),
+        lambda: ops.attention_block(x, w, 2, offset, kept=kept + 9),
+        lambda: ops.attention_block(x, w, 2, offset, kept=kept.flip(0)),
+        lambda: ops.attention_block(x, w, 2, offset, kept=kept.int()),
+        lambda: ops.attention_block(x, w, 2, offset, source=torch.arange(10)),
+        lambda: ops.attention_block(x, w, 2, offset, kept=kept, source=torch.arange(10) - 1),
+        lambda: ops.attention_block(x, w, 2, offset, prefix=torch.tensor([-1, 2])),
+        lambda: ops.mlp_block(x, ops.BlockWeights(*weights)._replace(in_weight=w.in_weight.to("meta"))),
+    ):
+        with pytest.raises(ValueError, match=r"^(attention_block|mlp_block|packed_attention): "):
+            refused()
+
+
 # ---- memory, and counts that no machine can serve
 
 HUGE = [2**62, 2**40]

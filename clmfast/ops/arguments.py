@@ -96,6 +96,13 @@ def require_tensors(op: str, *given: object) -> None:
             raise TypeError(f"{op}: takes tensors alone, got {_short(x)}")
 
 
+def require_one_device(op: str, *given: object) -> None:
+    devices = {x.device for x in given if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        both = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, got {both}")
+
+
 def integer(op: str, name: str, value: int) -> int:
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         if torch.compiler.is_compiling() or value in INT64:
@@ -123,11 +130,7 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*arguments: Any) -> Any:
-            together = [x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))]
-            devices = {x.device for x in together if isinstance(x, Tensor)}
-            if len(devices) > 1:
-                both = " and ".join(sorted(map(str, devices)))
-                raise ValueError(f"{op}: all tensors must be on one device, got {both}")
+            require_one_device(op, *(x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))))
             return fake(*arguments)
 
         torch.library.register_fake(f"clmfast::{op}", checked)

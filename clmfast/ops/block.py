@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clmfast.ops.arguments import integer, register_fake, require_tensors
+from clmfast.ops.arguments import integer, register_fake, require_one_device, require_tensors
 from clmfast.ops.attention import packed_attention
 from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
@@ -38,6 +38,7 @@ def mlp_block(x: Tensor, weights: BlockWeights) -> Tensor:
     if _is_fused(x):
         refuse_tangents("mlp_block", x, *weights)
         return torch.ops.clmfast.mlp_block.default(x, *weights, _wants_grad(x, weights))[0]
+    require_one_device("mlp_block", x, *weights)
     w = weights
     hidden = F.gelu(F.linear(_norm(x, w), w.in_weight, w.in_bias), approximate="tanh")
     return x + F.linear(hidden, w.out_weight, w.out_bias)
@@ -73,6 +74,7 @@ def attention_block(
         refuse_tangents("attention_block", x, *weights)
         arguments = (n_heads, offset, kept, prefix, source, wants_grad)
         return torch.ops.clmfast.attention_block.default(x, *weights, *arguments)[0]
+    _check_composed(x, weights, n_heads, offset, kept, prefix, source)
     w = weights
     if source is not None:
         x = x[source]
@@ -182,10 +184,48 @@ def _norm(x: Tensor, w: BlockWeights) -> Tensor:
     return F.layer_norm(x, (x.shape[1],), w.norm_weight, w.norm_bias)
 
 
+def _check_composed(
+    x: Tensor,
+    weights: BlockWeights,
+    n_heads: int,
+    offset: Tensor,
+    kept: Tensor | None,
+    prefix: Tensor | None,
+    source: Tensor | None,
+) -> None:
+    """What csrc/ops.cpp checks of a fused attention_block, but for shapes that torch's operations look at themselves.
+    What indices hold is looked at on the CPU alone, and not while compiling."""
+    op = "attention_block"
+    require_one_device(op, x, *weights, offset, kept, prefix, source)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be [n, D], got {list(x.shape)}")
+    D = x.shape[1]
+    if n_heads < 1 or D % n_heads or tuple(weights.in_weight.shape) != (3 * D, D):
+        raise ValueError(
+            f"{op}: in_weight must be [3 D, D] and n_heads must divide D, got n_heads={n_heads} with D={D}"
+        )
+    if source is not None and (kept is None or prefix is not None):
+        raise ValueError(f"{op}: source must come with kept and without prefix")
+    for name, rows in (("kept", kept), ("source", source), ("prefix", prefix)):
+        if rows is None:
+            continue
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            got = f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{op}: {name} must be one row of int64, got {got}")
+        if name == "prefix" or x.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
+            continue
+        n = len(x) if name == "source" or source is None else len(source)
+        if rows.min() < 0 or rows.max() >= n:
+            raise ValueError(f"{op}: {name} must be in [0, {n}), got {int(rows.min())} to {int(rows.max())}")
+        if name == "kept" and (rows.diff() <= 0).any():
+            raise ValueError(f"{op}: kept must ascend")
+
+
 def _longest(offset: Tensor, prefix: Tensor | None) -> int:
     """Waits for the device; a caller that knows a bound need not."""
     own = offset.diff()
-    before = 0 if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(min=0)], 0)
+    # A prefix out of range is refused later.
+    before = 0 if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(0, max(len(own) - 1, 0))], 0)
     return int((own + before).max()) if len(own) else 0
 
 

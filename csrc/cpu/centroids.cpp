@@ -231,7 +231,7 @@ void Centroids::pack(const float* centroid, int64_t K, int64_t D) {
   largest_norm2_ = 0;
   for (int64_t k = 0; k < K; ++k) {
     if (!is_finite[k]) continue;
-    float* column = &columns_[k / GROUPS * D * GROUPS + k % GROUPS];
+    float* column = columns_.data() + k / GROUPS * D * GROUPS + k % GROUPS;
     double norm2 = 0;
     for (int64_t d = 0; d < D; ++d) {
       const float x = centroid[k * D + d] * scale_ - centre_[d];

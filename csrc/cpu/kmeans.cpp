@@ -122,7 +122,7 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& 
           limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, row[t], D) * (0.25 - 0x1p-5)));
       }
       if (n_chosen == 0) limit[0] = -1;
-      least_dist2(points, N, D, row, closest.data(), nearest.data(), limit.data(), &least[first * N]);
+      least_dist2(points, N, D, row, closest.data(), nearest.data(), limit.data(), least.data() + first * N);
     }
   };
   auto choose = [&](int64_t i, const float* dist2) {
@@ -161,22 +161,22 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Run& 
     measure(trial);
     int64_t best = -1;
     for (int64_t t = 0; t < n_trials; ++t) {
-      const double sum_t = total(&least[t * N], N);
+      const double sum_t = total(least.data() + t * N, N);
       if (best < 0 || sum_t < potential) {
         best = t;
         potential = sum_t;
       }
     }
-    choose(trial[best], &least[best * N]);
+    choose(trial[best], least.data() + best * N);
   }
-  for (int64_t k = 0; k < K; ++k) std::copy_n(run.points + chosen[k] * D, D, &run.centroid[k * D]);
+  for (int64_t k = 0; k < K; ++k) std::copy_n(run.points + chosen[k] * D, D, run.centroid.data() + k * D);
 }
 
 void start_random(const Kmeans& op, std::vector<int64_t> deck, Run& run) {
   const int64_t D = op.D, n_finite = static_cast<int64_t>(deck.size());
   for (int64_t k = 0; k < op.K; ++k) {
     if (k < n_finite) std::swap(deck[k], deck[k + static_cast<int64_t>(uniform(run, op.seed, k) * (n_finite - k))]);
-    std::copy_n(run.points + deck[k % n_finite] * D, D, &run.centroid[k * D]);
+    std::copy_n(run.points + deck[k % n_finite] * D, D, run.centroid.data() + k * D);
   }
 }
 
@@ -184,7 +184,7 @@ void start_given(const Kmeans& op, Run& run) {
   const int64_t D = op.D;
   std::copy_n(op.init + run.s * op.K * D, op.K * D, run.centroid.data());
   for (int64_t k = 0; k < op.K; ++k) {
-    if (is_finite_row(&run.centroid[k * D], D)) continue;
+    if (is_finite_row(run.centroid.data() + k * D, D)) continue;
     std::vector<double> mean(D);
     const std::vector<int64_t> finite = finite_points(op, run.points);
     for (int64_t i : finite)
@@ -403,7 +403,7 @@ void move_centroids(const Kmeans& op, Run& run) {
     const double n = static_cast<double>(run.count[k]);
     for (int64_t d = 0; d < D; ++d)
       run.next[k * D + d] = n > 0 ? static_cast<float>(run.known.sum[k * D + d] / n) : run.centroid[k * D + d];
-    const double move2 = pair_dist2(&run.centroid[k * D], &run.next[k * D], D);
+    const double move2 = pair_dist2(run.centroid.data() + k * D, run.next.data() + k * D, D);
     run.moved2 += move2;
     run.move[k] = move2 > 0 ? static_cast<float>(std::sqrt(move2) * (1 + 0x1p-20) + 0x1p-120) : 0;
     run.group_move[k % GROUPS] = std::max(run.group_move[k % GROUPS], run.move[k]);
