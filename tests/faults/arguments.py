@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.faults.guard import Guard, Placed
+from tests.faults.guard import Guard, Placed, span_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHERS = (
@@ -118,7 +118,7 @@ class Maker:
         place = self.guard.place(spec.shape, strides, spec.dtype, spec.at_end)
         if place is None:
             x = torch.empty_strided(spec.shape, strides, dtype=spec.dtype)
-            flat = x
+            flat = x.as_strided((span_of(spec.shape, strides),), (1,))
         else:
             placed.append((spec, place))
             x, flat = place.tensor, place.memory

@@ -19,7 +19,7 @@ from clmfast.data.grammar import Grammar, GrammarError
 from clmfast.files import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column, layer_columns
 from clmfast.record import NotARun, load
-from clmfast.study.summary import META, Summary, beside, write_summary
+from clmfast.study.summary import Summary, beside, write_summary
 
 SMALL = RunConfig(
     steps=3,
@@ -72,8 +72,8 @@ def make_run(folder: Path) -> None:
     np.save(folder / "steps.npy", values)
     np.save(folder / "timing.npy", values[:, :3])
     np.save(folder / "per_task.npy", np.random.default_rng(1).random((rows, n_layers, 1, SMALL.task.n_tasks)))
-    meta = {name: {} for name in META} | {
-        "machine": {"cpu": "x"},
+    meta = {
+        "versions": {"clmfast": "0.1.0", "torch": "2.12.0"}, "machine": {"cpu": "some", "cores": 2, "system": "Linux"},
         "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
         "readouts": ["instruction_end"], "threads": 2, "measures": {name: vars(m) for name, m in MEASURES.items()},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns)],
@@ -83,8 +83,9 @@ def make_run(folder: Path) -> None:
     make_json(folder)
     events = [{"event": name, "unix_time_s": 1.5, "step": 2} for name in ("start", "early_stop", "end")]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    control = {"control": "raw_strings", "readout": "instruction_end", "split": "", "measure": "ari_task", "layer": -1}
-    (folder / "controls.json").write_text(json.dumps([control | {"mean": 0.1, "low": 0.0, "high": 0.2}]))
+    where = {"readout": "instruction_end", "split": "", "measure": "ari_task", "layer": 1}
+    controls = [{"control": kind, **where, "mean": 0.1, "low": 0, "high": 0.2} for kind in ("letters", "shuffled")]
+    (folder / "controls.json").write_text(json.dumps(controls))
     (folder / "projections").mkdir()
     np.savez(
         folder / "projections" / "00000002-instruction_end.npz",
