@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from benchmarks.gpu_contest import Report, in_turns
 from benchmarks.gpu_ops import Search
 from benchmarks.training import PlainTraining
 from clmfast import ops
-from clmfast.config import PRESETS, check, replays_graph
+from clmfast.config import PRESETS, check, replays_graph, to_dict
+from clmfast.files import write_json
 from clmfast.train import Training
 
 SEARCHES = [
@@ -259,25 +259,21 @@ def test_the_small_step_is_a_possible_one_and_is_captured():
     assert len(n_cold) > 3  # WARM_STEPS, then one that is captured
 
 
-def test_the_default_run(small, monkeypatch):
+def test_the_default_run(small, monkeypatch, tmp_path):
     import clmfast.run
 
     def run_a_small_one(arguments):
         asked = clmfast.run.parse(arguments).run
         assert (asked.seed, asked.steps) == (0, PRESETS["tiny"].steps)
+        config = tmp_path / "small.json"
+        write_json(config, to_dict(dataclasses.replace(small, measure_every=asked.measure_every)))
         begun_s = time.perf_counter()
-        assert clmfast.run.run(dataclasses.replace(small, measure_every=asked.measure_every), Path(asked.out)) == 0
+        assert clmfast.run.main(["--config", str(config), "--out", asked.out]) == 0
         return time.perf_counter() - begun_s
 
     monkeypatch.setattr(gpu_run, "run", run_a_small_one)
-    # A run sets these for its process.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    before = torch.are_deterministic_algorithms_enabled()
     report = Report("cpu")
-    try:
-        gpu_run.default_run(report)
-    finally:
-        torch.use_deterministic_algorithms(before)
+    gpu_run.default_run(report)
     assert report.outcome(True) == "ok"
     assert len(report.found["findings"]) > 3 and {"number", "bar", "holds"} <= {*report.found["findings"][0]}
     assert report.found["counters"][0]["wall_s"] > report.found["counters"][0]["step_s"] > 0
