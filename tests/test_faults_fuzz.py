@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.faults import fuzz, readers, table
+from tests.faults import fuzz, leaks, readers, table
 from tests.faults.arguments import Maker, Spec, leaves
 from tests.faults.guard import Guard
 from tests.faults.worker import Limits, run_cases
@@ -144,3 +144,16 @@ def test_readers_accept_their_good_files_and_a_planted_fault_is_found(tmp_path):
         folder.mkdir()
         reader.make(folder)
         reader.read(folder)
+
+
+def test_a_leak_is_found_and_its_absence_too():
+    lost = []
+    losing_c, losing_python, keeping = (
+        leaks.LeakCases([planted_op(call)], 500, 0)
+        for call in (lambda x: lost.append(ctypes.CDLL(None).malloc(64)), lambda x: lost.append([x]), lambda x: x * 2)
+    )
+    for cases in (losing_c, losing_python, keeping):
+        cases.start()
+    assert "bytes of C's memory per call: planted" in losing_c.run(0)
+    assert "per call: planted" in losing_python.run(0)
+    assert keeping.run(0) is None
