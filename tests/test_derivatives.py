@@ -61,7 +61,7 @@ def forward_mode(f: Function, x: Tensor, v: Tensor) -> Tensor:
 
 WAYS = {
     "grad of grad": second_by_grad,
-    "functional.hessian": lambda f, x, v: torch.autograd.functional.hessian(loss(f), x),
+    "functional.hessian": lambda f, x, v: torch.autograd.functional.hessian(loss(f), x, vectorize=True),
     "functional.hvp": lambda f, x, v: torch.autograd.functional.hvp(loss(f), x, v)[1],
     "functional.jvp": lambda f, x, v: torch.autograd.functional.jvp(f, x, v)[1],
     "forward mode": forward_mode,

@@ -129,7 +129,13 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     """
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        schema = getattr(torch.ops.clmfast, op).default._schema.arguments
+        required = [(i, argument.name) for i, argument in enumerate(schema) if str(argument.type) == "Tensor"]
+
         def checked(*arguments: Any) -> Any:
+            for i, name in required:
+                if arguments[i] is None:  # what torch makes of a tensor that is none
+                    raise ValueError(f"{op}: {name} must be a tensor, got None")
             require_one_device(op, *(x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))))
             return fake(*arguments)
 

@@ -94,7 +94,7 @@ CLMFAST_PER_ISA(void, add_point,
 void reach_of(const float* points, int64_t n, int64_t D, float* reach) {
   std::vector<int32_t> bits(D);
   if (find_reach(points, n, D, bits.data())) {
-    std::memcpy(reach, bits.data(), D * sizeof(float));
+    for (int64_t d = 0; d < D; ++d) std::memcpy(&reach[d], &bits[d], sizeof(float));
     return;
   }
   std::fill_n(reach, D, 0.0f);
