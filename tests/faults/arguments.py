@@ -181,6 +181,8 @@ def spoil(arguments: dict[str, Any], rng: Random, is_public: bool, is_free: dict
     names = []
     for _ in range(1 + (rng.random() < 0.4)):
         at = [leaf for leaf in leaves(arguments) if not isinstance(leaf[2], str)]
+        if not at:
+            break
         container, key, value = at[rng.randrange(len(at))]
         if isinstance(value, Spec):
             name = _spoil_tensor(container, key, value, rng, is_public, at)
