@@ -208,7 +208,7 @@ def replays_graph(config: RunConfig) -> tuple[bool, str]:
     return not reason, reason or "a GPU, and all steps have one shape"
 
 
-MOST_STEPS = 10**9  # a year of steps that take 30 ms each
+MOST_STEPS = 10**7 - 1  # a table of that many rows is read (schema.py); at 3 ms each, they take eight hours
 MOST_POINTS = 2**20  # states in a ring or a probe, sequences in a batch
 MOST_GRAMMARS = 2000  # each is compared with each other one: ten seconds
 LARGEST_FLOAT = 1e30  # float32 ends at 3e38
@@ -216,7 +216,7 @@ LARGEST_FLOAT = 1e30  # float32 ends at 3e38
 # Far above what anyone needs, and low enough that what stands in the way of a run is its memory or its time, which
 # needs.py foretells. Lengths: the number of strings of a grammar is counted in integers of that many digits.
 AT_MOST: dict[str, int] = {
-    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 10**6, "resume_every": MOST_STEPS,
+    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 1024, "resume_every": MOST_STEPS,
     "task.n_tasks": 1000, "task.n_grammars": 1000, "task.n_unseen_grammars": 1000, "task.n_instructions": 10**6,
     "task.n_unseen_instructions": 10**6, "task.n_inputs": 10**6, "task.n_outputs": 10**5, "task.input_length": 1000,
     "task.min_instruction_length": 1000, "task.max_instruction_length": 1000,

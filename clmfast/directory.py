@@ -7,14 +7,13 @@ dies. config.json is written before anything else: with it, a run can be resumed
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clmfast.config import ConfigError, RunConfig, from_file, to_dict
+from clmfast.config import ConfigError, RunConfig, from_dict, from_file, to_dict
 from clmfast.files import (
     LOCK,
     PART,
@@ -27,7 +26,7 @@ from clmfast.files import (
     write_json,
 )
 from clmfast.schema import check_header
-from clmfast.untrusted import is_there, read_json, refusing
+from clmfast.untrusted import is_there, read_array, read_json, refusing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,10 +73,12 @@ def claim(path: Path) -> int:
     check_new(path)
     make_folder(path)
     lock = _hold(path)
-    if not is_empty(path):  # another run began, and ended, since we looked
+    try:
+        check_new(path)  # once more: another run may have begun, and ended, since
+        remove_parts(path)
+    except BaseException:
         os.close(lock)
-        check_new(path)
-    remove_parts(path)
+        raise
     return lock
 
 
@@ -105,9 +106,16 @@ def reopen(path: Path) -> int:
     """Hold the directory of a run that is to go on, without what a process that died left unfinished there."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
+    folders = [path / name for name in FOLDERS]
+    if links := [folder.name for folder in folders if folder.is_symlink()]:
+        raise ConfigError(f"--resume: {', '.join(links)} in {path} must be of the run itself, got a link to elsewhere")
     lock = _hold(path)
-    for folder in (path, *(path / name for name in FOLDERS)):
-        remove_parts(folder)
+    try:
+        for folder in (path, *folders):
+            remove_parts(folder)
+    except BaseException:
+        os.close(lock)
+        raise
     return lock
 
 
@@ -145,21 +153,33 @@ def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "")
     return found
 
 
-def check_same(config: RunConfig, meta: dict[str, Any]) -> int:
-    """The number of steps that the run's header tells of; ConfigError where any other setting has changed."""
-    before = meta.get("config")
-    if not isinstance(before, dict):
-        return config.steps  # a run that was made before headers told
-    # Through JSON and back: tuples are lists there.
-    now = json.loads(json.dumps(to_dict(dataclasses.replace(config, out=""))))
-    differing = [name for name in settings_that_differ(before, now) if name != "steps"]
+def check_same(path: Path, config: RunConfig, meta: dict[str, Any]) -> int:
+    """The number of steps that the run was made with so far; ConfigError where another setting has changed since, or
+    where `config` asks for fewer steps than are done."""
+    before = config_of(path)  # all that a run tells that was made before headers told more
+    if isinstance(meta.get("config"), dict):
+        # With defaults for settings that a later version added.
+        before = from_dict(meta["config"], RunConfig(), str(path / "meta.json"))
+    then, now = (to_dict(dataclasses.replace(one, out="")) for one in (before, config))
+    differing = [name for name in settings_that_differ(then, now) if name != "steps"]
     if differing:
         raise ConfigError(
             f"--resume: config.json must be as it was when the run began, changed: {', '.join(differing)} "
             "(only steps may change)"
         )
-    n_steps = before.get("steps")
-    return n_steps if isinstance(n_steps, int) else config.steps
+    n_done = last_row(path)
+    if config.steps < n_done:
+        raise ConfigError(f"--steps must be at least the {n_done} steps that the run has done, got {config.steps}")
+    return before.steps
+
+
+def last_row(path: Path) -> int:
+    """The last row that a run has written; 0 where there is none."""
+    if not is_there(path / "steps.npy"):
+        return 0
+    with refusing(ConfigError, f"--resume: {path} must have the rows of its run"):
+        is_written = read_array(path / "steps.npy", "f", (None, None))[:, :1] != 0
+    return int(is_written.nonzero()[0].max(initial=0))
 
 
 def newest_state(
@@ -184,7 +204,7 @@ def newest_state(
         except DamagedCheckpoint as error:
             skipped.append(str(error))
         except ValueError as error:
-            skipped.append(f"checkpoint {folder}: {error}")
+            skipped.append(f"checkpoint {folder.name}: {error}")
         else:
             return (tensors, values), skipped
     return None, skipped

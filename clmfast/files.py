@@ -2,9 +2,10 @@
 
 What is promised, whenever the process or the machine dies and whatever the disk answers:
 
-    write_file, write_checkpoint    the old content or the new is there, never a part, and it is on the disk
-    RowFile                         a row whose first value is there is whole
-    LineFile                        lines are whole; a torn last one is cut off before the next is added
+    write_file          the old content or the new is there, never a part, and it is on the disk
+    write_checkpoint    the same; but one that is replaced, as its content was another, is gone for a moment
+    RowFile             a row whose first value is there is whole
+    LineFile            lines are whole; a torn last one is cut off before the next is added
 
 A write that the system cuts short is continued. New files are made under a name that nobody can guess and opened only
 if they are new, so that no link laid out beforehand is followed.
@@ -34,6 +35,7 @@ from clmfast.untrusted import (
     CHECKPOINT_BYTES,
     Damaged,
     array_header,
+    called,
     need,
     parse_json,
     read_bytes,
@@ -197,7 +199,7 @@ class LineFile:
 
     def add(self, value: Mapping[str, Any]) -> None:
         """Add a line; where that fails, none is there."""
-        line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")  # a path may be no UTF-8
         try:
             write_all(self._file, line)
         except BaseException as error:
@@ -231,7 +233,7 @@ class RowFile:
         self._file = _open_own(path, os.O_RDWR)
         shape, dtype_there = self._read_header()
         if shape[1:] != row_shape or dtype_there != self.dtype or len(shape) != 1 + len(row_shape):
-            raise ValueError(f"{path} must hold {self.dtype} {(n_rows, *row_shape)}, got {dtype_there} {shape}")
+            raise Damaged(f"{path} must hold {self.dtype} {(n_rows, *row_shape)}, got {dtype_there} {shape}")
         if shape[0] != n_rows:
             before = self._file
             _write_new(path, lambda file: self._make(file, before))
@@ -259,7 +261,7 @@ class RowFile:
             done += len(chunk)
 
     def _read_header(self) -> tuple[tuple[int, ...], np.dtype]:
-        with open(os.dup(self._file), "rb") as file, refusing(ValueError, f"{self.path} must be a file of rows"):
+        with open(os.dup(self._file), "rb") as file, refusing(Damaged, f"{self.path} must be a file of rows"):
             file.seek(0)
             header = array_header(file.read)
             n_bytes = header.n_bytes + header.data_bytes
@@ -327,7 +329,6 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
         with suppress(Damaged):
             if _verified(path, CHECKPOINT_BYTES)[1] == digests:
                 return
-        remove_checkpoint(path)
     contents["manifest.json"] = (json.dumps(digests, indent=1) + "\n").encode()
     part = path.with_name(_part_name(path.name))
     try:
@@ -338,6 +339,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
                     write_all(file, content)
                     os.fsync(file)
             os.fsync(folder)
+        if path.is_dir():
+            remove_checkpoint(path)
         os.rename(part, path)
     except BaseException as error:
         with suppress(OSError):
@@ -353,7 +356,7 @@ def read_checkpoint(path: Path, max_bytes: int = CHECKPOINT_BYTES) -> tuple[dict
 
     `max_bytes` is the most that its tensors may take. They are read for the sum first, in little memory, then again.
     """
-    with refusing(DamagedCheckpoint, f"checkpoint {path} must be as it was written"):
+    with refusing(DamagedCheckpoint, f"checkpoint {called(path)} must be as it was written"):
         content, _ = _verified(path, max_bytes)
         with refusing(Damaged, "state.json"):
             values = parse_json(content)

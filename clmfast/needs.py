@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ LIBRARIES_BYTES = 350e6  # resident, once torch and numba are loaded
 LIBRARIES_ADDRESSES = 2.5e9  # the same as addresses, which is what ulimit -v counts
 REPORT_BYTES = 6_000_000
 KEPT_STATES = 3  # of resume/: two, and the one that is being written
+NO_MEMORY = "can't allocate memory|not enough memory"  # torch's words on Linux and elsewhere
+RECLAIMED = ("inactive_file", "active_file", "slab_reclaimable")  # of memory.stat: pages of files, mostly
 YEAR_S = 365 * 86400.0
 # Faster than any core or device of today at float32: a run that takes a year at this speed takes more.
-CORE_FLOPS, GPU_FLOPS = 2e11, 1e15
-# Columns per layer and readout (test_needs.py compares them with those of a run).
+CORE_FLOPS, GPU_FLOPS = 1e12, 1e15
+# Columns per layer and readout; a test compares what follows from them with the directory of a run.
 WINDOW_COLUMNS, PROBE_COLUMNS, SPLIT_COLUMNS = 19, 17, 6
 
 
@@ -138,7 +141,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Did an allocation fail? torch says so by a RuntimeError on a CPU, and by one of its own on a GPU."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error))
+        and (type(error).__name__ == "OutOfMemoryError" or bool(re.search(NO_MEMORY, str(error))))
     )
 
 
@@ -165,14 +168,14 @@ def _of_machine() -> Iterator[tuple[float, str]]:
 
 
 def _of_cgroups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[float, str]]:
-    """A group may use what it and every group above it may; pages of files that nobody changed are no use of it."""
+    """A group may use what it and every group above it may; what the system takes back at need is no use of it."""
     for line in _text("/proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            top, limit, usage, idle = root, "memory.max", "memory.current", "inactive_file"
+            top, limit, usage, prefix = root, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            idle = "total_inactive_file"
+            prefix = "total_"
         else:
             continue
         group = top / path.lstrip("/")
@@ -183,7 +186,8 @@ def _of_cgroups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[float, st
             if not (allowed.isdigit() and used.isdigit()):
                 continue  # "max", or this group is not shown to us
             stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if len(line.split()) == 2)
-            yield float(int(allowed) - int(used) + int(stat.get(idle, 0))), "left by the limit of the control group"
+            idle = sum(int(stat.get(prefix + name, 0)) for name in RECLAIMED)
+            yield float(int(allowed) - int(used) + idle), "left by the limit of the control group"
 
 
 def _of_limits() -> Iterator[tuple[float, str]]:

@@ -5,7 +5,8 @@
     steps.npy         float64 [steps + 1, 1 + columns]: column 0 is step + 1 (0: not written yet), NaN = not measured
     timing.npy        the same layout for milliseconds, apart, because no two runs agree on them
     per_task.npy      float64 [steps + 1, layers, readouts, tasks]: neighbour purity of each task in the window
-    events.jsonl      start, resume, early_stop, checkpoint, anomaly, end
+    events.jsonl      start, resume, extended, state_skipped, resume_mismatch, early_stop, checkpoint, anomaly,
+                      interrupted, end
     controls.json     the measures on letters alone and with shuffled labels
     projections/      2-D projections of the probe's states at a few steps
     checkpoints/      weights at steps 0, 1, 2, 4, ..., 512, then every 500
@@ -42,7 +43,6 @@ from clmfast.files import (
     write_json,
 )
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
-from clmfast.needs import n_checkpoints
 from clmfast.schema import check_controls, check_header, read_events, written_rows
 from clmfast.untrusted import (
     MIB,
@@ -76,21 +76,6 @@ def state_bytes(training: Training) -> int:
     tensors, _ = training.state()
     # Two moments of AdamW, which are not there before the first step; a header of names.
     return sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weights + MIB // 4
-
-
-def disk_bytes(training: Training) -> int:
-    """About how much a run directory will take, before anything is written."""
-    config = training.config
-    rows = config.steps + 1
-    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
-    per_task = int(np.prod(training.window.per_task_shape)) if training.window else 0
-    report = 6_000_000
-    return (
-        rows * 8 * (len(training.columns) + 8 + per_task)
-        + n_checkpoints(config.steps) * weights
-        + (KEPT_RESUME_STATES + 1) * state_bytes(training) * (config.resume_every > 0)
-        + report
-    )
 
 
 class RunWriter:
@@ -189,8 +174,12 @@ class RunWriter:
         self._remove_old_states()
 
     def _remove_old_states(self) -> None:
-        for old in checkpoints(self.path / "resume")[:-KEPT_RESUME_STATES]:
-            remove_checkpoint(old)
+        """Keep the newest states of what was computed; those of later steps were passed over when the run went on."""
+        found = checkpoints(self.path / "resume")
+        kept = [path for path in found if int(path.name) <= self.training.next_step][-KEPT_RESUME_STATES:]
+        for path in found:
+            if path not in kept:
+                remove_checkpoint(path)
 
     def event(self, event: str, **values: Any) -> None:
         """Add a line to events.jsonl."""

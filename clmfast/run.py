@@ -15,6 +15,7 @@ torch is imported only once the arguments are known to be good, so that help and
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import os
 import re
@@ -24,7 +25,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
@@ -32,8 +33,10 @@ from clmfast import __version__, directory
 from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
 from clmfast.needs import check_needs, is_out_of_memory
 from clmfast.paths import expanded
+from clmfast.record import NotARun
 from clmfast.screen import complain, forgiving
 from clmfast.surroundings import Surroundings
+from clmfast.untrusted import Damaged
 
 if TYPE_CHECKING:
     from clmfast.progress import Progress
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT, DIVERGED, CANNOT_WRITE, NO_MEMORY = 2, 3, 4, 5
 NEW_RUNS = "runs"  # folder of runs that were given no name
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 STOPPED_BY = 128  # plus the signal's number, as shells count
 
 
@@ -63,6 +67,9 @@ def parse(arguments: list[str]) -> CommandLine:
     """The command line as a checked config; ConfigError or SystemExit (help, unknown flag) otherwise."""
     base = RunConfig()
     preset, file, resume = (_value_of(arguments, flag) for flag in ("--preset", "--config", "--resume"))
+    for flag, value in (("--config", file), ("--resume", resume)):
+        if value == "":
+            raise ConfigError(f"{flag} must be followed by a path, got nothing (is a variable empty?)")
     if preset in PRESETS:
         base = PRESETS[preset]
     if file:
@@ -90,14 +97,14 @@ def parse(arguments: list[str]) -> CommandLine:
     return dataclasses.replace(asked, run=run)
 
 
-def _value_of(arguments: list[str], flag: str) -> str:
+def _value_of(arguments: list[str], flag: str) -> str | None:
     """The value of one flag, looked up before the others can be parsed, because their defaults depend on it."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
         if argument.startswith(f"{flag}="):
             return argument.split("=", 1)[1]
-    return ""
+    return None
 
 
 @forgiving()
@@ -112,12 +119,15 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         complain("clmfast", error)
         return BAD_INPUT
+    except (NotARun, Damaged) as error:
+        complain("clmfast", f"the records of the run must be as they were written: {error}")
+        return BAD_INPUT
     except OSError as error:
-        there = path or Path(error.filename or "")
         complain("clmfast", f"{error.filename or 'the run directory'} must be writable: {error.strerror}")
-        if (there / "config.json").exists():
-            complain("clmfast", f"what was recorded stays; go on with {resume_command(there)}")
-        return CANNOT_WRITE
+        has_begun = path is not None and os.path.exists(path / "config.json")
+        if has_begun:
+            complain("clmfast", f"what was recorded stays; go on with {resume_command(cast(Path, path))}")
+        return CANNOT_WRITE if has_begun or error.errno in DISK_ERRORS else BAD_INPUT
     except KeyboardInterrupt:
         complain("clmfast", "stopped at once; what was recorded before stays")
         return STOPPED_BY + signal.SIGINT
@@ -146,11 +156,11 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
     config, is_resumed = asked.run, bool(asked.resume)
     lock = -1
     try:
-        path, meta = Path(config.out or NEW_RUNS), {}
+        path, meta, n_steps = Path(config.out or NEW_RUNS), {}, config.steps
         if is_resumed:
             lock = directory.reopen(path)
             meta = directory.header_of(path)
-            directory.check_same(config, meta)
+            n_steps = directory.check_same(path, config, meta)
         elif config.out:
             directory.check_new(path)
         else:
@@ -159,21 +169,20 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
 
         from clmfast.data.tasks import make_tasks
         from clmfast.progress import Progress
-        from clmfast.record import RunWriter, disk_bytes
+        from clmfast.record import RunWriter
         from clmfast.train import TIMING_COLUMNS, Training
 
         # Another number of threads would be another rounding of what torch computes.
         choices = surroundings.set_up_torch(dataclasses.replace(config, threads=meta.get("threads", config.threads)))
         training = Training(config, make_tasks(config.task, config.seed))
         if not is_resumed:
-            check_disk(path, disk_bytes(training))
             if config.out:
                 lock = directory.claim(path)
             else:
                 path, lock = directory.claim_free_name(path, config.seed)
         with RunWriter(path, training, TIMING_COLUMNS) as writer:
             here = header(choices, torch.__version__)
-            notes = go_on(training, writer, meta, here) if is_resumed else begin(training, writer, here)
+            notes = go_on(training, writer, meta, n_steps, here) if is_resumed else begin(training, writer, here)
             with Progress(training, path) as progress:
                 for note in notes:
                     progress.note(note)
@@ -198,8 +207,8 @@ def begin(training: Training, writer: RunWriter, here: dict[str, Any]) -> list[s
     return []
 
 
-def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Take over the newest state of a run that was stopped; returns what its user should know."""
+def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], n_steps: int, here: dict[str, Any]) -> list[str]:
+    """Take over the newest state of a run that was stopped, and that had n_steps; returns what its user should know."""
     from clmfast.record import state_bytes
 
     if not meta:  # it died before it had a header, and so before any row
@@ -230,10 +239,9 @@ def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], here: dic
     n_cores = len(os.sched_getaffinity(0))
     if here["threads"] > n_cores:
         notes.append(f"the run began with {here['threads']} threads and keeps them, on {n_cores} cores")
-    n_steps = directory.check_same(training.config, meta)
     if n_steps != training.config.steps:
         notes.append(extend(training, writer, n_steps))
-        writer.write_header({name: meta[name] for name in here})
+        writer.write_header({name: meta.get(name, here[name]) for name in here})
     if state is None:
         writer.checkpoint()
     return notes
@@ -250,8 +258,11 @@ def extend(training: Training, writer: RunWriter, n_steps: int) -> str:
     writer.event("extended", step=step, steps=[n_steps, training.config.steps], lr=list(lr), rows_again=n_rows)
     return (
         f"steps changed from {n_steps:,} to {training.config.steps:,}: up to step {step:,} the learning rate followed "
-        f"the schedule of the shorter run and was {lr[0]:.2g}, from here on it follows that of the longer one and is "
-        f"{lr[1]:.2g}. This is not the run that would have had {training.config.steps:,} steps from the start"
+        f"the schedule of {n_steps:,} steps and was {lr[0]:.2g}, from here on it follows that of "
+        f"{training.config.steps:,} and is {lr[1]:.2g}. "
+        f"This is not the run that would have had {training.config.steps:,} steps from the start"
+        if step
+        else f"steps changed from {n_steps:,} to {training.config.steps:,}, and the run starts from step 0 with that"
     )
 
 
@@ -264,8 +275,10 @@ def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
         try:
             for step in training:
                 writer.write(step)
-                writer.checkpoint()
                 progress.update(step)
+                if any(event["event"] == "anomaly" for event in step.events):
+                    continue  # to the error that ends it: nobody should go on from such a state
+                writer.checkpoint()
                 if stop.by and training.next_step <= training.config.steps:
                     writer.save()
                     writer.event("interrupted", step=step.step, signal=signal.Signals(stop.by).name)
@@ -298,7 +311,7 @@ class _Stop:
         self.by = number
         for each, before in self._before.items():
             usual = signal.default_int_handler if each == signal.SIGINT else before
-            signal.signal(each, usual)
+            signal.signal(each, signal.SIG_DFL if usual is None else usual)
         self.note("stopping after this step, with a state to go on from (once more: at once)")
 
     def __exit__(self, *_: object) -> None:
@@ -362,18 +375,6 @@ def header(choices: dict[str, dict[str, Any]], torch_version: str) -> dict[str, 
         "threads": choices["threads"]["value"],
         "choices": choices,
     }
-
-
-def check_disk(path: Path, n_bytes: int) -> None:
-    """ConfigError if the disk has no room for the run."""
-    import shutil
-
-    parent = directory.existing_parent(path)
-    free = shutil.disk_usage(parent).free
-    if free < n_bytes:
-        raise ConfigError(
-            f"the disk of {parent} must have {n_bytes / 1e6:.0f} MB free for this run, got {free / 1e6:.0f} MB"
-        )
 
 
 if __name__ == "__main__":

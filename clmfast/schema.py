@@ -88,7 +88,7 @@ def check_facts(meta: Any) -> None:
     need(is_ours, f"must have measurement version {MEASUREMENT_VERSION}", version)
     _need_count(_field(meta, "n_layers"), 1, MAX_LAYERS, "n_layers")
     _need_count(_field(meta, "n_tasks"), 0, MAX_TASKS, "n_tasks")
-    _need_count(_field(meta, "threads"), 0, 1 << 20, "threads")
+    _need_count(_field(meta, "threads"), 0, 1024, "threads")
     _need_type(_field(meta, "readouts"), list, "readouts")
     need(len(meta["readouts"]) <= MAX_READOUTS, f"readouts must be at most {MAX_READOUTS}", len(meta["readouts"]))
     for readout in meta["readouts"]:

@@ -159,6 +159,8 @@ class Training:
         """
         config = self.config
         while self.next_step <= config.steps:
+            if config.train.stop_early and self.early_stopping.picked_step >= 0:
+                return
             step = self.next_step
             watch, events = Stopwatch(), list[dict[str, Any]]()
             values = np.full(len(self.columns), np.nan)
@@ -182,8 +184,6 @@ class Training:
             yield Step(step, values, per_task, watch.ms, events, snapshots)
             if not math.isfinite(loss):
                 raise TrainingDiverged(step, loss)
-            if config.train.stop_early and self.early_stopping.picked_step >= 0:
-                return
 
     def column_at(self, name: str) -> int:
         """Where in a row's values a column is."""

@@ -146,6 +146,10 @@ Tensor allocated(const char* op, const std::string& what, double n_bytes, const 
     return make();
   } catch (const std::exception&) {
     const std::string told = words_of_torch();
+    // Other failures come to light where memory is asked for, too: those of a GPU's earlier work.
+    const auto says = [&](const char* words) { return told.find(words) != std::string::npos; };
+    if (!told.empty() && !says("memory") && !says("alloc"))
+      throw std::runtime_error(std::string(op) + ": no tensor for " + what + ": " + told.substr(0, told.find('\n')));
     throw NoMemory(std::string(op) + ": needs " + in_gb(n_bytes) + " for " + what + ", which could not be had" +
                    (told.empty() ? "" : ": " + told));
   }

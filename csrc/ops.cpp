@@ -13,6 +13,7 @@
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -408,6 +409,9 @@ Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& trut
   require(has_shape(truth, {index.size(1)}), name, ": truth must be [Q] with Q=", index.size(1), ", got ",
           shape(truth));
   require(n_labels >= 0, name, ": n_labels must not be negative, got n_labels=", n_labels);
+  // A GPU numbers what it computes in 31 bits.
+  require(index.is_cpu() || n_labels <= INT32_MAX / std::max<int64_t>(index.size(0), 1), name,
+          ": on a GPU S n_labels must be below 2^31, got n_labels=", n_labels, " and S=", index.size(0));
   Tensor out = empty(name, index, {2, index.size(0), n_labels}, ScalarType::Double);
   if (index.size(0) == 0) return out;
   const Tensor dense_index = dense(name, index), dense_label = dense(name, label), dense_truth = dense(name, truth);
@@ -424,6 +428,11 @@ Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& trut
 }
 
 // ---- partition_scores
+
+// Sets that are worked on at the same time, at most.
+double n_at_once(int64_t S) {
+  return static_cast<double>(std::min<int64_t>(S, std::max(1u, std::thread::hardware_concurrency())));
+}
 
 Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<int64_t> n_truth,
                         std::optional<int64_t> n_label) {
@@ -446,6 +455,8 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
             ": n_truth and n_label must be at least 1 and their product at most 2^28, got ", *n_truth, " and ",
             *n_label);
   }
+  if (n_truth && truth.is_cpu())
+    require_memory(name, "tables of n_truth x n_label", 8.0 * *n_truth * *n_label * n_at_once(S), true);
   Tensor scores = empty(name, truth, {6, S}, ScalarType::Double);
   if (S == 0) return scores;
   const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);
@@ -480,6 +491,9 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
   require(0 <= n_truth && n_truth < 1 << 28 && 0 <= n_label && n_label < 1 << 28, name,
           ": n_truth and n_label must be in [0, 2^28), got ", n_truth, " and ", n_label);
   require(truth.size(1) < int64_t{1} << 31, name, ": N must be below 2^31, got N=", truth.size(1));
+  if (truth.is_cpu())
+    require_memory(name, "counts of n_truth and n_label",
+                   24.0 * n_truth * n_at_once(truth.size(0)) + 16.0 * n_label * n_at_once(label.size(0)), true);
   Tensor score = empty(name, truth, {truth.size(0), label.size(0)}, ScalarType::Double);
   const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);
   const AdjustedRand op{data<int64_t>(dense_truth), data<int64_t>(dense_label), truth.size(0), label.size(0),

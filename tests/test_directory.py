@@ -172,7 +172,6 @@ def test_a_finished_run_goes_on_with_more_steps(finished, tmp_path, capsys):
     (extended,) = events(out, "extended")
     assert extended["steps"] == [12, 20] and extended["lr"][0] < extended["lr"][1] and extended["rows_again"] == 1
     assert any("Steps were changed from 12 to 20" in sentence for sentence in history(run))
-    assert main(["--resume", str(out), "--steps", "4"]) == 0  # what is done stays done: there is no state that early
 
 
 def test_damaged_states_are_told_and_passed_over(finished, tmp_path, capsys):
@@ -300,3 +299,116 @@ def test_memory_that_runs_out_is_one_line(config_file, tmp_path, monkeypatch, ca
     assert main(["--config", config_file, "--out", str(tmp_path / "run")]) == 5
     told = capsys.readouterr().err
     assert told == "clmfast: the memory must hold the run, it ran out: a terabyte\n"
+
+
+def test_fewer_steps_than_are_done_are_refused(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert "--steps must be at least the 12 steps that the run has done, got 8" in refusal(
+        capsys, "--resume", str(out), "--steps", "8"
+    )
+    assert tables(out) == tables(finished)
+
+
+def test_states_that_were_passed_over_give_way_to_new_ones(finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for state in checkpoints(out / "resume"):
+        (state / "manifest.json").write_text("{}")
+    updates = iter(range(100))
+    monkeypatch.setattr(
+        "clmfast.progress.Progress.update",
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(updates) == 3 else None,
+    )
+    assert main(["--resume", str(out)]) == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(out / "resume")] == ["00000004"]
+    monkeypatch.setattr("clmfast.progress.Progress.update", lambda *_: None)
+    assert main(["--resume", str(out)]) == 0
+    assert tables(out) == tables(finished)
+
+
+def test_a_run_that_stopped_early_stays_stopped(config_file, tmp_path):
+    config = json.loads(Path(config_file).read_text()) | {"steps": 40, "resume_every": 1}
+    config["train"] |= {"stop_early": True, "lr": 1e-9}
+    write_json(tmp_path / "early.json", config)
+    out = tmp_path / "run"
+    assert main(["--config", str(tmp_path / "early.json"), "--out", str(out)]) == 0
+    n = len(Run(out).step)
+    assert n < 40
+    before = tables(out)
+    assert main(["--resume", str(out)]) == 0
+    assert tables(out) == before and len(Run(out).step) == n
+
+
+def test_nobody_goes_on_from_a_loss_that_is_no_number(config_file, tmp_path):
+    config = json.loads(Path(config_file).read_text()) | {"resume_every": 1}
+    config["train"] |= {"lr": 1e30, "warmup_steps": 0, "clip_norm": 1e30}
+    write_json(tmp_path / "hot.json", config)
+    out = tmp_path / "run"
+    assert main(["--config", str(tmp_path / "hot.json"), "--out", str(out)]) == 3
+    before = tables(out)
+    n = len(Run(out).step)
+    for _ in range(2):
+        assert main(["--resume", str(out)]) == 3
+        assert tables(out) == before and len(Run(out).step) == n
+        assert max(int(path.name) for path in checkpoints(out / "resume")) < n
+
+
+def test_folders_that_are_links_are_refused(finished, tmp_path, capsys):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(finished, out)
+    shutil.move(out / "resume", elsewhere)
+    (elsewhere / ".00000010.0123456789abcdef.part").mkdir()
+    (out / "resume").symlink_to(elsewhere)
+    assert "got a link to elsewhere" in refusal(capsys, "--resume", str(out))
+    assert (elsewhere / ".00000010.0123456789abcdef.part").exists()
+
+
+def test_a_setting_that_a_later_version_added_is_no_change(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["config"]["train"]["graph"]
+    write_json(out / "meta.json", meta)
+    assert main(["--resume", str(out)]) == 0
+    assert tables(out) == tables(finished)
+
+
+def test_a_run_of_before_headers_told_its_settings_is_extended(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["config"]
+    write_json(out / "meta.json", meta)
+    assert main(["--resume", str(out), "--steps", "14"]) == 0
+    assert events(out, "extended")[0]["steps"] == [12, 14]
+    assert json.loads((out / "meta.json").read_text())["config"]["steps"] == 14
+
+
+def test_rows_that_are_cut_short_are_one_line(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("steps.npy", "per_task.npy"):
+        content = (finished / name).read_bytes()
+        (out / name).write_bytes(content[:-100])
+        assert "must have" in refusal(capsys, "--resume", str(out))
+        (out / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--config"])
+def test_an_empty_variable_is_no_path(flag, capsys):
+    assert f"{flag} must be followed by a path" in refusal(capsys, flag, "")
+
+
+def test_a_name_that_is_too_long_is_bad_input(config_file, tmp_path, capsys):
+    assert main(["--config", config_file, "--out", str(tmp_path / ("x" * 300))]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_directory_whose_name_is_no_utf8(finished, tmp_path):
+    out = tmp_path / os.fsdecode(b"run\xff")
+    shutil.copytree(finished, out)
+    (checkpoints(out / "resume")[-1] / "manifest.json").write_text("{}")
+    assert main(["--resume", str(out)]) == 0
+    assert tables(out) == tables(finished)
+    assert events(out, "state_skipped")[0]["reason"].startswith("checkpoint 00000012 must be")

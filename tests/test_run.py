@@ -25,6 +25,7 @@ from clmfast.config import ConfigError, ModelConfig, RunConfig, to_dict
 from clmfast.export import main as export
 from clmfast.files import write_json
 from clmfast.findings import findings, saturation_step
+from clmfast.needs import needs
 from clmfast.record import NotARun, Run, is_checkpoint_step
 from clmfast.report import main as report
 from clmfast.run import check_device, main
@@ -90,6 +91,11 @@ def test_the_header_says_what_was_measured_and_how(finished):
     text = (finished[0] / "meta.json").read_text() + (finished[0] / "config.json").read_text()
     assert os.uname().nodename not in text
     assert "Infinity" not in text
+
+
+def test_a_run_takes_the_disk_that_was_foretold(finished):
+    taken = sum(path.stat().st_size for path in finished[0].rglob("*") if path.is_file())
+    assert taken <= needs(SMALL).disk <= 2 * taken
 
 
 def test_config_of_a_run_is_a_config_file(finished):

@@ -32,10 +32,10 @@ from clmfast.data.grammar import Grammar, GrammarError, common_string
 from clmfast.data.tasks import make_tasks
 from clmfast.measure.probe import make_probe_sets
 from clmfast.needs import amount, available_memory, check_needs, n_checkpoints, needs
-from clmfast.record import disk_bytes, is_checkpoint_step
+from clmfast.record import is_checkpoint_step
 from clmfast.run import main
 from clmfast.screen import one_line
-from clmfast.train import Training, snapshot_steps
+from clmfast.train import snapshot_steps
 
 SECONDS = 20.0  # for a configuration; it takes half a second at most where nothing else is at work
 SECTIONS = {"task": TaskConfig, "model": ModelConfig, "train": TrainConfig, "measure": MeasureConfig}
@@ -228,12 +228,6 @@ def test_snapshots_of_a_long_run_are_found_without_a_list_of_its_probes():
     config = dataclasses.replace(SMALL, steps=10**9)
     assert {0, 5, 10**9} <= snapshot_steps(config)
     assert all(step % 5 == 0 for step in snapshot_steps(config))
-
-
-@pytest.mark.parametrize("config", [SMALL, PRESETS["tiny"]])
-def test_what_a_run_needs_on_disk_is_what_it_takes(config):
-    training = Training(config, make_tasks(config.task, 0))
-    assert needs(config).disk == pytest.approx(disk_bytes(training), rel=0.02)
 
 
 def test_needs_grow_with_what_is_asked_for():

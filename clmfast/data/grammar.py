@@ -25,6 +25,7 @@ from clmfast.data.compiled import compiled
 from clmfast.untrusted import shown
 
 MAX_STATES = 10_000  # nodes of the NFA, states of the DFA, and the largest count in {m,n}
+MAX_EDGES = 500_000  # of the NFA: a range of characters each, or a choice; 60 MB
 MAX_MOVES = 3_000_000  # (NFA node, character range) pairs looked at to build one DFA: half a second to a second
 MAX_LENGTH = 1_000  # largest max_length: the count table holds integers of that many digits
 MAX_COUNTS = 500_000  # entries of the count table, states x (longest length + 1)
@@ -259,16 +260,19 @@ class _Parser:
 # ---------------------------------------------------------------------------------------------------- automata
 
 
-def _add_nodes(nodes: list[list[Edge]], piece: _Piece, then: int) -> int:
+def _add_nodes(nodes: list[list[Edge]], piece: _Piece, then: int, budget: list[int]) -> int:
     """Appends the NFA nodes of `piece`, whose matches go on at node `then`; returns the node it starts at.
 
     A node either spells one character (all its edges have width > 0) or chooses (all have width 0). The weights make a
-    walk along them a draw in `branch` mode. Node 0 is the end; every node leads there, since no class is empty.
+    walk along them a draw in `branch` mode. `budget` holds how many edges there may still be. Node 0 is the end; every node leads there, since no class is empty.
     """
 
     def add(edges: list[Edge]) -> int:
-        if len(nodes) >= MAX_STATES:
-            raise GrammarError(f"must have at most {MAX_STATES} states: shorten its repetitions")
+        budget[0] -= len(edges)
+        if len(nodes) >= MAX_STATES or budget[0] < 0:
+            raise GrammarError(
+                f"must have at most {MAX_STATES} states and {MAX_EDGES} edges: shorten its repetitions"
+            )
         nodes.append(edges)
         return len(nodes) - 1
 
@@ -276,20 +280,20 @@ def _add_nodes(nodes: list[list[Edge]], piece: _Piece, then: int) -> int:
         return add([(width, low, width, then) for low, width in piece.spans])
     if isinstance(piece, _Sequence):
         for part in reversed(piece.parts):
-            then = _add_nodes(nodes, part, then)
+            then = _add_nodes(nodes, part, then, budget)
         return then
     if isinstance(piece, _Choice):
-        return add([(1, 0, 0, _add_nodes(nodes, part, then)) for part in piece.parts])
+        return add([(1, 0, 0, _add_nodes(nodes, part, then, budget)) for part in piece.parts])
     if piece.most is None:
         loop = add([(1, 0, 0, then)])
-        nodes[loop].append((1, 0, 0, _add_nodes(nodes, piece.part, loop)))
+        nodes[loop].append((1, 0, 0, _add_nodes(nodes, piece.part, loop, budget)))
         then = loop
     else:
         stop = then
         for n_left in range(1, piece.most - piece.least + 1):  # counts 0..n_left are still possible: stop with 1 share
-            then = add([(1, 0, 0, stop), (n_left, 0, 0, _add_nodes(nodes, piece.part, then))])
+            then = add([(1, 0, 0, stop), (n_left, 0, 0, _add_nodes(nodes, piece.part, then, budget))])
     for _ in range(piece.least):
-        start = _add_nodes(nodes, piece.part, then)
+        start = _add_nodes(nodes, piece.part, then, budget)
         if start == then:  # the part is empty, and so are all its copies
             break
         then = start
@@ -478,7 +482,7 @@ class Grammar:
             if len(pattern) > MAX_PATTERN:
                 raise GrammarError(f"must have at most {MAX_PATTERN} characters, got {len(pattern)}")
             self._nodes: list[list[Edge]] = [[]]
-            self._start = _add_nodes(self._nodes, _Parser(pattern).parse(), 0)
+            self._start = _add_nodes(self._nodes, _Parser(pattern).parse(), 0, [MAX_EDGES])
             self._moves, self._ends, is_cut = _determinise(self._nodes, self._start, max_length)
             self._counts = _count(self._moves, self._ends, max_length)
             self.is_truncated = is_cut or _has_walk(self._moves, max_length + 1)  # every state leads to an end
@@ -491,7 +495,7 @@ class Grammar:
     @property
     def table_size(self) -> int:
         """Entries of the count table: what the grammar takes in memory, and its time, go with it."""
-        return len(self._counts) * len(self._moves)
+        return len(self._counts) * (len(self._moves) + sum(map(len, self._moves)))
 
     @cached_property
     def alphabet(self) -> str:
@@ -643,13 +647,13 @@ def common_string(a: Grammar, b: Grammar) -> str | None:
                 if pair not in seen:
                     seen.add(pair)
                     ahead[pair] = text + chr(low)
+            if len(seen) > MAX_PAIRS:
+                raise GrammarError(
+                    f"grammars {shown(a.pattern)} and {shown(b.pattern)}: to compare them must take at most "
+                    f"{MAX_PAIRS} pairs of states, it takes more"
+                )
         if not ahead:
             break
-        if len(seen) > MAX_PAIRS:
-            raise GrammarError(
-                f"grammars {shown(a.pattern)} and {shown(b.pattern)}: to compare them must take at most {MAX_PAIRS} "
-                "pairs of states, it takes more"
-            )
         layer = ahead
     return None
 

@@ -118,7 +118,10 @@ def integer(op: str, name: str, value: int) -> int:
 
 def number(op: str, name: str, value: float) -> float:
     if isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be within float64, got an integer beyond") from None
     raise TypeError(f"{op}: {name} must be a number, got {_short(value)}")
 
 

@@ -112,7 +112,10 @@ def state_of(path: Path, config: RunConfig) -> str:
         run = Run(path)
         if _has(run, "anomaly"):
             return "diverged"
-        if _has(run, "end") and (path / "report.html").exists():
+        if _has(run, "extended"):
+            raise StudyError(f"{path} must be a run as it began, its number of steps was changed: move it away")
+        is_whole = found.train.stop_early or (len(run.step) > 0 and run.step[-1] == found.steps)
+        if _has(run, "end") and is_whole and (path / "report.html").exists():
             return "finished"
     except NotARun as error:
         if (path / "meta.json").exists():

@@ -117,6 +117,12 @@ class Disk:
         if self.mode == "power cut":
             self._unsynced.append((os.stat(file).st_ino, undo))
 
+    def _undoable_in(self, file: int, undo: Callable[[int], Any]) -> None:
+        """A change of what an open file holds, under whatever name it is by then."""
+        if self.mode == "power cut":
+            again = os.dup(file)
+            self._unsynced.append((os.fstat(file).st_ino, lambda: undo(again)))
+
     def _folder_of(self, path: Any, folder: int | None) -> Path:
         return Path(os.readlink(f"/proc/self/fd/{folder}")) if folder is not None else Path(path).absolute().parent
 
@@ -139,24 +145,18 @@ class Disk:
 
     def write(self, file: int, data: Any) -> int:
         def some(n: int) -> int:
-            path, size = os.readlink(f"/proc/self/fd/{file}"), os.fstat(file).st_size
+            size = os.fstat(file).st_size
             done = os.write(file, data[:n])
-            self._undoable(path, lambda: os.truncate(path, size))
+            self._undoable_in(file, lambda again: os.ftruncate(again, size))
             return done
 
         return self._change("write", lambda: some(len(data)), lambda: some((len(data) + 1) // 2))
 
     def pwrite(self, file: int, data: Any, offset: int) -> int:
         def some(n: int) -> int:
-            path, before = os.readlink(f"/proc/self/fd/{file}"), os.pread(file, n, offset)
-
-            def undo() -> None:
-                again = os.open(path, os.O_RDWR)
-                os.pwrite(again, before, offset)
-                os.close(again)
-
+            before = os.pread(file, n, offset)
             done = os.pwrite(file, data[:n], offset)
-            self._undoable(path, undo)
+            self._undoable_in(file, lambda again: os.pwrite(again, before, offset))
             return done
 
         return self._change("pwrite", lambda: some(len(data)), lambda: some((len(data) + 1) // 2))
@@ -360,13 +360,19 @@ def random_kill(scenario: Scenario, seed: int, wanted: dict[str, bytes], place: 
     for _ in range(3):
         child = os.fork()
         if child == 0:
-            to = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(to, 1)
-            os.dup2(to, 2)
-            os._exit(run.main(command))
+            code = 70
+            try:
+                to = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(to, 1)
+                os.dup2(to, 2)
+                code = run.main(command)
+            finally:
+                os._exit(code)
         time.sleep(chance.random() * 0.25)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (-signal.SIGKILL, 0):
+            return [f"exit code {code} before it was killed"]
         command = scenario.again(out)
     code = forked(lambda: run.main(command), place / "log")
     return [f"going on ended with {code}: {(place / 'log').read_text()[-300:]}"] if code else differences(out, wanted)
