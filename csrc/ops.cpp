@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t n_clusters, const MaybeTensor& init,
                                                   bool is_random, int64_t n_init, int64_t max_iter, double tol,
-                                                  int64_t seed, const MaybeTensor& known_label,
+                                                  int64_t seed, int64_t moves, const MaybeTensor& known_label,
                                                   const MaybeTensor& within, const MaybeTensor& beyond,
                                                   const MaybeTensor& point, const MaybeTensor& reach,
                                                   const MaybeTensor& sum) {
@@ -210,6 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   require(max_iter >= 1, "kmeans: max_iter must be at least 1, got max_iter=", max_iter);
   // A GPU is told of all iterations beforehand.
   require(max_iter <= int64_t{1} << 20, "kmeans: max_iter must be at most 2^20, got max_iter=", max_iter);
+  require(moves >= 0, "kmeans: moves must not be negative, got moves=", moves);
+  require(moves <= int64_t{1} << 20, "kmeans: moves must be at most 2^20, got moves=", moves);
+  require(moves == 0 || points.is_cpu(), "kmeans: moves must be 0 on a GPU, got moves=", moves);
+  require(moves == 0 || !known_label, "kmeans: moves must be 0 where something is known, got moves=", moves);
   require(tol >= 0, "kmeans: tol must not be negative, got tol=", tol);
   if (init) {
     require(has_shape(*init, {S, K, D}), "kmeans: init must be [S, K, D] = [", S, ", ", K, ", ", D, "], got ",
@@ -233,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.init = init ? data<float>(*dense_init) : nullptr;
   op.S = S, op.N = N, op.D = D, op.K = K;
   op.start = is_random ? KmeansStart::random : KmeansStart::plus_plus;
-  op.n_init = n_init, op.max_iter = max_iter, op.tol = tol, op.seed = seed;
+  op.n_init = n_init, op.max_iter = max_iter, op.tol = tol, op.seed = seed, op.moves = moves;
   op.label = mutable_data<int64_t>(label);
   op.centroid = mutable_data<float>(centroid);
   op.inertia = mutable_data<double>(inertia);
@@ -1058,7 +1062,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "dist2, Tensor index)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
-      "seed, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "
+      "seed, int moves, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "
       "Tensor(f!)? sum)"
       " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
   m.def(

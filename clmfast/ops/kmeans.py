@@ -50,6 +50,7 @@ def kmeans(
     max_iter: int = 100,
     tol: float = 1e-4,
     seed: int = 0,
+    moves: int = 0,
     known: Known | None = None,
 ) -> KMeans:
     """Partition each set into K = n_clusters clusters of small inertia, like scikit-learn's KMeans(algorithm="lloyd").
@@ -60,9 +61,11 @@ def kmeans(
     points [S, N, D] float32, bfloat16 or float16; 1 <= K <= N. init: "k-means++" (greedy), "random" (points of
     different index), or the centroids to begin with, [S, K, D] (then n_init must be 1). Of n_init restarts the one of
     lowest inertia is returned. tol is relative to the mean variance of the set's coordinates. Draws depend on seed,
-    set and restart only. known: what the last call wrote there, if init is its centroids; points that changed since
-    must have within = inf, and N must not have become smaller. It saves work and changes no bit; a GPU makes no use of
-    it, and marks it as out of date.
+    set and restart only. moves: after each restart, up to so many tries to split one cluster in two and to merge two
+    others, kept where the inertia falls: one start with ten of them finds what takes tens of restarts (csrc/kmeans.h
+    says which are tried; on a GPU only 0). known: what the last call wrote there, if init is its centroids; points that
+    changed since must have within = inf, and N must not have become smaller. It saves work and changes no bit; a GPU
+    makes no use of it, and marks it as out of date.
     Arrays and lists serve as well as tensors; a list of numbers becomes float32, and no other dtype is rounded.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
@@ -79,6 +82,7 @@ def kmeans(
         arguments.integer(op, "max_iter", max_iter),
         arguments.number(op, "tol", tol),
         arguments.integer(op, "seed", seed),
+        arguments.integer(op, "moves", moves),
         *(known or (None,) * 6),
     )
     return KMeans(*found)
@@ -94,6 +98,7 @@ def _(
     max_iter: int,
     tol: float,
     seed: int,
+    moves: int,
     *_known: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape

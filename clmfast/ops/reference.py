@@ -9,6 +9,8 @@ from clmfast.ops.kmeans import KMeans
 from clmfast.ops.knn import KNN
 from clmfast.ops.partition import PartitionScores
 
+SPLIT_ITERATIONS, MOVE_ITERATIONS, MOVES_PER_ROUND = 5, 5, 3  # of csrc/kmeans.h
+
 
 def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Tensor, Tensor] | None = None) -> KNN:
     """All pairs, masked, then a stable sort by dist2, which leaves equal ones in the order of their index."""
@@ -32,7 +34,7 @@ def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Ten
     return KNN(dist2_SQk, index_SQk)
 
 
-def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4) -> KMeans:
+def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4, moves: int = 0) -> KMeans:
     """Lloyd's iterations from given centroids, which are rounded to float32 after every move, as the op stores them."""
     S, N, D = points.shape
     K = init.shape[1]
@@ -43,21 +45,91 @@ def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4)
     for s in range(S):
         is_finite_N = points[s].isfinite().all(dim=1)
         x_ND = points[s][is_finite_N].double()
-        centroid_KD = init[s].double()
-        label_N = torch.full((len(x_ND),), -1, device="cpu")
         bound = tol * float(x_ND.var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
-        for i in range(1, max_iter + 1):
-            n_iter_S[s] = i
-            before_N, before_KD = label_N, centroid_KD
-            label_N = _nearest_centroid(x_ND, centroid_KD)
-            centroid_KD = _move(x_ND, label_N, centroid_KD)
-            if torch.equal(label_N, before_N) or float((centroid_KD - before_KD).square().sum()) <= bound:
-                break
-        label_N = _nearest_centroid(x_ND, centroid_KD)
-        label_SN[s, is_finite_N] = label_N
-        centroid_SKD[s] = centroid_KD
-        inertia_S[s] = (x_ND - centroid_KD[label_N]).square().sum()
+        found = _lloyd(x_ND, init[s].double(), max_iter, bound)
+        if moves:
+            found = _improve(x_ND, found, max_iter, bound, moves)
+        label_SN[s, is_finite_N], centroid_SKD[s], n_iter_S[s] = found
+        inertia_S[s] = _inertia(x_ND, found)
     return KMeans(label_SN, centroid_SKD, inertia_S, n_iter_S)
+
+
+Fit = tuple[Tensor, Tensor, int]  # label [N], centroid [K, D], iterations
+
+
+def _inertia(x_ND: Tensor, fit: Fit) -> float:
+    return float((x_ND - fit[1][fit[0]]).square().sum())
+
+
+def _lloyd(x_ND: Tensor, centroid_KD: Tensor, max_iter: int, bound: float) -> Fit:
+    label_N = torch.full((len(x_ND),), -1, device="cpu")
+    n_iter, is_active = 0, True
+    while is_active and n_iter < max_iter:
+        n_iter += 1
+        before_N, before_KD = label_N, centroid_KD
+        label_N = _nearest_centroid(x_ND, centroid_KD)
+        centroid_KD = _move(x_ND, label_N, centroid_KD)
+        is_active = not torch.equal(label_N, before_N) and float((centroid_KD - before_KD).square().sum()) > bound
+    return _nearest_centroid(x_ND, centroid_KD), centroid_KD, n_iter
+
+
+def _improve(x_ND: Tensor, fit: Fit, max_iter: int, bound: float, moves: int) -> Fit:
+    """The moves of csrc/kmeans.h: split a cluster, merge two others, keep that if the inertia falls."""
+    has_moved_once, is_active = False, True
+    while is_active:
+        is_active = False
+        label_N, centroid_KD, n_iter = fit
+        K = len(centroid_KD)
+        count_K = torch.bincount(label_N, minlength=K).double()
+        splits = [_split(x_ND[label_N == k], centroid_KD[k]) for k in range(K)]
+        merges = []
+        for i in range(K):
+            for j in range(i + 1, K):
+                weight = count_K[i] * count_K[j] / max(float(count_K[i] + count_K[j]), 1.0)
+                merges.append((float(weight * (centroid_KD[i] - centroid_KD[j]).square().sum()), i, j))
+        merges.sort()
+        tries = []
+        for k, split in enumerate(splits):
+            merge = next((m for m in merges if k not in m[1:]), None)
+            if split is not None and merge is not None:
+                tries.append((merge[0] - split[0], k, *merge[1:]))
+        for _, k, into, freed in sorted(tries)[: min(moves, MOVES_PER_ROUND)]:
+            split = splits[k]
+            assert split is not None
+            moves -= 1
+            begun_KD = centroid_KD.clone()
+            n = count_K[[into, freed]]
+            if n.sum() > 0:
+                begun_KD[into] = ((n[:, None] * centroid_KD[[into, freed]]).sum(dim=0) / n.sum()).float().double()
+            _, begun_KD[k], begun_KD[freed] = split
+            label, centroid, n_more = _lloyd(x_ND, begun_KD, MOVE_ITERATIONS, bound)
+            if _inertia(x_ND, (label, centroid, 0)) < _inertia(x_ND, fit):
+                fit = label, centroid, n_iter + n_more
+                has_moved_once = is_active = True
+                break
+    if not has_moved_once:
+        return fit
+    label, centroid, n_more = _lloyd(x_ND, fit[1], max_iter, bound)
+    return label, centroid, fit[2] + n_more
+
+
+def _split(x_ND: Tensor, centroid_D: Tensor) -> tuple[float, Tensor, Tensor] | None:
+    """(inertia that it saves, means of the halves): 2-means of a cluster's points; None where it has no two halves."""
+    if len(x_ND) < 2:
+        return None
+    a_D = x_ND[(x_ND - centroid_D).square().sum(dim=1).argmax()]
+    b_D = x_ND[(x_ND - a_D).square().sum(dim=1).argmax()]
+    before_N = None
+    for _ in range(SPLIT_ITERATIONS):
+        is_a_N = (x_ND - a_D).square().sum(dim=1) <= (x_ND - b_D).square().sum(dim=1)
+        if is_a_N.all() or not is_a_N.any():
+            return None
+        if before_N is not None and torch.equal(is_a_N, before_N):
+            break
+        before_N = is_a_N
+        a_D, b_D = (x_ND[half].mean(dim=0).float().double() for half in (is_a_N, ~is_a_N))
+    n_a, n_b = int(is_a_N.sum()), int((~is_a_N).sum())
+    return n_a * n_b / (n_a + n_b) * float((a_D - b_D).square().sum()), a_D, b_D
 
 
 def _nearest_centroid(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def draw_kmeans(rng: Random) -> Arguments:
         "max_iter": rng.choice((1, 2, 5, 100)),
         "tol": rng.choice((0.0, 1e-4, 0.1)),
         "seed": rng.choice((0, 1, -1, 2**63 - 1)),
+        "moves": rng.choice((0, 0, 1, 7)),
     }
 
 
@@ -446,7 +447,7 @@ PUBLIC = [
     public("knn", draw_knn, call_knn, check=check_knn),
     public(
         "kmeans", draw_kmeans, check=check_kmeans,
-        counts={"n_init": (0, -1, 2, 5, INT := -(2**63)), "max_iter": (0, -1, 1, 50, INT)},
+        counts={"n_init": (0, -1, 2, 5, INT := -(2**63)), "max_iter": (0, -1, 1, 50, INT), "moves": (0, -1, 3, INT)},
     ),
     public("separation", draw_separation),
     public("majority_vote", draw_majority_vote, check=check_majority_vote),
