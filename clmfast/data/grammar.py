@@ -264,15 +264,14 @@ def _add_nodes(nodes: list[list[Edge]], piece: _Piece, then: int, budget: list[i
     """Appends the NFA nodes of `piece`, whose matches go on at node `then`; returns the node it starts at.
 
     A node either spells one character (all its edges have width > 0) or chooses (all have width 0). The weights make a
-    walk along them a draw in `branch` mode. `budget` holds how many edges there may still be. Node 0 is the end; every node leads there, since no class is empty.
+    walk along them a draw in `branch` mode. `budget` holds how many edges there may still be. Node 0 is the end; every
+    node leads there, since no class is empty.
     """
 
     def add(edges: list[Edge]) -> int:
         budget[0] -= len(edges)
         if len(nodes) >= MAX_STATES or budget[0] < 0:
-            raise GrammarError(
-                f"must have at most {MAX_STATES} states and {MAX_EDGES} edges: shorten its repetitions"
-            )
+            raise GrammarError(f"must have at most {MAX_STATES} states and {MAX_EDGES} edges: shorten its repetitions")
         nodes.append(edges)
         return len(nodes) - 1
 

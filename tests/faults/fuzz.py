@@ -33,6 +33,11 @@ CHECK_SHARE = 0.15  # of those that could be, are compared with the reference
 CHECK_SIZE = 2000  # elements in all that a call compared with the reference may have
 
 
+def ran_out(error: BaseException) -> bool:
+    """Was there no memory? oneDNN, which torch's own products go to, has words of its own for that."""
+    return isinstance(error, MemoryError) or "could not create a primitive" in str(error)
+
+
 class OpCases:
     """Calls of the ops of a list."""
 
@@ -63,7 +68,7 @@ class OpCases:
         op, arguments, marks, rng = self.draw(i)
         try:
             made = self.maker.make(arguments, rng)
-        except RuntimeError:  # torch itself has no such tensor
+        except (RuntimeError, TypeError, MemoryError, OverflowError):  # there is no such tensor, or no room for it
             return None
         wrong = self._wrong(op, arguments, marks, made, rng)
         return f"{wrong} {op.name}\n{_words(op, arguments, marks)}" if wrong else None
@@ -114,6 +119,8 @@ class OpCases:
             torch._C._set_deterministic_algorithms(False)
             if n_threads == 2:
                 torch.set_num_threads(1)
+        if error is not None and ran_out(error):
+            return None
         if error is not None:
             return f"succeeds once, and then not: {type(error).__name__}: {_line(error)}:"
         for a, b in zip(found, again, strict=True):
@@ -154,6 +161,8 @@ def _raw(op: table.Op, given: dict[str, Any]) -> Any:
 def _wrong_error(error: BaseException, is_good: bool) -> str | None:
     text = str(error)
     told = f"{type(error).__name__}: {_line(error)}:"
+    if is_good and "could not create a primitive" in text:
+        return None  # the kernels that oneDNN has made for other shapes fill the memory that a worker may have
     if is_good:
         return f"a good call is refused: {told}"
     if not isinstance(error, ALLOWED):
