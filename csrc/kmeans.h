@@ -92,10 +92,9 @@ struct Kmeans {
   float* centroid;
   double* inertia;
   int64_t* n_iter;
-  int64_t moves = 0;
 };
 
-void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for);
+void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for);
 
 // any: resident where that can be. Both give the same bits.
 enum class KmeansPath { any, resident, streaming };

@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.init = init ? data<float>(*dense_init) : nullptr;
   op.S = S, op.N = N, op.D = D, op.K = K;
   op.start = is_random ? KmeansStart::random : KmeansStart::plus_plus;
-  op.n_init = n_init, op.max_iter = max_iter, op.tol = tol, op.seed = seed, op.moves = moves;
+  op.n_init = n_init, op.max_iter = max_iter, op.tol = tol, op.seed = seed;
   op.label = mutable_data<int64_t>(label);
   op.centroid = mutable_data<float>(centroid);
   op.inertia = mutable_data<double>(inertia);
@@ -271,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
       kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
   } else {
-    kmeans_cpu(op, parallel_for);
+    kmeans_cpu(op, moves, parallel_for);
   }
   return {label, centroid, inertia, n_iter};
 }

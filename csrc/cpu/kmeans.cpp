@@ -570,12 +570,12 @@ std::vector<Move> moves_of(const Kmeans& op, const Run& run, const std::vector<i
   return moves;
 }
 
-void improve(const Kmeans& op, Run& run, ParallelFor parallel_for) {
+void improve(const Kmeans& op, int64_t n_moves, Run& run, ParallelFor parallel_for) {
   const int64_t D = op.D;
   Kmeans few = op;
   few.max_iter = MOVE_ITERATIONS;
   double least = inertia_of(run);
-  int64_t n_left = op.moves;
+  int64_t n_left = n_moves;
   bool has_moved_once = false;
   const auto begin = [&](std::vector<float> centroid) {
     Run begun;
@@ -584,7 +584,7 @@ void improve(const Kmeans& op, Run& run, ParallelFor parallel_for) {
     begun.centroid = std::move(centroid);
     return begun;
   };
-  for (bool is_active = op.moves > 0; is_active;) {
+  for (bool is_active = n_moves > 0; is_active;) {
     std::vector<std::vector<int64_t>> members(op.K);
     for (int64_t i = 0; i < op.N; ++i)
       if (run.known.label[i] >= 0) members[run.known.label[i]].push_back(i);
@@ -640,7 +640,7 @@ void write_best(const Kmeans& op, int64_t s, const std::vector<Run>& runs) {
 
 }  // namespace
 
-void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
+void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for) {
   std::vector<Run> runs(op.S * op.n_init);
   const int64_t n_runs = static_cast<int64_t>(runs.size());
   for (int64_t i = 0; i < n_runs; ++i) runs[i].s = i / op.n_init, runs[i].restart = i % op.n_init;
@@ -650,13 +650,13 @@ void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
     for_each(parallel_for, n_runs, [&](int64_t i) {
       start(op, runs[i]);
       lloyd(op, runs[i], in_line);
-      improve(op, runs[i], in_line);
+      improve(op, moves, runs[i], in_line);
     });
   } else {
     for_each(parallel_for, n_runs, [&](int64_t i) { start(op, runs[i]); });
     for (Run& run : runs) {
       lloyd(op, run, parallel_for);
-      improve(op, run, parallel_for);
+      improve(op, moves, run, parallel_for);
     }
   }
   for (int64_t s = 0; s < op.S; ++s) write_best(op, s, runs);
