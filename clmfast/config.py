@@ -209,6 +209,7 @@ def replays_graph(config: RunConfig) -> tuple[bool, str]:
 
 
 MOST_STEPS = 10**7 - 1  # a table of that many rows is read (schema.py); at 3 ms each, they take eight hours
+NEVER = 10**9  # steps between what is not to happen in any run
 MOST_POINTS = 2**20  # states in a ring or a probe, sequences in a batch
 MOST_GRAMMARS = 2000  # each is compared with each other one: ten seconds
 LARGEST_FLOAT = 1e30  # float32 ends at 3e38
@@ -216,17 +217,17 @@ LARGEST_FLOAT = 1e30  # float32 ends at 3e38
 # Far above what anyone needs, and low enough that what stands in the way of a run is its memory or its time, which
 # needs.py foretells. Lengths: the number of strings of a grammar is counted in integers of that many digits.
 AT_MOST: dict[str, int] = {
-    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": MOST_STEPS, "threads": 1024, "resume_every": MOST_STEPS,
+    "seed": 2**63 - 1, "steps": MOST_STEPS, "measure_every": NEVER, "threads": 1024, "resume_every": NEVER,
     "task.n_tasks": 1000, "task.n_grammars": 1000, "task.n_unseen_grammars": 1000, "task.n_instructions": 10**6,
     "task.n_unseen_instructions": 10**6, "task.n_inputs": 10**6, "task.n_outputs": 10**5, "task.input_length": 1000,
     "task.min_instruction_length": 1000, "task.max_instruction_length": 1000,
     "model.n_layers": 1000, "model.width": 2**16, "model.n_heads": 2**16, "model.mlp_ratio": 256,
-    "train.batch": MOST_POINTS, "train.warmup_steps": MOST_STEPS, "train.validate_every": MOST_STEPS,
-    "train.n_validation": MOST_POINTS, "train.patience": MOST_STEPS,
+    "train.batch": MOST_POINTS, "train.warmup_steps": NEVER, "train.validate_every": NEVER,
+    "train.n_validation": MOST_POINTS, "train.patience": NEVER,
     "measure.window": MOST_POINTS, "measure.unseen_per_step": MOST_POINTS, "measure.unseen_window": MOST_POINTS,
-    "measure.probe_every": MOST_STEPS, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
+    "measure.probe_every": NEVER, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
     "measure.k": 10_000, "measure.n_init": 10_000, "measure.max_iter": 10**6, "measure.warm_iter": 10**6,
-    "measure.cold_every": MOST_STEPS, "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
+    "measure.cold_every": NEVER, "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
 }  # fmt: skip
 MOST_LETTERS = 1000  # of the alphabet
 

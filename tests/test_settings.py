@@ -164,7 +164,7 @@ def test_settings_at_their_ends_work(tmp_path):
         ["--task.alphabet", ".*[]\\^$|(){}?-+ab"],
         ["--task.alphabet", "😀éab\u0301ß", "--task.input-length", "1000", "--task.n-inputs", "3"],
         ["--model.width", "1", "--model.n-heads", "1"],
-        ["--resume-every", "9999999", "--measure.cold-every", "9999999", "--train.warmup-steps", "9999999"],
+        ["--resume-every", str(10**9), "--measure.cold-every", str(10**9), "--train.warmup-steps", str(10**9)],
     )
     for i, arguments in enumerate(ends):
         out = tmp_path / str(i)
