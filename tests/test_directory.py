@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -282,11 +283,22 @@ def test_a_loop_of_a_shell_stops_on_ctrl_c(config_file, tmp_path):
         f"for seed in 1 2 3; do {sys.executable} -m clmfast.run --config {tmp_path / 'long.json'} "
         f"--out {tmp_path}/$seed; done; echo all"
     )
-    shell = subprocess.Popen(["bash", "-c", loop], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "1" / "resume" / "00000005").exists():
-        time.sleep(0.1)
-    os.killpg(shell.pid, signal.SIGINT)  # what a terminal does
-    printed = shell.communicate(timeout=120)[0]
+    shell = subprocess.Popen(
+        ["bash", "-c", loop],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What runs in the background inherits that this signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not (tmp_path / "1" / "resume" / "00000005").exists():
+            time.sleep(0.1)
+        os.killpg(shell.pid, signal.SIGINT)  # what a terminal does
+        printed = shell.communicate(timeout=120)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
     assert "all" not in printed and not (tmp_path / "2").exists()
     assert "--resume" in printed
 
