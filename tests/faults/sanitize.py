@@ -22,7 +22,7 @@ TESTS = (
 )  # fmt: skip
 # Not under sanitizers: what compiles a model, what starts other processes, and the slowest of many alike.
 LEFT_OUT = "not compile and not opcheck and not subprocess and not million and not (few_directions and not duplicates)"
-SECTION_S = {False: 240, True: 3600}
+SECTION_S = {False: 480, True: 3600}
 N_CASES = {False: 1500, True: 20_000}  # of the fuzz, public and raw each
 
 
