@@ -79,7 +79,11 @@ def test_an_editable_install_adds_the_clone_to_the_path(tmp_path):
     (wheel,) = clone.parent.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = f"import site; site.addsitedir({str(site)!r}); import clmfast.config; print(clmfast.__file__)"
+    # Without the installation that runs this test, which lies on the path, too.
+    code = f"""import os, site, sys
+sys.path[:] = [path for path in sys.path if not os.path.isfile(os.path.join(path, "clmfast", "__init__.py"))]
+site.addsitedir({str(site)!r})
+import clmfast.config; print(clmfast.__file__)"""
     options = {"capture_output": True, "text": True, "timeout": 300, "env": os.environ | {"PYTHONPATH": ""}}
     found = subprocess.run([sys.executable, "-c", code], cwd=clone.parent, **options)
     assert found.stdout.strip() == str(clone / "clmfast" / "__init__.py"), found.stderr
