@@ -128,24 +128,30 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
 
 
+@contextmanager
+def _failing_as(path: Path) -> Iterator[None]:
+    """What fails in this block names `path`: not a handle, and not the name of a part, which nobody knows."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
 def _write_new(path: Path, fill: Callable[[int], None]) -> None:
     """Let `fill` write a new file, then put it in the place of `path`."""
     part = _part_name(path.name)
-    try:
-        with _opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as folder:
-            try:
-                with _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, folder) as file:
-                    fill(file)
-                    os.fsync(file)
-                os.replace(part, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(part, dir_fd=folder)
-                raise
-            os.fsync(folder)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the name that nobody knows
-        raise
+    with _failing_as(path), _opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as folder:
+        try:
+            with _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, folder) as file:
+                fill(file)
+                os.fsync(file)
+            os.replace(part, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part, dir_fd=folder)
+            raise
+        os.fsync(folder)
 
 
 def remove(path: Path) -> None:
@@ -201,12 +207,11 @@ class LineFile:
         """Add a line; where that fails, none is there."""
         line = (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")  # a path may be no UTF-8
         try:
-            write_all(self._file, line)
-        except BaseException as error:
+            with _failing_as(self.path):
+                write_all(self._file, line)
+        except BaseException:
             with suppress(OSError):
                 os.ftruncate(self._file, self._n_bytes)
-            if isinstance(error, OSError):
-                error.filename = str(self.path)
             raise
         self._n_bytes += len(line)
 
@@ -243,21 +248,21 @@ class RowFile:
 
     def _make(self, file: int, before: int | None) -> None:
         """Write header and zeros, with the rows of an open file in front of these."""
-        header = io.BytesIO()
+        buffer = io.BytesIO()
         shape = (self.n_rows, *self.row_shape)
         fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(header, fields)
-        write_all(file, header.getvalue())
-        n_bytes = self.n_rows * self._row_bytes
+        np.lib.format.write_array_header_2_0(buffer, fields)
+        header, n_bytes = buffer.getvalue(), self.n_rows * self._row_bytes
+        write_all(file, header)
         if n_bytes:
             # Reserve the space now: a full disk is an error here, not in the middle of the run.
-            os.posix_fallocate(file, len(header.getvalue()), n_bytes)
+            os.posix_fallocate(file, len(header), n_bytes)
         done = 0
         while before is not None and done < n_bytes:
             chunk = os.pread(before, min(CHUNK, n_bytes - done), self._offset + done)
             if not chunk:
                 break
-            write_all(file, chunk, len(header.getvalue()) + done)
+            write_all(file, chunk, len(header) + done)
             done += len(chunk)
 
     def _read_header(self) -> tuple[tuple[int, ...], np.dtype]:
@@ -277,12 +282,9 @@ class RowFile:
         assert 0 <= row < self.n_rows
         start, first = self._offset + row * self._row_bytes, self.dtype.itemsize
         content = data.tobytes()
-        try:
+        with _failing_as(self.path):
             write_all(self._file, memoryview(content)[first:], start + first)
             write_all(self._file, memoryview(content)[:first], start)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
 
     def clear(self, row: int) -> None:
         """Make a row's first value zero: the row counts as unwritten."""
@@ -332,21 +334,20 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Any], state: Mapping[str,
     contents["manifest.json"] = (json.dumps(digests, indent=1) + "\n").encode()
     part = path.with_name(_part_name(path.name))
     try:
-        os.mkdir(part)
-        with _opened(part, os.O_RDONLY | os.O_DIRECTORY) as folder:
-            for name, content in contents.items():
-                with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, folder) as file:
-                    write_all(file, content)
-                    os.fsync(file)
-            os.fsync(folder)
-        if path.is_dir():
-            remove_checkpoint(path)
-        os.rename(part, path)
-    except BaseException as error:
+        with _failing_as(path):
+            os.mkdir(part)
+            with _opened(part, os.O_RDONLY | os.O_DIRECTORY) as folder:
+                for name, content in contents.items():
+                    with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, folder) as file:
+                        write_all(file, content)
+                        os.fsync(file)
+                os.fsync(folder)
+            if path.is_dir():
+                remove_checkpoint(path)
+            os.rename(part, path)
+    except BaseException:
         with suppress(OSError):
             remove(part)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 
