@@ -124,21 +124,22 @@ inline std::string in_gb(double n_bytes) {
 }
 
 // Throws if a machine, or this one, cannot have so much memory: asked for more, Linux would promise it, and end the
-// process once it is used.
-inline void require_memory(const char* op, const std::string& what, double n_bytes, bool is_on_host) {
+// process once it is used. what() says what it is for; it is called only then, as texts take longer than checks.
+template <class What>
+void require_memory(const char* op, const What& what, double n_bytes, bool is_on_host) {
   constexpr double ADDRESSES = 0x1p47;  // bytes that a process can tell apart
   struct sysinfo machine;
   double most = ADDRESSES;
   if (is_on_host && sysinfo(&machine) == 0)
     most = std::min(most, (1.0 * machine.totalram + 1.0 * machine.totalswap) * machine.mem_unit);
   if (n_bytes <= most) return;
-  throw NoMemory(std::string(op) + ": needs " + in_gb(n_bytes) + " for " + what + ", there can be at most " +
+  throw NoMemory(std::string(op) + ": needs " + in_gb(n_bytes) + " for " + what() + ", there can be at most " +
                  in_gb(most));
 }
 
 // make(), which allocates a tensor of so many bytes.
-template <class Make>
-Tensor allocated(const char* op, const std::string& what, double n_bytes, const Tensor& like, const Make& make) {
+template <class What, class Make>
+Tensor allocated(const char* op, const What& what, double n_bytes, const Tensor& like, const Make& make) {
   const bool is_on_host = like.is_cpu();
   constexpr double SMALL = 0x1p20;  // not worth asking the machine
   if (n_bytes > SMALL) require_memory(op, what, n_bytes, is_on_host);
@@ -149,8 +150,8 @@ Tensor allocated(const char* op, const std::string& what, double n_bytes, const 
     // Other failures come to light where memory is asked for, too: those of a GPU's earlier work.
     const auto says = [&](const char* words) { return told.find(words) != std::string::npos; };
     if (!told.empty() && !says("memory") && !says("alloc"))
-      throw std::runtime_error(std::string(op) + ": no tensor for " + what + ": " + told.substr(0, told.find('\n')));
-    throw NoMemory(std::string(op) + ": needs " + in_gb(n_bytes) + " for " + what + ", which could not be had" +
+      throw std::runtime_error(std::string(op) + ": no tensor for " + what() + ": " + told.substr(0, told.find('\n')));
+    throw NoMemory(std::string(op) + ": needs " + in_gb(n_bytes) + " for " + what() + ", which could not be had" +
                    (told.empty() ? "" : ": " + told));
   }
 }
@@ -174,17 +175,18 @@ inline size_t element_size_of(ScalarType type) {
 }
 
 inline Tensor empty(const char* op, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return allocated(op, "a result of shape " + listed(sizes), n_bytes_of(sizes, element_size_of(type)), like,
-                   [&] { return torch::stable::new_empty(like, sizes, type); });
+  return allocated(
+      op, [&] { return "a result of shape " + listed(sizes); }, n_bytes_of(sizes, element_size_of(type)), like,
+      [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
 // x as this type, its elements one after another; x itself where it is so already.
 inline Tensor dense(const char* op, const Tensor& x, ScalarType type) {
   const bool is_of_type = x.scalar_type() == type;
   if (is_of_type && x.is_contiguous()) return x;
-  return allocated(op, "a copy of a tensor of shape " + shape(x), n_bytes_of(x.sizes(), element_size_of(type)), x, [&] {
-    return torch::stable::contiguous(is_of_type ? x : torch::stable::to(x, type));
-  });
+  return allocated(
+      op, [&] { return "a copy of a tensor of shape " + shape(x); }, n_bytes_of(x.sizes(), element_size_of(type)), x,
+      [&] { return torch::stable::contiguous(is_of_type ? x : torch::stable::to(x, type)); });
 }
 
 inline Tensor dense(const char* op, const Tensor& x) { return dense(op, x, x.scalar_type()); }
@@ -248,31 +250,32 @@ struct Guarded;
 template <class Op, class Result, class... Arguments, Result (*function)(Arguments...)>
 struct Guarded<Op, function> {
   static Result call(Arguments... arguments) {
-    const std::string op = Op::name();
+    constexpr const char* op = Op::name();
     try {
       require((is_given(arguments) && ...), op, ": all tensors must be given, got None for one of them");
       return function(std::forward<Arguments>(arguments)...);
     } catch (const NoMemory&) {
       throw;
     } catch (const std::bad_alloc&) {
-      throw NoMemory(op + ": needs more memory to compute in than could be had");
+      throw NoMemory(std::string(op) + ": needs more memory to compute in than could be had");
     } catch (const std::length_error&) {
-      throw NoMemory(op + ": needs more memory to compute in than could be had");
+      throw NoMemory(std::string(op) + ": needs more memory to compute in than could be had");
     } catch (const std::runtime_error& error) {
       // The headers of torch 2.11 throw this, whichever torch runs.
       const std::string text = error.what();
       if (text.find(" API call failed at ") == std::string::npos) throw;
       const std::string told = words_of_torch();
-      throw std::runtime_error(op + ": " + (told.empty() ? text + "; torch wrote the reason to standard error" : told));
+      throw std::runtime_error(std::string(op) + ": " +
+                               (told.empty() ? text + "; torch wrote the reason to standard error" : told));
     }
   }
 };
 
-#define CLMFAST_IMPLEMENT(library, op)                  \
-  do {                                                  \
-    struct Op {                                         \
-      static const char* name() { return #op; }         \
-    };                                                  \
+#define CLMFAST_IMPLEMENT(library, op)                       \
+  do {                                                       \
+    struct Op {                                              \
+      static constexpr const char* name() { return #op; }    \
+    };                                                       \
     library.impl(#op, TORCH_BOX((&Guarded<Op, &op>::call))); \
   } while (false)
 

@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   }
   // Of every restart of every set: a label, bounds and a distance of each point, and the clusters' centroids and sums.
   const double of_restart = static_cast<double>(N) * (GROUPS + 8) * 4 + static_cast<double>(K) * D * 20;
-  require_memory(name, "restarts, n_init=" + std::to_string(n_init),
+  require_memory(name, [&] { return "restarts, n_init=" + std::to_string(n_init); },
                  static_cast<double>(S) * static_cast<double>(n_init) * of_restart, points.is_cpu());
   Tensor label = empty(name, points, {S, N}, ScalarType::Long);
   Tensor centroid = empty(name, points, {S, K, D}, ScalarType::Float);
@@ -355,7 +355,7 @@ Tensor separation(const Tensor& points, const Tensor& label, int64_t n_labels) {
   require(0 <= n_labels && n_labels < int64_t{1} << 31, name, ": n_labels must be in [0, 2^31), got n_labels=",
           n_labels);
   // Every label of every set has its centroid, and a sum to find it from.
-  require_memory(name, "centroids, n_labels=" + std::to_string(n_labels),
+  require_memory(name, [&] { return "centroids, n_labels=" + std::to_string(n_labels); },
                  static_cast<double>(S) * n_labels * (8 + static_cast<double>(points.size(2)) * 16), points.is_cpu());
   Tensor out = empty(name, points, {3, S}, ScalarType::Double);
   if (S == 0) return out;
@@ -460,7 +460,7 @@ Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<
             *n_label);
   }
   if (n_truth && truth.is_cpu())
-    require_memory(name, "tables of n_truth x n_label", 8.0 * *n_truth * *n_label * n_at_once(S), true);
+    require_memory(name, [] { return "tables of n_truth x n_label"; }, 8.0 * *n_truth * *n_label * n_at_once(S), true);
   Tensor scores = empty(name, truth, {6, S}, ScalarType::Double);
   if (S == 0) return scores;
   const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);
@@ -496,7 +496,7 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
           ": n_truth and n_label must be in [0, 2^28), got ", n_truth, " and ", n_label);
   require(truth.size(1) < int64_t{1} << 31, name, ": N must be below 2^31, got N=", truth.size(1));
   if (truth.is_cpu())
-    require_memory(name, "counts of n_truth and n_label",
+    require_memory(name, [] { return "counts of n_truth and n_label"; },
                    24.0 * n_truth * n_at_once(truth.size(0)) + 16.0 * n_label * n_at_once(label.size(0)), true);
   Tensor score = empty(name, truth, {truth.size(0), label.size(0)}, ScalarType::Double);
   const Tensor dense_truth = dense(name, truth), dense_label = dense(name, label);

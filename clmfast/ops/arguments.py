@@ -37,7 +37,7 @@ def points(op: str, name: str, x: Array, beside: tuple[object, ...]) -> Tensor:
             raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {given.dtype}")
         return _tensor(given, beside)
     if x.dtype not in POINT_DTYPES:
-        raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {_dtype(x)}")
+        raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(x)}")
     return _dense(op, name, x).detach()
 
 
@@ -45,7 +45,7 @@ def floats(op: str, name: str, x: Array, beside: tuple[object, ...]) -> Tensor:
     """float32."""
     found = points(op, name, x, beside) if not isinstance(x, Tensor) else _dense(op, name, x).detach()
     if found.dtype != torch.float32:
-        raise ValueError(f"{op}: {name} must be float32, got {_dtype(found)}")
+        raise ValueError(f"{op}: {name} must be float32, got {dtype_name(found)}")
     return found
 
 
@@ -57,7 +57,7 @@ def labels(op: str, name: str, x: Array | int, beside: tuple[object, ...]) -> Te
         if x.dtype in INTEGERS:
             return _dense(op, name, x).to(torch.int64)
         if x.dtype != torch.uint64:
-            raise ValueError(f"{op}: {name} must be integers, got {_dtype(x)}")
+            raise ValueError(f"{op}: {name} must be integers, got {dtype_name(x)}")
         found = _dense(op, name, x).to(torch.int64)
         is_too_large = found.device.type != "meta" and bool((found < 0).any())
     else:
@@ -89,9 +89,9 @@ def written(op: str, name: str, x: Tensor | NDArray[Any]) -> Tensor:
     return _dense(op, name, x)
 
 
-def require_tensors(op: str, *given: object) -> None:
-    """For ops that take nothing but tensors."""
-    for x in given:
+def require_tensors(op: str, *given: object, or_none: tuple[object, ...] = ()) -> None:
+    """For ops that take nothing but tensors; those of `or_none` may be left out."""
+    for x in (*given, *(x for x in or_none if x is not None)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: takes tensors alone, got {_short(x)}")
 
@@ -174,7 +174,8 @@ def _dense(op: str, name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _dtype(x: Tensor) -> str:
+def dtype_name(x: Tensor) -> str:
+    """As an error tells it."""
     return _without_torch(x.dtype)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clmfast.ops.arguments import integer, register_fake, require_tensors
+from clmfast.ops.arguments import dtype_name, integer, register_fake, require_tensors
 from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def attention(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
 
     float32, float64, bfloat16 and float16; the last two are computed in float32. Differentiable once, see composed().
     """
-    require_tensors("attention", qkv, *(() if lengths is None else (lengths,)))
+    require_tensors("attention", qkv, or_none=(lengths,))
     if is_composed():
         _check_padded("attention", qkv, lengths)
         return _composed(qkv, lengths)
@@ -51,7 +51,7 @@ def packed_attention(qkv: Tensor, offset: Tensor, max_length: int, prefix: Tenso
     its prefix, is longer than max_length. prefix [B] int64: the sequence that stands before b, -1: none; it has none
     itself; only without gradient. Dtypes and derivatives as for attention.
     """
-    require_tensors("packed_attention", qkv, offset, *(() if prefix is None else (prefix,)))
+    require_tensors("packed_attention", qkv, offset, or_none=(prefix,))
     max_length = integer("packed_attention", "max_length", max_length)
     if is_composed():
         _check_packed("packed_attention", qkv, offset, prefix)
@@ -142,7 +142,7 @@ def _check_integers(op: str, name: str, x: Tensor | None, shape: tuple[int, ...]
     if x is None:
         return
     if x.dtype != torch.int64:
-        raise ValueError(f"{op}: {name} must be int64, got {str(x.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{op}: {name} must be int64, got {dtype_name(x)}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} must be {says}, got {list(x.shape)}")
     if x.device != qkv.device:
@@ -162,8 +162,7 @@ def _check_there(op: str, **tensors: Tensor | None) -> None:
 
 def _check_dtype(op: str, qkv: Tensor) -> None:
     if qkv.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        got = str(qkv.dtype).removeprefix("torch.")
-        raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16, got {got}")
+        raise ValueError(f"{op}: qkv must be float32, float64, bfloat16 or float16, got {dtype_name(qkv)}")
 
 
 def _check_padded(op: str, qkv: Tensor, lengths: Tensor | None) -> None:
@@ -201,6 +200,14 @@ def _check_saved(op: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tenso
             )
 
 
+def longest_of(offset: Tensor, prefix: Tensor | None) -> int:
+    """Tokens of the longest sequence with its prefix. Waits for the device; a caller that knows a bound need not."""
+    own = offset.diff()
+    # A prefix that is out of range is refused elsewhere.
+    before = 0 if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(0, max(len(own) - 1, 0))], 0)
+    return int((own + before).max()) if len(own) else 0
+
+
 def _longest(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_length: int) -> int:
     """The longest sequence with its prefix, after a look at what offset and prefix hold; on a GPU, and while compiling,
     max_length, as nothing is looked at there."""
@@ -211,14 +218,12 @@ def _longest(op: str, qkv: Tensor, offset: Tensor, prefix: Tensor | None, max_le
         return max_length if n else 0
     if offset[0] != 0 or offset[-1] != n or (own < 0).any():
         raise ValueError(f"{op}: offset must ascend from 0 to n={n}")
-    before = torch.zeros_like(own)
     if prefix is not None:
         if ((prefix < -1) | (prefix >= B)).any():
             raise ValueError(f"{op}: prefix must be -1 or a sequence below {B}")
         if (prefix[prefix[prefix >= 0]] >= 0).any():
             raise ValueError(f"{op}: a prefix must have no prefix itself")
-        before = torch.where(prefix >= 0, own[prefix.clamp(min=0)], 0)
-    longest = int((before + own).max()) if B else 0
+    longest = longest_of(offset, prefix)
     if longest > max_length:
         raise ValueError(
             f"{op}: no sequence, with its prefix, may be longer than max_length={max_length}, got {longest}"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clmfast.ops.arguments import integer, register_fake, require_one_device, require_tensors
-from clmfast.ops.attention import packed_attention
+from clmfast.ops.arguments import dtype_name, integer, register_fake, require_one_device, require_tensors
+from clmfast.ops.attention import longest_of, packed_attention
 from clmfast.ops.derivatives import is_composed, refuse_second, refuse_tangents
 
 
@@ -66,7 +66,7 @@ def attention_block(
     share rows. offset and kept then count tokens. Needs kept, with source[kept] ascending; not together with prefix.
     max_length: no sequence is longer, its prefix included. With it nothing waits for the device; it changes no value.
     """
-    require_tensors("attention_block", x, *weights, offset, *(i for i in (kept, prefix, source) if i is not None))
+    require_tensors("attention_block", x, *weights, offset, or_none=(kept, prefix, source))
     n_heads = integer("attention_block", "n_heads", n_heads)
     wants_grad = _wants_grad(x, weights)
     _refuse_gradient("attention_block", prefix, wants_grad)
@@ -81,7 +81,7 @@ def attention_block(
     n, D = x.shape
     qkv = F.linear(_norm(x, w), w.in_weight, w.in_bias).view(n, 3, n_heads, D // n_heads)
     if max_length is None:
-        max_length = _longest(offset, prefix)
+        max_length = longest_of(offset, prefix)
     mixed = packed_attention(qkv, offset, max_length, prefix).flatten(1)
     if kept is not None:
         x, mixed = x[kept], mixed[kept]
@@ -108,9 +108,7 @@ def transformer_blocks(
     `attention_block`. One call, because what Python and autograd add to each half's would be a tenth of a step.
     """
     flat = [w for halves in weights for half in halves for w in half]
-    require_tensors(
-        "transformer_blocks", x, *flat, offset, *(i for i in (asking, kept, prefix, source) if i is not None)
-    )
+    require_tensors("transformer_blocks", x, *flat, offset, or_none=(asking, kept, prefix, source))
     n_heads = integer("transformer_blocks", "n_heads", n_heads)
     if _is_fused(x):
         refuse_tangents("transformer_blocks", x, *flat)
@@ -210,8 +208,7 @@ def _check_composed(
         if rows is None:
             continue
         if rows.dtype != torch.int64 or rows.dim() != 1:
-            got = f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{op}: {name} must be one row of int64, got {got}")
+            raise ValueError(f"{op}: {name} must be one row of int64, got {list(rows.shape)} {dtype_name(rows)}")
         if name == "prefix" or x.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
             continue
         n = len(x) if name == "source" or source is None else len(source)
@@ -219,14 +216,6 @@ def _check_composed(
             raise ValueError(f"{op}: {name} must be in [0, {n}), got {int(rows.min())} to {int(rows.max())}")
         if name == "kept" and (rows.diff() <= 0).any():
             raise ValueError(f"{op}: kept must ascend")
-
-
-def _longest(offset: Tensor, prefix: Tensor | None) -> int:
-    """Waits for the device; a caller that knows a bound need not."""
-    own = offset.diff()
-    # A prefix out of range is refused later.
-    before = 0 if prefix is None else torch.where(prefix >= 0, own[prefix.clamp(0, max(len(own) - 1, 0))], 0)
-    return int((own + before).max()) if len(own) else 0
 
 
 # ---- registration
