@@ -25,6 +25,7 @@ N_SAMPLES = 40
 MAX_GROWTH_MIB = 16.0  # from a quarter of the steps on: the pages of the rows that are written belong to the file
 MAX_SLOWER = 1.5  # last quarter over second one, in steps that neither probe nor save
 N_READS = 20
+LIMIT_S = 7200.0
 
 
 def main(is_long: bool, seed: int) -> int:
@@ -41,9 +42,8 @@ def main(is_long: bool, seed: int) -> int:
         folder = Path(name)
         out, samples_at = folder / "run", folder / "samples.json"
         (folder / "config.json").write_text(json.dumps(to_dict(config)))
-        child = os.fork()
-        if child == 0:
-            os._exit(_train(["--config", str(folder / "config.json"), "--out", str(out)], n_steps, samples_at))
+        arguments = ["--config", str(folder / "config.json"), "--out", str(out)]
+        child = sweep.started(lambda: _train(arguments, n_steps, samples_at), folder / "log", LIMIT_S)
         faults, n_reads = _read_throughout(child, out, n_steps)
         if faults:
             return _told(faults)
@@ -70,8 +70,6 @@ def _told(faults: list[str]) -> int:
 
 def _train(arguments: list[str], n_steps: int, samples_at: Path) -> int:
     """The run, in a process of its own, which looks at itself N_SAMPLES times."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
     samples, ms = [], list[float]()
     update, every = Progress.update, n_steps // N_SAMPLES
 

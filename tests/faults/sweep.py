@@ -274,18 +274,17 @@ Known = dict[str, tuple[Scenario, dict[str, bytes], list[str]]]
 Job = tuple[str, Callable[[Path], list[str]]]
 
 
-def forked(work: Callable[[], int], log: Path | None = None) -> int:
-    """Run `work` in a fork; returns its exit code, -signal where it died of one."""
+def started(work: Callable[[], int], log: Path, limit_s: float = LIMIT_S) -> int:
+    """The pid of a fork that runs `work`, ends with its exit code and prints to `log`."""
     child = os.fork()
     if child == 0:
         code = 70
         try:
-            if log is not None:
-                to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.dup2(to, 1)
-                os.dup2(to, 2)
-                sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(i, "wb", 0), write_through=True) for i in (1, 2))
-            signal.alarm(int(LIMIT_S))
+            to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(to, 1)
+            os.dup2(to, 2)
+            sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(i, "wb", 0), write_through=True) for i in (1, 2))
+            signal.alarm(int(limit_s))
             code = work()
         except BaseException:
             import traceback
@@ -293,8 +292,17 @@ def forked(work: Callable[[], int], log: Path | None = None) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
+
+
+def ended(child: int) -> int:
+    """Wait for a fork; its exit code, -signal where it died of one."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked(work: Callable[[], int], log: Path) -> int:
+    """Run `work` in a fork; returns its exit code, -signal where it died of one."""
+    return ended(started(work, log))
 
 
 def fingerprint(out: Path) -> dict[str, bytes]:
@@ -358,19 +366,10 @@ def random_kill(scenario: Scenario, seed: int, wanted: dict[str, bytes], place: 
     if scenario.before is not None:
         shutil.copytree(scenario.before, out)
     for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                to = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(to, 1)
-                os.dup2(to, 2)
-                code = run.main(command)
-            finally:
-                os._exit(code)
+        child = started(lambda: run.main(command), Path(os.devnull))  # noqa: B023  the fork has this round's
         time.sleep(chance.random() * 0.25)
         os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = ended(child)
         if code not in (-signal.SIGKILL, 0):
             return [f"exit code {code} before it was killed"]
         command = scenario.again(out)

@@ -560,7 +560,16 @@ def raw_attention_block(rng: Random) -> Arguments:
     return {**given, **dict(zip(WEIGHT_NAMES, weights, strict=True)), "save": rng.random() < 0.5}
 
 
-def saved_of_attention(n: int, D: int, R: int, n_heads: int, n_tokens: int) -> dict[str, Spec]:
+def of_a_backward_pass(draw: Callable[[Random], Arguments], rng: Random) -> Arguments:
+    """What a forward pass that can have a gradient was given: there is none with a prefix."""
+    given = draw(rng)
+    while given["prefix"] is not None:
+        given = draw(rng)
+    del given["save"], given["prefix"]
+    return given
+
+
+def saved_of_attention(n: int, D: int, R: int, n_heads: int) -> dict[str, Spec]:
     return {
         "mean": Spec((n,)), "rstd": Spec((n,)), "q": Spec((R, D)), "kv": Spec((n, 2, D)), "mixed": Spec((R, D)),
         "lse": Spec((R, n_heads)),
@@ -568,14 +577,10 @@ def saved_of_attention(n: int, D: int, R: int, n_heads: int, n_tokens: int) -> d
 
 
 def raw_attention_block_backward(rng: Random) -> Arguments:
-    given = raw_attention_block(rng)
-    while given["prefix"] is not None:
-        given = raw_attention_block(rng)
-    del given["save"], given["prefix"]
+    given = of_a_backward_pass(raw_attention_block, rng)
     n, D = given["x"].shape
     R = given["kept"].shape[0] if given["kept"] else n
-    n_tokens = given["source"].shape[0] if given["source"] else n
-    saved = saved_of_attention(n, D, R, given["n_heads"], n_tokens)
+    saved = saved_of_attention(n, D, R, given["n_heads"])
     return {"grad_y": Spec((R, D)), **given, **saved}
 
 
@@ -587,19 +592,15 @@ def raw_transformer_blocks(rng: Random) -> Arguments:
 
 
 def raw_transformer_blocks_backward(rng: Random) -> Arguments:
-    given = raw_transformer_blocks(rng)
-    while given["prefix"] is not None:
-        given = raw_transformer_blocks(rng)
-    del given["save"], given["prefix"]
+    given = of_a_backward_pass(raw_transformer_blocks, rng)
     n, D = given["x"].shape
     n_blocks, F = len(given["weights"]) // 12, given["weights"][8].shape[0]
-    n_tokens = given["source"].shape[0] if given["source"] else n
     saved = []
     for i in range(n_blocks):
         is_last = i + 1 == n_blocks
         wanted = given["kept"] if is_last else given["asking"]
         R = wanted.shape[0] if wanted else n
-        saved += saved_of_attention(n, D, R, given["n_heads"], n_tokens).values()
+        saved += saved_of_attention(n, D, R, given["n_heads"]).values()
         saved += [Spec((R, D)), *saved_of_mlp(R, F).values()]
     R = given["kept"].shape[0] if given["kept"] else n
     states = [Spec((n, D)) for _ in range(n_blocks - 1)]
