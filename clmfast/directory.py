@@ -26,7 +26,7 @@ from clmfast.files import (
     write_json,
 )
 from clmfast.schema import check_header
-from clmfast.untrusted import is_there, read_array, read_json, refusing
+from clmfast.untrusted import is_there, read_json, read_table, refusing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     State = tuple[dict[str, Tensor], dict[str, Any]]
 
 FOLDERS = ("checkpoints", "projections", "resume")  # what a run makes in its directory
-
-
-class Busy(ConfigError):
-    """Another process writes into the directory."""
 
 
 def check_new(path: Path) -> None:
@@ -99,13 +95,12 @@ def _hold(path: Path) -> int:
     try:
         return hold(path)
     except BlockingIOError:
-        raise Busy(f"{path} must be free: another process is writing this run") from None
+        raise ConfigError(f"{path} must be free: another process is writing this run") from None
 
 
 def reopen(path: Path) -> int:
     """Hold the directory of a run that is to go on, without what a process that died left unfinished there."""
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
+    _need_config(path)
     folders = [path / name for name in FOLDERS]
     if links := [folder.name for folder in folders if folder.is_symlink()]:
         raise ConfigError(f"--resume: {', '.join(links)} in {path} must be of the run itself, got a link to elsewhere")
@@ -119,15 +114,24 @@ def reopen(path: Path) -> int:
     return lock
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """As plain data, without where the run lies: that is no setting of it, as it may serve another and be published."""
+    return to_dict(dataclasses.replace(config, out=""))
+
+
 def write_config(path: Path, config: RunConfig) -> None:
-    """Where a run lies is no setting of it: the file must serve another run, and may be published."""
-    write_json(path / "config.json", to_dict(dataclasses.replace(config, out="")))
+    """config.json of the run in `path`."""
+    write_json(path / "config.json", settings_of(config))
+
+
+def _need_config(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
 
 
 def config_of(path: Path) -> RunConfig:
     """The settings of the run in `path`, with `path` as its place; ConfigError."""
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"--resume must name a run directory, {path} has no config.json")
+    _need_config(path)
     return dataclasses.replace(from_file(path / "config.json", RunConfig()), out=str(path))
 
 
@@ -144,11 +148,10 @@ def header_of(path: Path) -> dict[str, Any]:
 def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Names of the settings in which two configs, as plain data, differ."""
     found = []
-    for name in dict.fromkeys((*a, *b)):
-        one, other = a.get(name), b.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += settings_that_differ(one, other, f"{prefix}{name}.")
-        elif one != other:
+    for name, one in a.items():
+        if isinstance(one, dict):
+            found += settings_that_differ(one, b[name], f"{prefix}{name}.")
+        elif one != b[name]:
             found.append(f"{prefix}{name}")
     return found
 
@@ -160,8 +163,7 @@ def check_same(path: Path, config: RunConfig, meta: dict[str, Any]) -> int:
     if isinstance(meta.get("config"), dict):
         # With defaults for settings that a later version added.
         before = from_dict(meta["config"], RunConfig(), str(path / "meta.json"))
-    then, now = (to_dict(dataclasses.replace(one, out="")) for one in (before, config))
-    differing = [name for name in settings_that_differ(then, now) if name != "steps"]
+    differing = settings_that_differ(settings_of(before), settings_of(dataclasses.replace(config, steps=before.steps)))
     if differing:
         raise ConfigError(
             f"--resume: config.json must be as it was when the run began, changed: {', '.join(differing)} "
@@ -178,8 +180,8 @@ def last_row(path: Path) -> int:
     if not is_there(path / "steps.npy"):
         return 0
     with refusing(ConfigError, f"--resume: {path} must have the rows of its run"):
-        is_written = read_array(path / "steps.npy", "f", (None, None))[:, :1] != 0
-    return int(is_written.nonzero()[0].max(initial=0))
+        _, first = read_table(path / "steps.npy", None)
+    return int(first.nonzero()[0].max(initial=0))
 
 
 def newest_state(

@@ -20,7 +20,7 @@ from clmfast.config import ConfigError, RunConfig
 LIBRARIES_BYTES = 350e6  # resident, once torch and numba are loaded
 LIBRARIES_ADDRESSES = 2.5e9  # the same as addresses, which is what ulimit -v counts
 REPORT_BYTES = 6_000_000
-KEPT_STATES = 3  # of resume/: two, and the one that is being written
+KEPT_STATES = 2  # in resume/
 NO_MEMORY = "can't allocate memory|not enough memory"  # torch's words on Linux and elsewhere
 RECLAIMED = ("inactive_file", "active_file", "slab_reclaimable")  # of memory.stat: pages of files, mostly
 YEAR_S = 365 * 86400.0
@@ -94,7 +94,7 @@ def needs(config: RunConfig) -> Needs:
     per_task = n_sets * task.n_tasks * is_measured
     disk = (config.steps + 1) * 8.0 * (columns + 8 + per_task) + n_checkpoints(config.steps) * 4.0 * n_parameters
     state = 2**18 + 12.0 * n_parameters + 4.0 * n_sets * ring * D * is_measured
-    disk += KEPT_STATES * state * (config.resume_every > 0) + REPORT_BYTES
+    disk += (KEPT_STATES + 1) * state * (config.resume_every > 0) + REPORT_BYTES
 
     flops = config.steps * 6.0 * n_rows * max(1, L - 1) * (4 * D * D + 2 * D * F)
     if has_probe:

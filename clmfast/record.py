@@ -18,7 +18,6 @@ Everything is readable while the run goes on. `load(path)` reads a run without t
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import re
 import time
@@ -30,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clmfast.config import ConfigError, RunConfig, from_file, to_dict
-from clmfast.directory import FOLDERS, write_config
+from clmfast.config import ConfigError, RunConfig, from_file
+from clmfast.directory import FOLDERS, settings_of, write_config
 from clmfast.files import (
     LineFile,
     RowFile,
@@ -43,6 +42,7 @@ from clmfast.files import (
     write_json,
 )
 from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+from clmfast.needs import KEPT_STATES
 from clmfast.schema import check_controls, check_header, read_events, written_rows
 from clmfast.untrusted import (
     MIB,
@@ -61,7 +61,6 @@ from clmfast.untrusted import (
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
 
-KEPT_RESUME_STATES = 2
 PROJECTIONS_BYTES = 256 * MIB  # of one readout, unpacked: what can be drawn is far less
 
 
@@ -104,7 +103,7 @@ class RunWriter:
             {
                 "measurement_version": MEASUREMENT_VERSION,
                 **meta,
-                "config": to_dict(dataclasses.replace(config, out="")),  # what the rows were made with
+                "config": settings_of(config),  # what the rows were made with
                 "n_parameters": training.model.n_parameters,
                 "n_layers": training.model.n_taps,
                 "n_tasks": tasks.n_tasks,
@@ -176,7 +175,7 @@ class RunWriter:
     def _remove_old_states(self) -> None:
         """Keep the newest states of what was computed; those of later steps were passed over when the run went on."""
         found = checkpoints(self.path / "resume")
-        kept = [path for path in found if int(path.name) <= self.training.next_step][-KEPT_RESUME_STATES:]
+        kept = [path for path in found if int(path.name) <= self.training.next_step][-KEPT_STATES:]
         for path in found:
             if path not in kept:
                 remove_checkpoint(path)

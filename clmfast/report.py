@@ -143,7 +143,7 @@ def history(run: Run) -> list[str]:
         elif kind == "resume":
             changed = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in event.get("changed", {}).items())
             found.append(
-                f"Went on from step {step:,}{f', with another machine or version: {changed}' * bool(changed)}."
+                f"Went on from step {step:,}" + (f", with another machine or version: {changed}." if changed else ".")
             )
         elif kind == "state_skipped":
             found.append(f"A saved state could not be used: {event['reason']}.")

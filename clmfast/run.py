@@ -22,10 +22,10 @@ import re
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -33,14 +33,13 @@ from clmfast import __version__, directory
 from clmfast.config import PRESETS, ConfigError, RunConfig, check, from_file
 from clmfast.needs import check_needs, is_out_of_memory
 from clmfast.paths import expanded
-from clmfast.record import NotARun
+from clmfast.record import NotARun, RunWriter, state_bytes
 from clmfast.screen import complain, forgiving
-from clmfast.surroundings import Surroundings
+from clmfast.surroundings import Surroundings, on_signal
 from clmfast.untrusted import Damaged
 
 if TYPE_CHECKING:
     from clmfast.progress import Progress
-    from clmfast.record import RunWriter
     from clmfast.train import Training
 
 BAD_INPUT, DIVERGED, CANNOT_WRITE, NO_MEMORY = 2, 3, 4, 5
@@ -124,10 +123,10 @@ def main(arguments: list[str]) -> int:
         return BAD_INPUT
     except OSError as error:
         complain("clmfast", f"{error.filename or 'the run directory'} must be writable: {error.strerror}")
-        has_begun = path is not None and os.path.exists(path / "config.json")
-        if has_begun:
-            complain("clmfast", f"what was recorded stays; go on with {resume_command(cast(Path, path))}")
-        return CANNOT_WRITE if has_begun or error.errno in DISK_ERRORS else BAD_INPUT
+        if path is not None and os.path.exists(path / "config.json"):
+            complain("clmfast", f"what was recorded stays; go on with {resume_command(path)}")
+            return CANNOT_WRITE
+        return CANNOT_WRITE if error.errno in DISK_ERRORS else BAD_INPUT
     except KeyboardInterrupt:
         complain("clmfast", "stopped at once; what was recorded before stays")
         return STOPPED_BY + signal.SIGINT
@@ -169,7 +168,6 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
 
         from clmfast.data.tasks import make_tasks
         from clmfast.progress import Progress
-        from clmfast.record import RunWriter
         from clmfast.train import TIMING_COLUMNS, Training
 
         # Another number of threads would be another rounding of what torch computes.
@@ -209,8 +207,6 @@ def begin(training: Training, writer: RunWriter, here: dict[str, Any]) -> list[s
 
 def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], n_steps: int, here: dict[str, Any]) -> list[str]:
     """Take over the newest state of a run that was stopped, and that had n_steps; returns what its user should know."""
-    from clmfast.record import state_bytes
-
     if not meta:  # it died before it had a header, and so before any row
         return begin(training, writer, here)
     notes = []
@@ -249,10 +245,10 @@ def go_on(training: Training, writer: RunWriter, meta: dict[str, Any], n_steps: 
 
 def extend(training: Training, writer: RunWriter, n_steps: int) -> str:
     """Make rows that another number of steps changes unwritten; returns what that means for the run."""
-    step = training.next_step
-    before = dataclasses.replace(training.config, steps=n_steps)
     from clmfast.train import learning_rate
 
+    step = training.next_step
+    before = dataclasses.replace(training.config, steps=n_steps)
     lr = learning_rate(before, min(step, n_steps)), learning_rate(training.config, step)
     n_rows = writer.clear_rows(step)
     writer.event("extended", step=step, steps=[n_steps, training.config.steps], lr=list(lr), rows_again=n_rows)
@@ -271,7 +267,7 @@ def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
     state saved to go on from; a second one ends it at once."""
     from clmfast.train import TrainingDiverged
 
-    with _Stop(progress.note) as stop:
+    with stop_asked_for(progress.note) as came:
         try:
             for step in training:
                 writer.write(step)
@@ -279,11 +275,11 @@ def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
                 if any(event["event"] == "anomaly" for event in step.events):
                     continue  # to the error that ends it: nobody should go on from such a state
                 writer.checkpoint()
-                if stop.by and training.next_step <= training.config.steps:
+                if came and training.next_step <= training.config.steps:
                     writer.save()
-                    writer.event("interrupted", step=step.step, signal=signal.Signals(stop.by).name)
+                    writer.event("interrupted", step=step.step, signal=signal.Signals(came[0]).name)
                     progress.note(f"stopped after step {step.step}; go on with {resume_command(writer.path)}")
-                    return STOPPED_BY + stop.by
+                    return STOPPED_BY + came[0]
         except TrainingDiverged as error:
             progress.note(str(error))
             return DIVERGED
@@ -291,33 +287,24 @@ def follow(training: Training, writer: RunWriter, progress: Progress) -> int:
         return 0
 
 
-class _Stop:
-    """The first signal that asks to stop is noted and waits for the step to end; a second one acts as usual."""
+@contextmanager
+def stop_asked_for(note: Callable[[str], None]) -> Iterator[list[int]]:
+    """The signals that asked the run to stop: the first one is put into the list that comes back, and waits for the
+    step to end; a second one acts as usual."""
+    came: list[int] = []
+    polite = ExitStack()
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.by, self.note = 0, note
-        self._before: dict[int, Any] = {}
+    def take_note(number: int, _: object) -> None:
+        came.append(number)
+        polite.close()
+        note("stopping after this step, with a state to go on from (once more: at once)")
 
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # signals are the main thread's
+    with on_signal(signal.SIGINT, signal.default_int_handler), polite:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
-            self._before[number] = signal.signal(number, self._came)
-        return self
-
-    def _came(self, number: int, _: object) -> None:
-        self.by = number
-        for each, before in self._before.items():
-            usual = signal.default_int_handler if each == signal.SIGINT else before
-            signal.signal(each, signal.SIG_DFL if usual is None else usual)
-        self.note("stopping after this step, with a state to go on from (once more: at once)")
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            # None: not set from Python, so it cannot be put back from there
-            signal.signal(number, signal.SIG_DFL if before is None else before)
+            polite.enter_context(on_signal(number, take_note))
+        yield came
 
 
 def finish(training: Training, writer: RunWriter) -> None:

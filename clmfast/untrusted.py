@@ -347,8 +347,8 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...]) -> NDArray
         return np.memmap(file, header.dtype, "r", header.n_bytes, header.shape, order).view(np.ndarray)
 
 
-def read_table(path: Path, n_columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(float64 [any, n_columns], its first column) of a .npy file.
+def read_table(path: Path, n_columns: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(float64 [any, n_columns], its first column) of a .npy file; n_columns None: any.
 
     Where the table is mapped, the column is read by itself: through the map it would bring the whole file into memory.
     """
@@ -358,7 +358,7 @@ def read_table(path: Path, n_columns: int) -> tuple[NDArray[np.float64], NDArray
     if table.nbytes < MAPPED_FROM_BYTES:
         return table, table[:, 0]
     with opened(path, ARRAY_BYTES) as (file, size):
-        number, row_bytes = file.fileno(), 8 * n_columns
+        number, row_bytes = file.fileno(), 8 * table.shape[1]
         start = size - n_rows * row_bytes
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
         column = b"".join(os.pread(number, 8, start + i * row_bytes) for i in range(n_rows))
