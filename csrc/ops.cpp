@@ -25,6 +25,7 @@
 #include "grid.h"
 #include "guard.h"
 #include "kmeans.h"
+#include "kmeans_search.h"
 #include "knn.h"
 #include "partition.h"
 #include "ring.h"
@@ -274,6 +275,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
     kmeans_cpu(op, moves, parallel_for);
   }
   return {label, centroid, inertia, n_iter};
+}
+
+// ---- kmeans_search
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
+                                                         const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
+                                                         int64_t moves, int64_t max_iter, int64_t seed) {
+  const char* name = "kmeans_search";
+  require_points(name, "points", points);
+  require_there(name, "points", points, points);
+  const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
+  require(1 <= K && K <= N, "kmeans_search: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
+  require(1 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 1 to 2^20, got max_iter=",
+          max_iter);
+  require(0 <= moves && moves <= int64_t{1} << 20, "kmeans_search: moves must be from 0 to 2^20, got moves=", moves);
+  const int64_t P = known ? known->size(0) : 0;
+  if (known) {
+    require_int64(name, "known", *known, points);
+    require(has_shape(*known, {P, S, N}), "kmeans_search: known must be [P, S, N] with S=", S, " and N=", N, ", got ",
+            shape(*known));
+  }
+  require_int64(name, "n_cold", n_cold, points);
+  require(has_shape(n_cold, {S}), "kmeans_search: n_cold must be [S] with S=", S, ", got ", shape(n_cold));
+  require(1 <= keep && P <= keep && keep < int64_t{1} << 20,
+          "kmeans_search: keep must be from 1 to 2^20 and at least P, got keep=", keep, " with P=", P);
+  const Tensor dense_cold = dense(name, n_cold);
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t n = data<int64_t>(dense_cold)[s];
+    require(0 <= n && n < int64_t{1} << 20 && P + n > 0,
+            "kmeans_search: every set needs a partition to begin with, known or cold, got n_cold=", n, " with P=", P);
+  }
+  Tensor label = empty(name, points, {keep, S, N}, ScalarType::Long);
+  Tensor inertia = empty(name, points, {keep, S}, ScalarType::Double);
+  Tensor centroid = empty(name, points, {S, K, D}, ScalarType::Float), n_iter = empty(name, points, {S}, ScalarType::Long);
+  Tensor origin = empty(name, points, {S}, ScalarType::Long);
+  const Tensor dense_points = dense(name, points, ScalarType::Float);
+  const MaybeTensor dense_known = known ? MaybeTensor(dense(name, *known)) : std::nullopt;
+  KmeansSearch op;
+  op.points = data<float>(dense_points);
+  op.known = known ? data<int64_t>(*dense_known) : nullptr;
+  op.n_cold = data<int64_t>(dense_cold);
+  op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
+  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.seed = seed;
+  op.label = mutable_data<int64_t>(label);
+  op.inertia = mutable_data<double>(inertia);
+  op.centroid = mutable_data<float>(centroid);
+  op.n_iter = mutable_data<int64_t>(n_iter);
+  op.origin = mutable_data<int64_t>(origin);
+  kmeans_search_cpu(op, parallel_for);
+  return {label, inertia, centroid, n_iter, origin};
 }
 
 // ---- rings: clmfast/ops/ring.py documents the arguments and keeps the tensors
@@ -1017,6 +1068,7 @@ void implement_measures(Library& m) {
 // What a CPU alone has.
 template <class Library>
 void implement_on_cpu(Library& m) {
+  CLMFAST_IMPLEMENT(m, kmeans_search);
   CLMFAST_IMPLEMENT(m, ring_to_grid);
   CLMFAST_IMPLEMENT(m, ring_knn);
   CLMFAST_IMPLEMENT(m, attention);
@@ -1060,6 +1112,9 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
   m.def(
       "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
+  m.def(
+      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "
+      "int seed) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor n_iter, Tensor origin)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
       "seed, int moves, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "

@@ -16,6 +16,7 @@
 #include "isa.h"
 #include "pair.h"
 #include "sums.h"
+#include "uniform.h"
 
 namespace clmfast {
 namespace {
@@ -48,16 +49,8 @@ struct Run {
   const double* magic(const Kmeans& op) const { return known.sum + op.K * op.D; }
 };
 
-// Uniform in [0, 1): a hash of its coordinates (the finalizer of splitmix64, Steele et al. 2014, once per coordinate).
 double uniform(const Run& run, int64_t seed, int64_t draw) {
-  uint64_t hash = 0;
-  for (int64_t x : {seed, run.s, run.restart, draw}) {
-    hash += static_cast<uint64_t>(x) + 0x9e3779b97f4a7c15;
-    hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9;
-    hash = (hash ^ hash >> 27) * 0x94d049bb133111eb;
-    hash ^= hash >> 31;
-  }
-  return static_cast<double>(hash >> 11) * 0x1p-53;
+  return clmfast::uniform(seed, run.s, run.restart, draw);
 }
 
 // Scattered rows come from a far cache: asking for them early hides the way.
