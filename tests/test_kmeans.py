@@ -12,7 +12,6 @@ from sklearn.cluster import KMeans
 
 from clmfast import ops
 from clmfast.ops import reference
-from clmfast.ops.kmeans import nothing_known
 
 
 def normal(*shape, seed=0):
@@ -254,44 +253,6 @@ def test_seed():
     assert not torch.equal(ops.kmeans(points, 12, seed=3).label, ops.kmeans(points, 12, seed=4).label)
 
 
-# ---- what is known changes nothing
-
-
-@pytest.mark.parametrize(("K", "max_iter"), [(1, 3), (5, 1), (20, 3), (24, 2), (53, 3)])
-@pytest.mark.parametrize("kind", ["blobs", "copies", "growing", "spoilt"])
-def test_known_saves_work_and_changes_no_bit(kind, K, max_iter):
-    room, n_new, D = 300, 30, 40
-    known = nothing_known(2, room, D, K)
-    ring = torch.zeros(2, room, D)
-    centroid = None
-    for step in range(24):
-        new = blobs(2, n_new, D, 12, spread=1, seed=3 * step if kind == "blobs" else 0)
-        if kind == "copies":
-            new = new[:, torch.arange(n_new) % 3] + 1e-4 * (step // 4)
-        elif kind == "growing":
-            new = new * 3.0**step + 10.0 * step
-        elif kind == "spoilt":
-            new[:, step % n_new, step % D] = torch.nan if step % 2 else torch.inf
-        rows = (step * n_new + torch.arange(n_new)) % room
-        ring[:, rows] = new
-        n = min((step + 1) * n_new, room)
-        if n < K:
-            continue
-        points = ring[:, :n]
-        if centroid is None:
-            centroid = points[:, :K].nan_to_num(0, 0, 0)
-            rows = torch.arange(n)
-        known.within[:, rows] = torch.inf
-        if step == 15:  # all may be doubted at any time
-            known.within[1] = torch.inf
-        expected = ops.kmeans(points, K, init=centroid, max_iter=max_iter)
-        with outputs_full_of_nan():
-            found = ops.kmeans(points, K, init=centroid, max_iter=max_iter, known=known)
-        assert_same_bits(found, expected)
-        assert_consistent(points, found)
-        centroid = found.centroid
-
-
 # ---- moves
 
 
@@ -365,8 +326,8 @@ def test_moves_of_points_that_are_few_or_equal_or_not_finite():
 def test_opcheck():
     points = normal(2, 20, 5)
     op = torch.ops.clmfast.kmeans.default
-    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, 2, *(None,) * 6))
-    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, 0, *(None,) * 6))
+    torch.library.opcheck(op, (points, 3, None, False, 2, 10, 1e-4, 0, 2))
+    torch.library.opcheck(op, (points.half(), 3, points[:, :3], False, 1, 10, 1e-4, 0, 0))
 
 
 def test_compiled():
@@ -394,12 +355,6 @@ POINTS = torch.zeros(2, 10, 3)
         (POINTS, 2, {"max_iter": 0}, "kmeans: max_iter must be at least 1, got max_iter=0"),
         (POINTS, 2, {"moves": -1}, "kmeans: moves must not be negative, got moves=-1"),
         (POINTS, 2, {"moves": 2**21}, "kmeans: moves must be at most 2^20, got moves=2097152"),
-        (
-            POINTS,
-            2,
-            {"init": POINTS[:, :2], "moves": 1, "known": nothing_known(2, 10, 3, 2)},
-            "kmeans: moves must be 0 where something is known, got moves=1",
-        ),
         (POINTS, 2, {"tol": -1.0}, "kmeans: tol must not be negative, got tol=-1"),
         (POINTS, 2, {"tol": float("nan")}, "kmeans: tol must not be negative, got tol=nan"),
         (POINTS, 2, {"init": "kmeans++"}, 'kmeans: init must be "k-means++", "random" or a tensor, got "kmeans++"'),
