@@ -3,16 +3,12 @@
 //   points   [S, N, D] float32     (bfloat16 and float16 are widened by the torch side, which changes no value; a GPU
 //                                  reads them as they are: then `points` points at what `element` says)
 //   init     [S, K, D] float32     the initial centroids, or null: drawn, see Start
-//   known    or null: what the last call found out, whose points these are but for some that changed, and whose centroids
-//            are `init` now. Saves work, and changes no result. A point that was not there or has changed must have
-//            within = infinity; points may be added behind the last, and none taken away. A GPU makes no use of it, and
-//            sets within of all points to infinity, so that no later call trusts what is out of date.
 //   label    [S, N] int64          the nearest centroid by float64 dist2 (cpu/pair.h), of equals the smaller index:
 //                                  a pure function of points and centroid
 //   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-43 or less of
 //                                  N times the largest in its column: float64 sums are then exact in any order
 //   inertia  [S] float64           sum over points of the float64 dist2 to their centroid
-//   n_iter   [S] int64             iterations of the restart that is returned; those of moves that were undone do not count
+//   n_iter   [S] int64             iterations of the restart that is returned
 //
 // Iteration  label every point, move every centroid to the mean of its points. Stops when no label changed; when the
 //            centroids moved by sum_k |move_k|^2 <= tol * (mean over d of the variance of the set's points); or after
@@ -22,21 +18,12 @@
 // Start      plus_plus: greedy k-means++ (Arthur & Vassilvitskii 2007): each next centroid is the best of 2 + floor(ln
 //            K) points drawn in proportion to their dist2 to the centroids so far. random: K points of different index.
 //            Draws are keyed by (seed, set, restart, number of the draw).
-// Moves      after that, of every restart, up to `moves` tries to leave its optimum: one cluster is split in two and two
-//            others become one. Splits: 2-means of the cluster's own points, from the point farthest from the centroid
-//            and the one farthest from that, for at most SPLIT_ITERATIONS. Worth n_a n_b / (n_a + n_b) |a - b|^2 for its
-//            two halves, less as much (Ward 1963) for the pair that is merged, which is the cheapest one without the
-//            split cluster. The MOVES_PER_ROUND splits of largest worth are tried, the largest first (ties to the
-//            smaller index), each with MOVE_ITERATIONS of Lloyd's algorithm; the first that lowers the inertia stands,
-//            and a new round begins with what came out. A round without one is the last. Then Lloyd's algorithm again,
-//            as at the beginning. The centroid of a merged pair keeps the smaller index.
 // Restarts   the lowest inertia is returned, of equals the earliest.
 // Not finite points (any NaN or infinity) have label -1 and no influence. A set with fewer finite points than clusters
 //            repeats some of them as centroids. A centroid in init that is not finite starts at the mean of its set.
 // Devices    give the same bits from the same first centroids. k-means++ adds distances up in an order of the device's
 //            own, so its draws agree but for rounding; so does the variance that tol is measured by.
-//            `moves` on a GPU: 0 alone.
-// Limits     1 <= K <= N < 2^31; D < 2^20; 1 <= n_init < 2^31; 1 <= max_iter <= 2^20; 0 <= moves <= 2^20, and 0 with `known`.
+// Limits     1 <= K <= N < 2^31; D < 2^20; 1 <= n_init < 2^31; 1 <= max_iter <= 2^20.
 #pragma once
 
 #include <cstdint>
@@ -49,40 +36,11 @@ namespace clmfast {
 
 enum class KmeansStart { plus_plus, random };
 
-constexpr int64_t REACH_ROWS = 32;  // points that share one reach
 constexpr int64_t GROUPS = 24;      // of centroids: k is in group k % GROUPS, so that up to that many have one each
-
-constexpr int64_t SPLIT_ITERATIONS = 5, MOVE_ITERATIONS = 5, MOVES_PER_ROUND = 3;
-
-constexpr int64_t n_reaches(int64_t N) { return (N + REACH_ROWS - 1) / REACH_ROWS; }
-
-// What is known of one set's points.
-struct KnownSet {
-  int32_t* label;  // [N], the cluster whose sum holds the point; -1: none does
-  float* within;   // [N], at least the distance to the own centroid; infinity: nothing is known of this point
-  float* beyond;   // [N, GROUPS], at most the distance to any other centroid of a group
-  float* point;    // [N, D], the points themselves
-  float* reach;    // [n_reaches(N), D], the largest |coordinate| of REACH_ROWS points
-  double* sum;     // [K + 1, D], sums of the clusters' points, and behind them what rounds the coordinates
-};
-
-// Of S sets with room for N points.
-struct Known {
-  int64_t N;
-  int32_t* label;
-  float *within, *beyond, *point, *reach;
-  double* sum;
-
-  KnownSet set(int64_t s, int64_t D, int64_t K) const {
-    return {label + s * N,     within + s * N,           beyond + s * N * GROUPS,
-            point + s * N * D, reach + s * n_reaches(N) * D, sum + s * (K + 1) * D};
-  }
-};
 
 struct Kmeans {
   const float* points;
   const float* init;
-  const Known* known;
   int64_t S, N, D, K;
   KmeansStart start;
   int64_t n_init, max_iter;
@@ -94,7 +52,7 @@ struct Kmeans {
   int64_t* n_iter;
 };
 
-void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for);
+void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for);
 
 // any: resident where that can be. Both give the same bits.
 enum class KmeansPath { any, resident, streaming };

@@ -8,7 +8,7 @@
 //            for all where fewer were found
 //   inertia  [keep, S] float64: sum over points of dist2 to the mean of their cluster; infinity where fewer were found
 //   centroid [S, K, D] float32, n_iter [S] int64: of the first partition, which is what kmeans.h says of a run of
-//            Lloyd's algorithm that begins with the best partition found, and has at most max_iter iterations
+//            Lloyd's algorithm that begins with the best partition found, and max_iter and tol
 //   origin   [S] int64: the start that the first partition comes from: p of known [p], P + i for the i-th cold one
 //
 // Search     takes place in a projection onto about K + 4 main directions of the points, where an iteration costs a
@@ -35,7 +35,9 @@ struct KmeansSearch {
   const float* points;
   const int64_t* known;
   const int64_t* n_cold;
-  int64_t S, N, D, K, P, keep, moves, max_iter, seed;
+  int64_t S, N, D, K, P, keep, moves, max_iter;
+  double tol;
+  int64_t seed;
   int64_t* label;
   double* inertia;
   float* centroid;

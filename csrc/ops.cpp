@@ -197,10 +197,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t n_clusters, const MaybeTensor& init,
                                                   bool is_random, int64_t n_init, int64_t max_iter, double tol,
-                                                  int64_t seed, int64_t moves, const MaybeTensor& known_label,
-                                                  const MaybeTensor& within, const MaybeTensor& beyond,
-                                                  const MaybeTensor& point, const MaybeTensor& reach,
-                                                  const MaybeTensor& sum) {
+                                                  int64_t seed) {
   const char* name = "kmeans";
   require_points(name, "points", points);
   require_there(name, "points", points, points);
@@ -211,10 +208,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   require(max_iter >= 1, "kmeans: max_iter must be at least 1, got max_iter=", max_iter);
   // A GPU is told of all iterations beforehand.
   require(max_iter <= int64_t{1} << 20, "kmeans: max_iter must be at most 2^20, got max_iter=", max_iter);
-  require(moves >= 0, "kmeans: moves must not be negative, got moves=", moves);
-  require(moves <= int64_t{1} << 20, "kmeans: moves must be at most 2^20, got moves=", moves);
-  require(moves == 0 || points.is_cpu(), "kmeans: moves must be 0 on a GPU, got moves=", moves);
-  require(moves == 0 || !known_label, "kmeans: moves must be 0 where something is known, got moves=", moves);
   require(tol >= 0, "kmeans: tol must not be negative, got tol=", tol);
   if (init) {
     require(has_shape(*init, {S, K, D}), "kmeans: init must be [S, K, D] = [", S, ", ", K, ", ", D, "], got ",
@@ -243,36 +236,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   op.centroid = mutable_data<float>(centroid);
   op.inertia = mutable_data<double>(inertia);
   op.n_iter = mutable_data<int64_t>(n_iter);
-  std::optional<Known> known;
-  if (known_label) {
-    require(init.has_value(), "kmeans: known needs the centroids that it is about, as init");
-    require(known_label->dim() == 2 && known_label->size(1) >= N, "kmeans: known must be made for N or more points, with N=",
-            N, ", got ", shape(*known_label));
-    const int64_t room = known_label->size(1);
-    require(has_shape(*known_label, {S, room}) && has_shape(*within, {S, room}) &&
-                has_shape(*beyond, {S, room, GROUPS}) && has_shape(*point, {S, room, D}) &&
-                has_shape(*reach, {S, n_reaches(room), D}) && has_shape(*sum, {S, K + 1, D}),
-            "kmeans: known must be made for points ", shape(points), " and n_clusters=", K);
-    for (const Tensor* x : {&*known_label, &*within, &*beyond, &*point, &*reach, &*sum}) {
-      require(x->is_contiguous(), "kmeans: known must be contiguous");
-      require(is_same_device(*x, points), "kmeans: all tensors must be on one device, but known is on another");
-    }
-    require(known_label->scalar_type() == ScalarType::Int && sum->scalar_type() == ScalarType::Double,
-            "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
-    for (const Tensor* x : {&*within, &*beyond, &*point, &*reach})
-      require(x->scalar_type() == ScalarType::Float,
-              "kmeans: known must be int32, float32 and float64 as nothing_known makes it");
-    known = {room, mutable_data<int32_t>(*known_label), mutable_data<float>(*within), mutable_data<float>(*beyond),
-             mutable_data<float>(*point), mutable_data<float>(*reach), mutable_data<double>(*sum)};
-  }
-  op.known = known ? &*known : nullptr;
   if (is_on_gpu(points)) {
     on_gpu_of(points, [&](CudaStream stream) {
       Tensor memory = scratch(name, points, kmeans_cuda_scratch(op));
       kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
   } else {
-    kmeans_cpu(op, moves, parallel_for);
+    kmeans_cpu(op, parallel_for);
   }
   return {label, centroid, inertia, n_iter};
 }
@@ -281,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
                                                          const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
-                                                         int64_t moves, int64_t max_iter, int64_t seed) {
+                                                         int64_t moves, int64_t max_iter, double tol, int64_t seed) {
   const char* name = "kmeans_search";
   require_points(name, "points", points);
   require_there(name, "points", points, points);
@@ -290,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   require(1 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 1 to 2^20, got max_iter=",
           max_iter);
   require(0 <= moves && moves <= int64_t{1} << 20, "kmeans_search: moves must be from 0 to 2^20, got moves=", moves);
-  const int64_t P = known ? known->size(0) : 0;
+  require(tol >= 0, "kmeans_search: tol must not be negative, got tol=", tol);
+  const int64_t P = known && known->dim() == 3 ? known->size(0) : 0;
   if (known) {
     require_int64(name, "known", *known, points);
     require(has_shape(*known, {P, S, N}), "kmeans_search: known must be [P, S, N] with S=", S, " and N=", N, ", got ",
@@ -317,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   op.known = known ? data<int64_t>(*dense_known) : nullptr;
   op.n_cold = data<int64_t>(dense_cold);
   op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
-  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.seed = seed;
+  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.tol = tol, op.seed = seed;
   op.label = mutable_data<int64_t>(label);
   op.inertia = mutable_data<double>(inertia);
   op.centroid = mutable_data<float>(centroid);
@@ -1114,12 +1085,10 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "dist2, Tensor index)");
   m.def(
       "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "
-      "int seed) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor n_iter, Tensor origin)");
+      "float tol, int seed) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor n_iter, Tensor origin)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
-      "seed, int moves, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "
-      "Tensor(f!)? sum)"
-      " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
+      "seed) -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
   m.def(
       "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
       "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) n_turned, Tensor(d!) wasted, Tensor(e!) turn, "

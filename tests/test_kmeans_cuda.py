@@ -9,7 +9,7 @@ import torch
 from op_checks import assert_same_bits
 
 from clmfast import ops
-from clmfast.ops.kmeans import KMeans, nothing_known
+from clmfast.ops.kmeans import KMeans
 
 SOURCE = """
 #include "kmeans.cu"
@@ -17,12 +17,9 @@ SOURCE = """
 using namespace clmfast;
 extern "C" void run_kmeans(const float* points, int64_t element, const float* init, int64_t S, int64_t N, int64_t D,
                            int64_t K, int64_t is_random, int64_t n_init, int64_t max_iter, double tol, int64_t seed,
-                           float* within, int64_t room, int64_t path, int64_t* label, float* centroid, double* inertia,
+                           int64_t path, int64_t* label, float* centroid, double* inertia,
                            int64_t* n_iter) {
-  Known known{};
-  known.N = room;
-  known.within = within;
-  const Kmeans op{points, init, within ? &known : nullptr, S, N, D, K,
+  const Kmeans op{points, init, S, N, D, K,
                   is_random ? KmeansStart::random : KmeansStart::plus_plus, n_init, max_iter, tol, seed,
                   label, centroid, inertia, n_iter};
   std::vector<double> scratch(kmeans_cuda_scratch(op) / sizeof(double) + 32);
@@ -57,7 +54,6 @@ def emulated(
     max_iter=100,
     tol=1e-4,
     seed=0,
-    within=None,
     path,
     device,
     order=0,
@@ -74,7 +70,7 @@ def emulated(
     library().reset(seed=order, capability=device)
     library().run_kmeans(
         points, ELEMENTS.index(points.dtype), centroid, S, N, D, n_clusters, int(centroid is None and init == "random"),
-        n_init, max_iter, float(tol), seed, within, 0 if within is None else within.shape[1], path, *found,
+        n_init, max_iter, float(tol), seed, path, *found,
     )  # fmt: skip
     return found
 
@@ -224,20 +220,6 @@ def test_the_order_of_threads_does_not_matter(path):
     points[:, 300:500] = points[:, :1]
     for order in range(4):
         assert_same_bits(emulated(points, 70, path=path, device=90, order=order), ops.kmeans(points, 70))
-
-
-@needs_emulator
-def test_known_is_not_to_be_trusted_afterwards():
-    points = blobs(2, 100, 6, 4)
-    known = nothing_known(2, 120, 6, 4)
-    first = ops.kmeans(points, 4, init=points[:, :4], known=known)
-    assert known.within.isfinite().any()
-    points = points + 1
-    found = emulated(points, 4, init=first.centroid, within=known.within, path=RESIDENT, device=90)
-    assert (known.within[:, :100] == torch.inf).all()
-    # so that a call on the CPU may go on from here
-    again = ops.kmeans(points, 4, init=found.centroid, known=known)
-    assert_same_bits(again, ops.kmeans(points, 4, init=found.centroid))
 
 
 @needs_emulator

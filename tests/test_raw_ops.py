@@ -49,7 +49,8 @@ def good_calls() -> dict[str, tuple[Any, ...]]:
     zero = torch.zeros(2, 3, dtype=torch.int64)
     return {
         "knn": (points, 3, queries, group[:6], group, torch.ones(2, 6)),
-        "kmeans": (points, 4, points[:, :4], False, 1, 10, 1e-4, 0, 2, *(None,) * 6),
+        "kmeans": (points, 4, points[:, :4], False, 1, 10, 1e-4, 0),
+        "kmeans_search": (points, 4, None, torch.ones(len(points), dtype=torch.int64), 2, 3, 10, 1e-4, 0),
         "separation": (points, group, 7),
         "majority_vote": (index, group),
         "label_shares": (index, group, group, 7),

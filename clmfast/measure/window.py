@@ -20,7 +20,6 @@ from clmfast.measure.catalogue import Column
 from clmfast.measure.neighbours import knn_accuracy, purities
 from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
 from clmfast.measure.ring_neighbours import RingNeighbours
-from clmfast.ops.kmeans import nothing_known
 from clmfast.ops.ring import Grid, Ring, empty_grid
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
@@ -42,10 +41,9 @@ class Window:
         self.near = RingNeighbours(config.k, 1, n_sets, config.window)  # of training states, own instruction barred
         # Of unseen states among training states: own instruction barred, own grammar barred.
         self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
-        # A GPU searches the whole rings: it makes no use of what is known from the last step.
+        # A GPU searches the whole rings.
         self.is_incremental = torch.device(device).type == "cpu"
         if self.is_incremental:
-            self._known = nothing_known(n_sets, config.window, width, tasks.n_tasks)
             self._grid = empty_grid(self.train.points)
             self._grid_unseen = empty_grid(self.unseen.points, self._grid)
         self.centroid = torch.empty(0, device=device, dtype=torch.float32)
@@ -115,7 +113,6 @@ class Window:
         is_new = self._n_seen[self.train] == 0
         train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
         ops.ring_to_grid(train, unseen, is_new=is_new)
-        self._known.within[:, (train.first + torch.arange(train.count, device="cpu")) % self.train.n_points] = torch.inf
         return self.near.update(train, None, barred)[0], self.near_unseen.update(train, unseen, barred_unseen)
 
     def _ring(self, recorder: Recorder, grid: Grid | None) -> Ring:
@@ -135,16 +132,13 @@ class Window:
         if is_first:
             fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool, device=points.device)
         else:
-            known = self._known if self.is_incremental else None
-            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter, known=known)
+            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter)
             is_cold = torch.zeros(len(points), dtype=torch.bool, device=points.device)
             if step % config.cold_every == 0:
                 is_cold = cold.inertia < fit.inertia
                 fit = ops.KMeans(
                     *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
                 )
-        if self.is_incremental:
-            self._known.within[is_cold] = torch.inf
         if self.is_incremental or is_first:
             self.centroid = fit.centroid
         else:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from clmfast.ops import arguments
 from clmfast.ops.arguments import Array
-
-GROUPS, REACH_ROWS = 24, 32  # as in csrc/kmeans.h
+from clmfast.ops.kmeans_search import kmeans_search
 
 
 class KMeans(NamedTuple):
@@ -16,29 +15,6 @@ class KMeans(NamedTuple):
     centroid: Tensor  # [S, K, D] float32
     inertia: Tensor  # [S] float64
     n_iter: Tensor  # [S] int64
-
-
-class Known(NamedTuple):
-    """What a warm start need not find out again: see csrc/kmeans.h. Written in place; rows N and beyond are unused."""
-
-    label: Tensor  # [S, N or more] int32
-    within: Tensor  # [S, N or more] float32; infinity: nothing is known of this point
-    beyond: Tensor  # [S, N or more, GROUPS] float32
-    point: Tensor  # [S, N or more, D] float32
-    reach: Tensor  # [S, (N or more) / REACH_ROWS, D] float32
-    sum: Tensor  # [S, K + 1, D] float64
-
-
-def nothing_known(S: int, N: int, D: int, K: int) -> Known:
-    """To begin with, for S sets of at most N points and K clusters."""
-    return Known(
-        torch.full((S, N), -1, dtype=torch.int32, device="cpu"),
-        torch.full((S, N), torch.inf, dtype=torch.float32, device="cpu"),
-        torch.empty(S, N, GROUPS, dtype=torch.float32, device="cpu"),
-        torch.empty(S, N, D, dtype=torch.float32, device="cpu"),
-        torch.zeros(S, -(-N // REACH_ROWS), D, dtype=torch.float32, device="cpu"),
-        torch.zeros(S, K + 1, D, dtype=torch.float64, device="cpu"),
-    )
 
 
 def kmeans(
@@ -51,7 +27,6 @@ def kmeans(
     tol: float = 1e-4,
     seed: int = 0,
     moves: int = 0,
-    known: Known | None = None,
 ) -> KMeans:
     """Partition each set into K = n_clusters clusters of small inertia, like scikit-learn's KMeans(algorithm="lloyd").
 
@@ -61,17 +36,21 @@ def kmeans(
     points [S, N, D] float32, bfloat16 or float16; 1 <= K <= N. init: "k-means++" (greedy), "random" (points of
     different index), or the centroids to begin with, [S, K, D] (then n_init must be 1). Of n_init restarts the one of
     lowest inertia is returned. tol is relative to the mean variance of the set's coordinates. Draws depend on seed,
-    set and restart only. moves: after each restart, up to so many tries to split one cluster in two and to merge two
-    others, kept where the inertia falls: one start with ten of them finds what takes tens of restarts (csrc/kmeans.h
-    says which are tried; on a GPU only 0). known: what the last call wrote there, if init is its centroids; points that
-    changed since must have within = inf, and N must not have become smaller. It saves work and changes no bit; a GPU
-    makes no use of it, and marks it as out of date.
+    set and restart only. moves: of each start, up to so many rounds of splitting one cluster and merging two others, by
+    ops.kmeans_search (k-means++ alone, on a CPU): one start with ten of them finds what takes tens of restarts.
     Arrays and lists serve as well as tensors; a list of numbers becomes float32, and no other dtype is rounded.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
     if isinstance(init, str) and init not in ("k-means++", "random"):
         raise ValueError(f'kmeans: init must be "k-means++", "random" or a tensor, got "{init}"')
     op = "kmeans"
+    if arguments.integer(op, "moves", moves) != 0:
+        if not isinstance(init, str) or init == "random":
+            raise ValueError('kmeans: moves must be 0 unless init is "k-means++"')
+        partitions = kmeans_search(
+            points, n_clusters, n_cold=n_init, moves=moves, max_iter=max_iter, tol=tol, seed=seed
+        )
+        return KMeans(partitions.label[0], partitions.centroid, partitions.inertia[0], partitions.n_iter)
     beside = (points, init)
     found = torch.ops.clmfast.kmeans(
         arguments.points(op, "points", points, beside),
@@ -82,8 +61,6 @@ def kmeans(
         arguments.integer(op, "max_iter", max_iter),
         arguments.number(op, "tol", tol),
         arguments.integer(op, "seed", seed),
-        arguments.integer(op, "moves", moves),
-        *(known or (None,) * 6),
     )
     return KMeans(*found)
 
@@ -98,8 +75,6 @@ def _(
     max_iter: int,
     tol: float,
     seed: int,
-    moves: int,
-    *_known: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape
     return (

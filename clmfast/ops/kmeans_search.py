@@ -30,6 +30,7 @@ def kmeans_search(
     keep: int = 1,
     moves: int = 10,
     max_iter: int = 100,
+    tol: float = 1e-4,
     seed: int = 0,
 ) -> Partitions:
     """The k-means partition of lowest inertia that a search finds, and others that came close to it.
@@ -40,8 +41,8 @@ def kmeans_search(
 
     points [S, N, D] float32, bfloat16 or float16, on the CPU. known [P, S, N] integers: labels in [0, n_clusters); any
     other value is a point without a cluster so far. n_cold: starts by k-means++, for all sets or for each [S].
-    keep: partitions that come back, at least P. moves: rounds of moves of a start. max_iter: Lloyd iterations of the
-    best partition at the end, in all dimensions.
+    keep: partitions that come back, at least P. moves: rounds of moves of a start. max_iter and tol: of Lloyd's
+    algorithm on the best partition at the end, in all dimensions.
     """
     op = "kmeans_search"
     beside = (points, known, n_cold)
@@ -61,6 +62,7 @@ def kmeans_search(
             arguments.integer(op, "keep", keep),
             arguments.integer(op, "moves", moves),
             arguments.integer(op, "max_iter", max_iter),
+            arguments.number(op, "tol", tol),
             arguments.integer(op, "seed", seed),
         )
     )
@@ -75,6 +77,7 @@ def _(
     keep: int,
     moves: int,
     max_iter: int,
+    tol: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape

@@ -126,6 +126,9 @@ class Search {
         M_(projection_.width()), n_(projection_.n()) {}
 
   void run() {
+    std::fill_n(op_.centroid + s_ * K_ * op_.D, K_ * op_.D, 0.0f);
+    op_.origin[s_] = 0;
+    if (n_ == 0) return write();
     for (int64_t p = 0; p < op_.P; ++p) begin(go_on(op_.known + (p * op_.S + s_) * op_.N));
     if (op_.P > 0 && op_.moves > 0) {
       const int64_t best = least(found_);
@@ -244,7 +247,6 @@ class Search {
     const int64_t n_trials = std::min<int64_t>(2 + static_cast<int64_t>(std::log(static_cast<double>(K_))), TILE_ROWS);
     Partition p;
     p.label.assign(n_, 0);
-    if (n_ == 0) return p;
     std::vector<float> closest(n_, INF), least(n_trials * n_), rows(TILE_ROWS * M_);
     int64_t draw = 0;
     std::vector<int64_t> trial{static_cast<int64_t>(uniform(op_.seed, s_, restart, draw++) * static_cast<double>(n_))};
@@ -292,17 +294,16 @@ class Search {
 
   // ---- moves
 
-  Split split(const Partition& p, const std::vector<int32_t>& member) const {
+  // Cluster k of points `member` in two.
+  Split split(const Partition& p, int64_t k, const std::vector<int32_t>& member) const {
     const int64_t n = static_cast<int64_t>(member.size());
     if (n < 2) return {};
-    const auto farther = [&](int32_t i, int32_t j) { return p.own2[i] < p.own2[j]; };
-    const float* first = row(*std::max_element(member.begin(), member.end(), farther));
-    std::vector<float> dist2(n), a(first, first + M_), b(M_), sum(M_), all(M_);
-    dist2_from(projection_.rows(), member.data(), n, M_, first, dist2.data());
-    const float* second = row(member[std::max_element(dist2.begin(), dist2.end()) - dist2.begin()]);
-    std::copy_n(second, M_, b.data());
-    for (int32_t i : member)
-      for (int64_t m = 0; m < M_; ++m) all[m] += row(i)[m];
+    std::vector<float> dist2(n), a(M_), b(M_), sum(M_), all(p.sum.begin() + k * M_, p.sum.begin() + (k + 1) * M_);
+    for (int64_t m = 0; m < M_; ++m) a[m] = all[m] / static_cast<float>(n);
+    for (std::vector<float>* to : {&a, &b}) {
+      dist2_from(projection_.rows(), member.data(), n, M_, a.data(), dist2.data());
+      std::copy_n(row(member[std::max_element(dist2.begin(), dist2.end()) - dist2.begin()]), M_, to->begin());
+    }
     std::vector<char> is_a(n), was_a;
     int64_t n_a = 0;
     for (int64_t i = 0; i < SPLIT_ITERATIONS; ++i) {
@@ -343,7 +344,7 @@ class Search {
       Split best;
       int64_t of = 0, into = -1, freed = -1;
       for (int64_t k = 0; k < K_; ++k) {
-        Split found = split(p, members[k]);
+        Split found = split(p, k, members[k]);
         if (found.worth > best.worth) best = std::move(found), of = k;
       }
       if (best.other.empty()) return;
@@ -430,9 +431,9 @@ void kmeans_search_cpu(const KmeansSearch& op, ParallelFor parallel_for) {
   Kmeans last{};
   last.points = op.points, last.init = init.data();
   last.S = op.S, last.N = op.N, last.D = op.D, last.K = op.K;
-  last.start = KmeansStart::plus_plus, last.n_init = 1, last.max_iter = op.max_iter, last.tol = 1e-4, last.seed = op.seed;
+  last.start = KmeansStart::plus_plus, last.n_init = 1, last.max_iter = op.max_iter, last.tol = op.tol, last.seed = op.seed;
   last.label = op.label, last.centroid = op.centroid, last.inertia = op.inertia, last.n_iter = op.n_iter;
-  kmeans_cpu(last, 0, parallel_for);
+  kmeans_cpu(last, parallel_for);
 }
 
 }  // namespace clmfast

@@ -6,8 +6,6 @@
 //            hardly longer than one of another block's shared memory, and the steps are those of `streaming`.
 // streaming  One launch per step, for points that fit no cluster, and devices without clusters. The host does not wait:
 //            launches after the last iteration of a run return at once.
-//
-// `known` is not used here. What it holds is marked as of no use, so that a later call does not rely on it.
 #include <algorithm>
 
 #include "../kmeans.h"
@@ -47,8 +45,7 @@ __host__ __device__ int64_t n_start_steps(const Kmeans& op) {
 // ---- resident
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes sizes, char* scratch, int64_t run_bytes,
-                                                              float* within, int64_t room) {
+__global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes sizes, char* scratch, int64_t run_bytes) {
   const Team team{static_cast<int64_t>(blockIdx.x / cluster_size()), static_cast<int>(cluster_rank()),
                   static_cast<int>(cluster_size())};
   struct Shared {  // what would take the registers of the reads that are on their way
@@ -64,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, 1) resident_kernel(Kmeans op, Sizes s
   const int n_tiles = (static_cast<int>(z.n_tiles) + team.n_blocks - 1) / team.n_blocks;  // of a block
   const Tiles tiles(n_tiles * TILE, z.depth);
 
-  clear(team, z, run, op, within, room);
+  clear(team, z, run);
   cluster_sync();
   find_reach(team, z, run, points);
   cluster_sync();
@@ -129,14 +126,14 @@ __device__ Team team_of_launch(int64_t n_blocks) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(Kmeans op, char* scratch, int64_t n_blocks, Prepare what,
-                                                             int64_t step, float* within, int64_t room) {
+                                                             int64_t step) {
   const Sizes z(op);
   const Team team = team_of_launch(n_blocks);
   const Run run = Run::at(op, scratch, team.run);
   const T* points = points_of<T>(op, team.run);
   switch (what) {
     case Prepare::clear:
-      return clear(team, z, run, op, within, room);
+      return clear(team, z, run);
     case Prepare::reach:
       return find_reach(team, z, run, points);
     case Prepare::columns:
@@ -251,19 +248,19 @@ struct Launcher {
   int64_t n_runs;
 
   template <class T>
-  void resident(int cluster, float* within, int64_t room) {
+  void resident(int cluster) {
     launch_cluster(resident_kernel<T>, cluster, dim3(static_cast<unsigned>(n_runs * cluster)), THREADS,
                    static_cast<size_t>(Tiles::bytes(ceil_div(z.n_tiles, cluster) * TILE, z.depth)), stream, op, z,
-                   scratch, static_cast<int64_t>(Run::bytes(op)), within, room);
+                   scratch, static_cast<int64_t>(Run::bytes(op)));
   }
 
   template <class T>
-  void streaming(float* within, int64_t room) {
+  void streaming() {
     const int64_t n_blocks = std::min(z.n_tiles, MAX_BLOCKS);
     const dim3 grid(static_cast<unsigned>(n_runs * n_blocks)), one_each(static_cast<unsigned>(n_runs));
     auto prepare = [&](Prepare what, int64_t step = 0) {
       launch(prepare_kernel<T>, grid, THREADS, what == Prepare::start ? STREAMING_BYTES : 0, stream, op, scratch,
-             n_blocks, what, step, within, room);
+             n_blocks, what, step);
     };
     auto label = [&](bool is_last) {
       launch(label_kernel<T>, grid, THREADS, STREAMING_BYTES, stream, op, scratch, n_blocks, is_last);
@@ -289,17 +286,15 @@ size_t kmeans_cuda_scratch(const Kmeans& op) { return Run::bytes(op) * static_ca
 void kmeans_cuda(const Kmeans& op, Element element, void* scratch, CudaStream stream, KmeansPath path) {
   if (op.S == 0) return;
   Launcher launcher{op, stream, static_cast<char*>(scratch), Sizes(op), op.S * op.n_init};
-  float* within = op.known ? op.known->within : nullptr;
-  const int64_t room = op.known ? op.known->N : 0;
   with_element(element, [&](auto x) {
     using T = decltype(x);
     const int cluster = path == KmeansPath::streaming ? 0 : cluster_for<T>(launcher.z);
     if (cluster == 0 && path == KmeansPath::resident)
       throw std::invalid_argument("kmeans: these points fit no cluster of this device");
     if (cluster > 0)
-      launcher.resident<T>(cluster, within, room);
+      launcher.resident<T>(cluster);
     else
-      launcher.streaming<T>(within, room);
+      launcher.streaming<T>();
   });
   const int64_t n_blocks = std::min<int64_t>(ceil_div(op.N, THREADS), 16);  // not tuned yet
   launch(write_best_kernel, dim3(static_cast<unsigned>(op.S * n_blocks)), THREADS, 0, stream, op, launcher.z,

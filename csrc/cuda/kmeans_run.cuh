@@ -235,13 +235,9 @@ __device__ inline float place(float x, float scale, float centre) { return fmaf(
 
 // ---- the steps that prepare a run
 
-// within [S, room]: of `known`, which later calls must not trust; or null.
-__device__ inline void clear(const Team& team, const Sizes& z, const Run& run, const Kmeans& op, float* within,
-                             int64_t room) {
+__device__ inline void clear(const Team& team, const Sizes& z, const Run& run) {
   if (team.rank == 0 && thread() == 0) *run.control = {0, 0, 0, 0, 0, 0, {0, 0}, 1, 0};
   team.for_each(z.N, [&](int64_t i) { run.label[i] = -1; });
-  if (within) within += set_of(op, team.run) * room;
-  if (within) team.for_each(z.N, [&](int64_t i) { within[i] = INFINITY; });
   team.for_each(z.K, [&](int64_t k) { run.count[k] = 0; });
   team.for_each(z.K * z.D, [&](int64_t e) { run.sum[e] = 0; });
   team.for_each(z.n_columns - z.K, [&](int64_t k) { run.column[z.K + k] = {INFINITY, {0, 0}, 0}; });

@@ -143,7 +143,7 @@ def draw_kmeans(rng: Random) -> Arguments:
         "max_iter": rng.choice((1, 2, 5, 100)),
         "tol": rng.choice((0.0, 1e-4, 0.1)),
         "seed": rng.choice((0, 1, -1, 2**63 - 1)),
-        "moves": rng.choice((0, 0, 1, 7)),
+        "moves": rng.choice((0, 0, 1, 7)) if init == "k-means++" else 0,
     }
 
 
