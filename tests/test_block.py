@@ -289,10 +289,11 @@ def test_opcheck_of_blocks(save):
     if not save:
         return
     y, states, saved = op(*arguments)
-    backward = (torch.ones_like(y), *arguments[:2], states, saved, *arguments[2:5], SHARED["kept"], SHARED["source"], None)
-    torch.library.opcheck(torch.ops.clmfast.transformer_blocks_backward.default, backward)
+    backward = (torch.ones_like(y), *arguments[:2], states, saved, *arguments[2:5], SHARED["kept"], SHARED["source"])
+    for n_trained in (None, 1):
+        torch.library.opcheck(torch.ops.clmfast.transformer_blocks_backward.default, (*backward, n_trained))
     with pytest.raises(ValueError, match="states and saved must be those of the forward pass"):
-        torch.ops.clmfast.transformer_blocks_backward(*backward[:3], [], *backward[4:])
+        torch.ops.clmfast.transformer_blocks_backward(*backward[:3], [], *backward[4:], None)
 
 
 def test_opcheck():
