@@ -120,8 +120,8 @@ class MeasureConfig:
     """Positions that stand for a sequence: instruction_end, prompt_end, mean."""
     window: int = 2048
     """Training states in the ring that the window estimator measures."""
-    unseen_per_step: int = 8
-    """Unseen examples that ride along with every step, in a forward pass of their own."""
+    unseen_per_step: int = 16
+    """Unseen examples that ride along with every step: their states are measured, nothing is learned from them."""
     unseen_window: int = 128
     """Unseen states in their ring."""
     probe_every: int = 50
@@ -206,6 +206,13 @@ def replays_graph(config: RunConfig) -> tuple[bool, str]:
     if config.train.graph != "auto":
         return config.train.graph == "on", "asked for"
     return not reason, reason or "a GPU, and all steps have one shape"
+
+
+def rides_inside(config: RunConfig) -> tuple[bool, str]:
+    """(do unseen examples ride along in the training batch's forward pass?, the reason)."""
+    if config.device == "cpu":
+        return True, "our products compute every row by itself: who rides along changes no bit of training"
+    return False, "on a GPU products are torch's, and more rows could change bits of training"
 
 
 MOST_STEPS = 10**7 - 1  # a table of that many rows is read (schema.py); at 3 ms each, they take eight hours

@@ -80,15 +80,15 @@ def state_bytes(training: Training) -> int:
 class RunWriter:
     """Writes the records of one run; only this class writes into a run directory, but for the report."""
 
-    def __init__(self, path: Path, training: Training, timing_columns: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, training: Training) -> None:
         """Make the files in the run's directory, or go on with those that are there."""
-        self.path, self.training, self.timing_columns = path, training, timing_columns
+        self.path, self.training = path, training
         rows = training.config.steps + 1
         write_config(path, training.config)
         for name in FOLDERS:
             make_folder(path / name)
         self.steps = RowFile(path / "steps.npy", rows, (1 + len(training.columns),), np.float64)
-        self.timing = RowFile(path / "timing.npy", rows, (1 + len(timing_columns),), np.float64)
+        self.timing = RowFile(path / "timing.npy", rows, (1 + len(training.timing_columns),), np.float64)
         self.per_task = None
         if training.window:
             self.per_task = RowFile(path / "per_task.npy", rows, training.window.per_task_shape, np.float64)
@@ -111,7 +111,7 @@ class RunWriter:
                 "estimators": _estimators(training),
                 "measures": {name: vars(m) for name, m in MEASURES.items()},
                 "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in training.columns)],
-                "timing_columns": ["step_plus_1", *self.timing_columns],
+                "timing_columns": ["step_plus_1", *training.timing_columns],
                 "splits": {name: len(examples) for name, examples in tasks.splits.items()},
                 "grammars": [
                     {"task": int(task), "pattern": pattern, "language_size": str(size)}
@@ -136,7 +136,7 @@ class RunWriter:
             self.event("resume_mismatch", step=row)
             self.steps.clear(row)
         if not is_there or self.timing.read(row)[0] != row + 1:
-            self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.timing_columns)]))
+            self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.training.timing_columns)]))
         if self.per_task is not None:
             per_task = np.full(self.per_task.row_shape, np.nan) if step.per_task is None else step.per_task
             if not is_there or not np.array_equal(self.per_task.read(row), per_task, equal_nan=True):

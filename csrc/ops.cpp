@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <numeric>
 #include <optional>
@@ -821,7 +822,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
   Tensor mean = empty(name, x, {n}, ScalarType::Float), rstd = empty(name, x, {n}, ScalarType::Float);
   Tensor hidden = empty(name, x, {n, padded(op.weights.F)}, ScalarType::Float);  // the op's own layout inside
   Tensor slope = empty(name, x, {n, op.weights.F}, ScalarType::Float);
-  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
+  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope), n},
                 parallel_for);
   return {y, mean, rstd, hidden, slope};
 }
@@ -833,14 +834,15 @@ Grads mlp_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& no
   const char* name = "mlp_block_backward";
   const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, false);
   const int64_t n = x.size(0), D = x.size(1), F = in_weight.size(0);
+  const int64_t n_hidden = hidden.dim() ? std::max(n, hidden.size(0)) : n;
   const Tensor dense_x = dense(name, x), dense_grad = from_forward(name, "grad_y", grad_y, {n, D}, x);
   const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x), from_forward(name, "rstd", rstd, {n}, x),
-                          from_forward(name, "hidden", hidden, {n, padded(F)}, x),
+                          from_forward(name, "hidden", hidden, {n_hidden, padded(F)}, x),
                           from_forward(name, "slope", slope, {n, F}, x)};
   const MlpBlock op{weights.raw(), n, data<float>(dense_x)};
   Grads grads = empty_grads(name, x, weights);
   mlp_block_backward_cpu(
-      op, {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3])},
+      op, {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3]), n_hidden},
       data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads), parallel_for);
   return grads;
 }
@@ -968,6 +970,7 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
 // ---- blocks, one after the other: each half hands its result to the next
 
 constexpr size_t N_WEIGHTS = 6, N_SAVED = 11;  // of a half; of a block: attention's six, what lies between, mlp's four
+constexpr size_t HIDDEN = 9;                   // of the latter
 
 void require_blocks(const char* op, const std::vector<Tensor>& weights) {
   require(!weights.empty() && weights.size() % (2 * N_WEIGHTS) == 0, op, ": weights must be ", 2 * N_WEIGHTS,
@@ -993,17 +996,61 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> transformer_blocks(
   return {y, states, saved};
 }
 
-// Gradients of x and of the weights, in that order.
+// Gradients of x and of the weights, in that order. n_trained: those of the first so many sequences (none: of all), as
+// if the others had not been there.
 std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weights,
                                                 std::vector<Tensor> states, std::vector<Tensor> saved,
                                                 int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
-                                                const MaybeTensor& kept, const MaybeTensor& source) {
+                                                const MaybeTensor& kept, const MaybeTensor& source,
+                                                std::optional<int64_t> n_trained) {
   const char* name = "transformer_blocks_backward";
   require_blocks(name, weights);
   const size_t n_blocks = weights.size() / (2 * N_WEIGHTS);
   require(states.size() == n_blocks - 1 && saved.size() == n_blocks * N_SAVED,
           name, ": states and saved must be those of the forward pass, ", n_blocks - 1, " and ", n_blocks * N_SAVED,
           " tensors, got ", states.size(), " and ", saved.size());
+  if (n_trained) {
+    require(x.dim() == 2, name, ": x must be [n, D], got ", shape(x));
+    const Packed last(name, x, offset, kept, std::nullopt, source);
+    const Packed others(name, x, offset, n_blocks > 1 ? asking : kept, std::nullopt, source);
+    const int64_t B = offset.numel() - 1;
+    require(0 <= *n_trained && *n_trained <= B, name, ": n_trained must be in [0, ", B, "], got ", *n_trained);
+    const int64_t n_tokens = data<int64_t>(last.offset)[*n_trained];
+    auto n_wanted = [&](const MaybeTensor& of) {
+      if (!of) return n_tokens;
+      const int64_t* token = data<int64_t>(*of);
+      return static_cast<int64_t>(std::lower_bound(token, token + of->numel(), n_tokens) - token);
+    };
+    const int64_t n_last = n_wanted(last.kept), n_asking = n_wanted(others.kept);
+    int64_t n_rows = source ? 0 : n_tokens;
+    for (int64_t i = 0; source && i < n_tokens; ++i) n_rows = std::max(n_rows, data<int64_t>(*last.source)[i] + 1);
+    require(n_blocks == 1 || n_asking == n_rows, name, ": the first n_trained=", *n_trained,
+            " sequences must own the first rows of x, got ", n_asking, " that they ask for and ", n_rows, " up to their last");
+    auto first_rows = [&](const char* of, Tensor all, int64_t n) {  // if there are more
+      require_there(name, of, all, x);
+      return all.dim() && all.size(0) > n ? torch::stable::narrow(all, 0, 0, n) : all;
+    };
+    auto first_of = [&](const MaybeTensor& of, int64_t n) {
+      return of ? MaybeTensor(first_rows("an index", *of, n)) : std::nullopt;
+    };
+    for (Tensor& state : states) state = first_rows("states", state, n_rows);
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const size_t which = i % N_SAVED;
+      if (which == HIDDEN) continue;  // its rows lie in panels
+      const bool is_of_x = which < 2 || which == 3;  // attention's mean, rstd and kv
+      saved[i] = first_rows("saved", saved[i], is_of_x ? n_rows : i / N_SAVED + 1 == n_blocks ? n_last : n_asking);
+    }
+    std::vector<Tensor> grads = transformer_blocks_backward(
+        first_rows("grad_y", grad_y, n_last), first_rows("x", x, n_rows), weights, states, saved, n_heads,
+        first_rows("offset", offset, *n_trained + 1), first_of(asking, n_asking), first_of(kept, n_last),
+        first_of(source, n_tokens), std::nullopt);
+    const Tensor of_first = grads[0];
+    grads[0] = empty(name, x, {x.size(0), x.size(1)}, ScalarType::Float);
+    float* to = mutable_data<float>(grads[0]);
+    std::memset(std::copy_n(data<float>(of_first), of_first.numel(), to), 0,
+                (grads[0].numel() - of_first.numel()) * sizeof(float));
+    return grads;
+  }
   std::vector<Tensor> grads(1 + weights.size());
   grads[0] = grad_y;
   auto take = [&](size_t first, Grads half) {
@@ -1079,7 +1126,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "prefix, Tensor? source, bool save) -> (Tensor y, Tensor[] states, Tensor[] saved)");
   m.def(
       "transformer_blocks_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor[] states, Tensor[] saved, int "
-      "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source) -> Tensor[]");
+      "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source, int? n_trained) -> Tensor[]");
   m.def(
       "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");

@@ -67,7 +67,7 @@ def good_calls() -> dict[str, tuple[Any, ...]]:
         "attention_block_backward": (torch.ones_like(y), x, *of_attention, 2, shared, kept, source, *of_forward),
         "transformer_blocks": (x, weights, 2, shared, asking, kept, None, source, True),
         "transformer_blocks_backward": (
-            torch.ones_like(y_blocks), x, weights, states, saved, 2, shared, asking, kept, source,
+            torch.ones_like(y_blocks), x, weights, states, saved, 2, shared, asking, kept, source, 1,
         ),
     }  # fmt: skip
 

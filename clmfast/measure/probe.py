@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class Readout:
 class Pass:
     """One forward pass of a probe: arguments of Transformer.states, by name, and what it gives."""
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
     readouts: tuple[Readout, ...]
 
     def to(self, device: torch.device | str) -> Pass:

@@ -1,7 +1,7 @@
 """The window estimator: measures what the last training batches produced anyway, at every step.
 
 Two rings of states: of the training batches, whose forward pass happens in any case, and of a few unseen examples that
-ride along in a forward pass of their own. The states in a ring come from the model as it was up to `window / batch`
+ride along. The states in a ring come from the model as it was up to `window / batch`
 steps ago: that is the price of measuring every step without a further pass.
 """
 
@@ -28,7 +28,7 @@ SPLIT = "unseen_instruction"
 
 
 class Window:
-    """`train` and `unseen` are the taps of the two forward passes; after both have advanced, `measure` reads them."""
+    """`train` and `unseen` are taps; after both have seen their states and advanced, `measure` reads them."""
 
     def __init__(
         self, tasks: TaskSet, config: MeasureConfig, n_layers: int, width: int, seed: int, device: str = "cpu"
