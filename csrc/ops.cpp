@@ -136,7 +136,7 @@ Tensor scratch(const char* op, const Tensor& like, size_t n_bytes) {
 // ---- knn
 
 std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTensor& queries,
-                               const MaybeTensor& query_group, const MaybeTensor& point_group,
+                               std::vector<Tensor> query_groups, std::vector<Tensor> point_groups,
                                const MaybeTensor& within) {
   const char* name = "knn";
   require_points(name, "points", points);
@@ -154,32 +154,39 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
     require(1 <= k && k < N, "knn: k must be in [1, N), got k=", k, " with N=", N);
   }
   const int64_t Q = queries ? queries->size(1) : N;
-  require(query_group.has_value() == point_group.has_value(),
-          "knn: barred must give the groups of both queries and points");
-  if (query_group) {
-    require_int64(name, "query_group", *query_group, points);
-    require_int64(name, "point_group", *point_group, points);
-    require(has_shape(*query_group, {Q}) && has_shape(*point_group, {N}), "knn: barred must be [Q] and [N] with Q=", Q,
-            " and N=", N, ", got ", shape(*query_group), " and ", shape(*point_group));
+  Knn op;
+  op.n_views = std::max(static_cast<int>(query_groups.size()), 1);
+  require(query_groups.size() == point_groups.size(), "knn: barred must give the groups of both queries and points");
+  require(query_groups.size() <= (queries ? MOST_VIEWS : 1), "knn: barred must be at most ", queries ? MOST_VIEWS : 1,
+          queries ? " pairs of groups, got " : " pair of groups where points ask, got ", query_groups.size());
+  op.view[0] = {nullptr, nullptr, Q};
+  op.A = query_groups.empty() ? Q : 0;
+  for (size_t v = 0; v < query_groups.size(); ++v) {
+    Tensor &query_group = query_groups[v], &point_group = point_groups[v];
+    require_int64(name, "query_group", query_group, points);
+    require_int64(name, "point_group", point_group, points);
+    const bool is_part = query_groups.size() > 1 && query_group.dim() == 1 && query_group.size(0) <= Q;
+    require((is_part || has_shape(query_group, {Q})) && has_shape(point_group, {N}),
+            "knn: barred must be [Q] and [N] with Q=", Q, " and N=", N, ", got ", shape(query_group), " and ",
+            shape(point_group));
+    query_group = dense(name, query_group), point_group = dense(name, point_group);
+    op.view[v] = {data<int64_t>(query_group), data<int64_t>(point_group), query_group.size(0)};
+    op.A += op.view[v].Q;
   }
   if (within) {
     require_float(name, "within", *within, points);
     require(has_shape(*within, {S, Q}), "knn: within must be [S, Q] with S=", S, " and Q=", Q, ", got ",
             shape(*within));
   }
-  Tensor dist2 = empty(name, points, {S, Q, k}, ScalarType::Float);
-  Tensor index = empty(name, points, {S, Q, k}, ScalarType::Long);
+  Tensor dist2 = empty(name, points, {S, op.A, k}, ScalarType::Float);
+  Tensor index = empty(name, points, {S, op.A, k}, ScalarType::Long);
   if (dist2.numel() == 0) return {dist2, index};
   const Tensor dense_points = dense_points_of(name, points);
   const MaybeTensor dense_queries = queries ? MaybeTensor(dense_points_of(name, *queries)) : std::nullopt;
-  const MaybeTensor dense_query_group = dense(name, query_group), dense_point_group = dense(name, point_group);
   const MaybeTensor dense_within = dense(name, within);
-  Knn op;
   op.points = data<float>(dense_points);
   op.queries = queries ? data<float>(*dense_queries) : nullptr;
   op.is_self = !queries;
-  op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
-  op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
   op.within = within ? data<float>(*dense_within) : nullptr;
   op.S = S, op.N = N, op.Q = Q, op.D = D, op.k = k;
   op.dist2 = mutable_data<float>(dist2);
@@ -1128,7 +1135,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "transformer_blocks_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor[] states, Tensor[] saved, int "
       "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source, int? n_trained) -> Tensor[]");
   m.def(
-      "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
+      "knn(Tensor points, int k, Tensor? queries, Tensor[] query_group, Tensor[] point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
       "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "

@@ -1,6 +1,7 @@
 """The slow, obviously right twin of every op, in float64: what the ops are tested against."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,8 +13,20 @@ from clmfast.ops.partition import PartitionScores
 WARM_ITERATIONS, MOVE_ITERATIONS, SPLIT_ITERATIONS = 2, 3, 3  # of csrc/cpu/kmeans_search.cpp
 
 
-def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Tensor, Tensor] | None = None) -> KNN:
+Barred = tuple[Tensor, Tensor]
+
+
+@overload
+def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: Barred | None = None) -> KNN: ...
+@overload
+def knn(points: Tensor, k: int, queries: Tensor, barred: list[Barred]) -> list[KNN]: ...
+def knn(
+    points: Tensor, k: int, queries: Tensor | None = None, barred: Barred | list[Barred] | None = None
+) -> KNN | list[KNN]:
     """All pairs, masked, then a stable sort by dist2, which leaves equal ones in the order of their index."""
+    if isinstance(barred, list):
+        assert queries is not None
+        return [knn(points, k, queries[:, queries.shape[1] - len(pair[0]) :], pair) for pair in barred]
     asked = points if queries is None else queries
     S, Q, _ = asked.shape
     N = points.shape[1]
