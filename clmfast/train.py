@@ -65,7 +65,7 @@ class Step:
 
     step: int
     values: NDArray[np.float64]
-    per_task: NDArray[np.float64] | None  # neighbour purity [L, R, n_tasks] of the window
+    answers: NDArray[np.float64] | None  # what neighbours say in the window, as Window.answers_shape
     timing: dict[str, float]  # ms by Training.timing_columns
     events: list[dict[str, Any]]
     snapshots: list[Snapshot]
@@ -140,7 +140,7 @@ class Training:
         measure, n_layers, width = config.measure, self.model.n_taps, config.model.width
         self.window = self.probe = None
         if config.measure_every:
-            self.window = Window(tasks, measure, n_layers, width, config.seed, config.device)
+            self.window = Window(tasks, config, n_layers)
             if measure.probe_every:
                 self.probe = Probe(tasks, measure, n_layers, width, config.seed, config.device)
         self.rides_inside = rides_inside(config)[0]
@@ -178,14 +178,14 @@ class Training:
             if probe_due:
                 with watch.time("probe_ms"):
                     snapshots = self._probe(step, values)
-            per_task = None
+            answers = None
             loss = 0.0
             if not is_last:
-                loss, per_task = self._update(step, values, watch)
+                loss, answers = self._update(step, values, watch)
             self.next_step += 1
             if not math.isfinite(loss):
                 events.append({"event": "anomaly", "step": step, "loss": str(loss)})
-            yield Step(step, values, per_task, watch.ms, events, snapshots)
+            yield Step(step, values, answers, watch.ms, events, snapshots)
             if not math.isfinite(loss):
                 raise TrainingDiverged(step, loss)
 
@@ -203,7 +203,7 @@ class Training:
         return learning_rate(self.config, step)
 
     def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
-        """One training step; fills `values`, returns (loss, per-task purity)."""
+        """One training step; fills `values`, returns (loss, answers of neighbours)."""
         if self.static is not None:
             with watch.time("step_ms"):
                 return self.static.update(step, values)
@@ -235,16 +235,14 @@ class Training:
                 group["lr"] = lr
             self.optimizer.step()
         watch.ms["step_ms"] -= watch.ms["capture_ms"]
-        per_task = None
+        answers = None
         if window is not None and step % config.measure_every == 0:
             with watch.time("window_ms"):
-                measured, task_purity = window.measure(step)
-                together = torch.cat([measured, task_purity.flatten()]).cpu().numpy()  # one small copy
-                values[self.window_at], per_task = together[: len(measured)], together[len(measured) :]
-                per_task = per_task.reshape(window.per_task_shape)
+                measured, answered = window.measure(step)
+                values[self.window_at], answers = measured.cpu().numpy(), answered.cpu().numpy()
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value
-        return loss.item(), per_task
+        return loss.item(), answers
 
     def _tap(self, batch: Batch, rings: list[Recorder], watch: Stopwatch) -> Tap:
         """The window's recorders, aimed at the training batch and at what rides along behind it, and timed."""
@@ -408,9 +406,6 @@ class Training:
         for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             wanted[f"optimizer.{i}.step"] = (), torch.float32
             wanted[f"optimizer.{i}.exp_avg"] = wanted[f"optimizer.{i}.exp_avg_sq"] = tuple(p.shape), p.dtype
-        if self.window is not None and tensors.get("window.centroid", torch.empty(0)).numel():
-            n_sets = self.model.n_taps * len(self.config.measure.readouts)  # none before the first fit
-            wanted["window.centroid"] = (n_sets, self.tasks.n_tasks, self.config.model.width), torch.float32
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         for name in dict.fromkeys((*wanted, *found)):
             one, other = wanted.get(name, "nothing"), found.get(name, "nothing")

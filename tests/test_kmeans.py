@@ -1,7 +1,5 @@
 """ops.kmeans against scikit-learn, against the reference, and on data that other k-means stumble over."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch

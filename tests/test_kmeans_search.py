@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
-from tests.op_checks import assert_same_bits, assert_threads_do_not_matter
 from torch import Tensor
 
 from clmfast import ops
 from clmfast.ops import reference
+from tests.op_checks import assert_same_bits, assert_threads_do_not_matter
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +35,7 @@ def inertia_of(points: Tensor, label: Tensor) -> float:
 
 
 def assert_same_partition(a: Tensor, b: Tensor) -> None:
-    """Whatever the clusters are called: where several starts end in one partition, rounding decides whose names count."""
+    """Whatever the clusters are called: of starts that end in one partition, rounding decides whose names count."""
     for of_a, of_b in zip(a, b, strict=True):
         assert adjusted_rand_score(of_a, of_b) == 1
 

@@ -86,7 +86,7 @@ def _lloyd(x_ND: Tensor, centroid_KD: Tensor, max_iter: int, bound: float) -> Fi
 
 def kmeans_search(points: Tensor, K: int, known: Tensor, moves: int, max_iter: int = 100, seed: int = 0) -> KMeans:
     """The best partition of the search from known ones, [P, S, N] labels, without a projection."""
-    P, S, N = known.shape
+    P, S = known.shape[:2]
     init_SKD = torch.full((S, K, points.shape[2]), math.nan, dtype=torch.float32, device="cpu")
     for s in range(S):
         is_finite_N = points[s].isfinite().all(dim=1)
@@ -130,9 +130,15 @@ def _moved(x_ND: Tensor, label_N: Tensor, K: int, moves: int) -> Tensor:
         splits = [_split(x_ND[label_N == k], mean_KD[k]) for k in range(K)]
         k = max(range(K), key=lambda k: splits[k][0])
         merges = [
-            (float((count_K[i] * count_K[j] / (count_K[i] + count_K[j]) * (mean_KD[i] - mean_KD[j]).square()).sum()), i, j)
-            for i in range(K) for j in range(i + 1, K) if k not in (i, j)
-        ]  # fmt: skip
+            (
+                float(count_K[i] * count_K[j] / (count_K[i] + count_K[j]) * (mean_KD[i] - mean_KD[j]).square().sum()),
+                i,
+                j,
+            )
+            for i in range(K)
+            for j in range(i + 1, K)
+            if k not in (i, j)
+        ]
         if K < 3 or splits[k][0] == 0:
             break
         _, into, freed = min(merges)
