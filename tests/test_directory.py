@@ -25,7 +25,7 @@ from clmfast.report import history
 from clmfast.run import main
 
 CONFIG = dataclasses.replace(SMALL, threads=1)
-TABLES = ("steps.npy", "per_task.npy")
+TABLES = ("steps.npy", "neighbours.npy")
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +400,7 @@ def test_a_run_of_before_headers_told_its_settings_is_extended(finished, tmp_pat
 def test_rows_that_are_cut_short_are_one_line(finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    for name in ("steps.npy", "per_task.npy"):
+    for name in ("steps.npy", "neighbours.npy"):
         content = (finished / name).read_bytes()
         (out / name).write_bytes(content[:-100])
         assert "must have" in refusal(capsys, "--resume", str(out))

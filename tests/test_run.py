@@ -30,7 +30,7 @@ from clmfast.record import NotARun, Run, is_checkpoint_step
 from clmfast.report import main as report
 from clmfast.run import check_device, main
 
-TABLES = ("steps.npy", "per_task.npy", "controls.json")
+TABLES = ("steps.npy", "neighbours.npy", "controls.json")
 
 
 @pytest.fixture(scope="module")

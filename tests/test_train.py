@@ -46,16 +46,16 @@ def test_other_defaults_of_torch_change_no_bit(small, other):
         torch.set_default_device(None)
     for x, y in zip(found, expected, strict=True):
         assert np.array_equal(x.values, y.values, equal_nan=True), x.step
-        if x.per_task is not None:
-            assert np.array_equal(x.per_task, y.per_task, equal_nan=True)
+        if x.answers is not None:
+            assert np.array_equal(x.answers, y.answers, equal_nan=True)
 
 
 def test_same_config_same_bits_other_seed_other_losses(small, two_threads):
     a, b = list(train(small)), list(train(small))
     for x, y in zip(a, b, strict=True):
         assert np.array_equal(x.values, y.values, equal_nan=True)
-        if x.per_task is not None:
-            assert np.array_equal(x.per_task, y.per_task, equal_nan=True)
+        if x.answers is not None:
+            assert np.array_equal(x.answers, y.answers, equal_nan=True)
     other = losses(train(dataclasses.replace(small, seed=1)))
     assert not np.array_equal(losses(a)[:-1], other[:-1])
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from clmfast import ops
 from clmfast.capture import Recorder, from_host
@@ -46,7 +45,8 @@ class Window:
         n_sets = n_layers * len(measure.readouts)
         # On a CPU several partitions are kept from step to step, on a GPU the best: their labels of the states in the
         # ring, -1 where a state is new.
-        self.n_known = measure.population if device.type == "cpu" else 1
+        self.has_moves = device.type == "cpu"
+        self.n_known = measure.population if self.has_moves else 1
         self.is_first = True
         self.known = torch.full((self.n_known, n_sets, measure.window), -1, dtype=torch.int64, device=device)
         n_steps = max(self.n_pooled, self.n_pooled_unseen)
@@ -129,7 +129,7 @@ class Window:
         task, task_unseen = labels["task"], of_unseen["task"]
         of_batch = near.index[:, : self.batch].contiguous()
         shares = ops.label_shares(of_batch, task, of_queries["task"][: self.batch], n_tasks)
-        is_task = F.one_hot(task_unseen, n_tasks).double()
+        is_task = (task_unseen[:, None] == torch.arange(n_tasks, device=task.device)).double()
         rights = [
             (ops.majority_vote(index.contiguous(), task) == task_unseen).double() @ is_task
             for index in (near.index[:, self.batch :], across.index)
@@ -145,7 +145,7 @@ class Window:
         self.known[:, :, self._written(n_new)] = -1
         is_first = self.is_first or n_new == self.train.n_points  # nothing is known of any state
         self.is_first = False
-        if self.known.device.type != "cpu":
+        if not self.has_moves:
             found, is_cold = self._warm(points, is_first or self.is_cold(step, 0))
         else:
             cold = [self.n_known if is_first else int(self.is_cold(step, s)) for s in range(len(points))]

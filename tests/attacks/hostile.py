@@ -300,7 +300,7 @@ ATTACKS = [
     Attack("nothing", "report", META, no_harm, "reads"),
     Attack("nothing", "export", META, no_harm, "reads"),
     # Files that are none
-    *(Attack(f"FIFO as {name}", "run", name, fifo) for name in (META, STEPS, "per_task.npy", "events.jsonl")),
+    *(Attack(f"FIFO as {name}", "run", name, fifo) for name in (META, STEPS, "neighbours.npy", "events.jsonl")),
     *(Attack(f"FIFO as {name}", "run", name, fifo) for name in ("config.json", "controls.json", PROJECTION)),
     Attack("FIFO as summary", "summary", "", fifo),
     Attack("FIFO as what is kept", "kept", "", fifo),
@@ -401,8 +401,11 @@ ATTACKS = [
     Attack("step numbers of NaN", "run", STEPS, table(at(3, 0, np.nan))),
     Attack("endless step numbers", "run", STEPS, table(at(3, 0, np.inf))),
     Attack("step numbers out of order", "run", STEPS, table(at(3, 0, 2))),
-    Attack("per task of another shape", "run", "per_task.npy", table(lambda a: a[:, :1])),
-    Attack("per task of objects", "run", "per_task.npy", holds(saved(np.array([Runs()], dtype=object)))),
+    Attack("neighbours of another shape", "run", "neighbours.npy", table(lambda a: a[:, :1])),
+    *(Attack(f"a ring of {n}", "run", META, changed(estimators={"window": {"pooled_measured_steps": {"train": n}}}))
+      for n in ("'x'", "[]", "null")),
+    Attack("no estimators", "run", META, changed(estimators="[]")),
+    Attack("neighbours of objects", "run", "neighbours.npy", holds(saved(np.array([Runs()], dtype=object)))),
     # Projections
     Attack("a projection that is none", "run", PROJECTION, holds(b"PK\x05\x06")),
     Attack("a projection of objects", "run", PROJECTION, members(task=np.array([Runs()], dtype=object))),

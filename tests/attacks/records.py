@@ -54,7 +54,7 @@ def header(settings: RunConfig) -> dict:
         "n_layers": settings.model.n_layers + 1,
         "n_tasks": settings.task.n_tasks,
         "readouts": list(settings.measure.readouts),
-        "estimators": {},
+        "estimators": {"window": {"pooled_measured_steps": {"train": 4, "unseen": 4}}},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns(settings))],
         "timing_columns": ["step_plus_1", *TIMING],
         "splits": {"train": 96},
@@ -73,8 +73,8 @@ def write_run(path: Path) -> None:
     number = np.arange(1, n_rows + 1.0)[:, None]
     for name, n_columns in (("steps", len(columns(settings))), ("timing", len(TIMING))):
         np.save(path / f"{name}.npy", np.hstack([number, random.uniform(0, 1, (n_rows, n_columns))]))
-    shape = (n_rows, n_layers, len(settings.measure.readouts), settings.task.n_tasks)
-    np.save(path / "per_task.npy", random.uniform(0, 1, shape))
+    shape = (n_rows, 3, 2, n_layers, len(settings.measure.readouts), settings.task.n_tasks)
+    np.save(path / "neighbours.npy", random.uniform(0, 1, shape))
     events = [{"event": name, "unix_time_s": 1e9 + i, "step": step}
               for i, (name, step) in enumerate([("start", 0), ("checkpoint", 1), ("end", settings.steps)])]  # fmt: skip
     (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -71,10 +71,11 @@ def make_run(folder: Path) -> None:
     values[:, 0] = np.arange(rows) + 1
     np.save(folder / "steps.npy", values)
     np.save(folder / "timing.npy", values[:, :3])
-    np.save(folder / "per_task.npy", np.random.default_rng(1).random((rows, n_layers, 1, SMALL.task.n_tasks)))
+    np.save(folder / "neighbours.npy", np.random.default_rng(1).random((rows, 3, 2, n_layers, 1, SMALL.task.n_tasks)))
     meta = {
         "versions": {"clmfast": "0.1.0", "torch": "2.12.0"}, "machine": {"cpu": "some", "cores": 2, "system": "Linux"},
         "measurement_version": MEASUREMENT_VERSION, "n_layers": n_layers, "n_tasks": SMALL.task.n_tasks,
+        "estimators": {"window": {"pooled_measured_steps": {"train": 2, "unseen": 2}}},
         "readouts": ["instruction_end"], "threads": 2, "measures": {name: vars(m) for name, m in MEASURES.items()},
         "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in columns)],
         "timing_columns": ["step_plus_1", "forward", "backward"],
