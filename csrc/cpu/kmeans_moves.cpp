@@ -1,4 +1,5 @@
 // Moves out of an optimum of Lloyd's algorithm: a cluster is split, two others are merged.
+#include <algorithm>
 #include <utility>
 
 #include "kmeans_run.h"

@@ -1,7 +1,9 @@
 // Where k-means starts: greedy k-means++, points drawn at random, or what the caller gives.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "centroids.h"
 #include "isa.h"
 #include "kmeans_run.h"
 #include "pair.h"
