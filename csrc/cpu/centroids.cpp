@@ -32,6 +32,9 @@ CLMFAST_BODY float sum_of(Eight x) {
 
 constexpr int64_t ROWS = TILE_COLS;  // points that are compared side by side
 
+// A squared distance that is less than this part of the two squared norms has lost too many digits as their difference.
+constexpr float CANCELLED = 0x1p-7f;
+
 // The coordinates of ROWS points in the frame, p~, interleaved; their squared norms; and the largest bits of |coordinate|
 // of each column, from what they were.
 //   panel [D, ROWS], norm2 [ROWS], reach [D]; next: points that will be asked for soon, on their way from a far cache
@@ -61,7 +64,7 @@ CLMFAST_BODY void place_body(const float* const* point, const float* const* next
   for (int64_t half = 0; half < ROWS; half += LANES) {
     Vector<float> squares = {};
     for (int64_t d = 0; d < whole; d += LANES) {
-      for (int64_t r = 0; r < LANES; ++r) __builtin_prefetch(next[half + r] + d);
+      for (int64_t r = 0; r < LANES; ++r) __builtin_prefetch(next[half + r] + d, 0, 2);
       square(point + half, d, centre + d, LANES, panel + d * ROWS + half, squares, reach + d);
     }
     if (n_left > 0) {
@@ -184,39 +187,85 @@ CLMFAST_BODY float difference2_body(const float* a, const float* b, int64_t D) {
 
 CLMFAST_PER_ISA(float, difference2, (const float* a, const float* b, int64_t D), (a, b, D))
 
-CLMFAST_BODY void least_dist2_body(const float* points, int64_t N, int64_t D, const float* const* row,
-                                   const float* closest, const int32_t* nearest, const float* limit, float* least) {
-  for (int64_t i = 0; i < N; ++i) {
-    if (closest[i] <= limit[nearest[i]]) {
-      for (int64_t t = 0; t < TRIALS; ++t) least[t * N + i] = closest[i];
-      continue;
-    }
-    const float* point = points + i * D;
-    Eight even[TRIALS] = {}, odd[TRIALS] = {};
-    int64_t d = 0;
-    for (; d + 2 * WIDTH <= D; d += 2 * WIDTH) {
-      const Eight a = eight(point + d), b = eight(point + d + WIDTH);
-      for (int64_t t = 0; t < TRIALS; ++t) {
-        const Eight x = a - eight(row[t] + d), y = b - eight(row[t] + d + WIDTH);
-        even[t] += x * x;
-        odd[t] += y * y;
-      }
-    }
-#pragma GCC unroll 4  // else the sums live in memory
-    for (int64_t t = 0; t < TRIALS; ++t) {
-      float sum = sum_of(even[t] + odd[t]);
-      for (int64_t e = d; e < D; ++e) sum += (point[e] - row[t][e]) * (point[e] - row[t][e]);
-      least[t * N + i] = sum < closest[i] ? sum : closest[i];
+// least [TRIALS, N], of one panel's points: the least of closest and |p~|^2 + |t~|^2 - 2 t~.p~. Returns whether any is
+// so much less than its terms that differences must decide.
+template <int W>
+CLMFAST_BODY bool least_of_panel_body(const float* dot, const float* norm2, const float* of_trial, const float* closest,
+                                      float* least, int64_t N) {
+  typename LanesOf<W>::Int is_close = {};
+  for (int64_t t = 0; t < TRIALS; ++t) {
+    for (int64_t c = 0; c < ROWS; c += W) {
+      const Lanes<W> squares = lanes<W>(norm2 + c) + of_trial[t], before = lanes<W>(closest + c);
+      const Lanes<W> x = squares - 2 * lanes<W>(dot + t * ROWS + c);
+      is_close |= x < squares * CANCELLED;
+      lanes<W>(least + t * N + c) = x < before ? x : before;
     }
   }
+  int32_t any = 0;
+  for (int l = 0; l < W; ++l) any |= is_close[l];
+  return any != 0;
+}
+
+bool least_of_panel_baseline(const float* dot, const float* norm2, const float* of_trial, const float* closest,
+                             float* least, int64_t N) {
+  return least_of_panel_body<4>(dot, norm2, of_trial, closest, least, N);
+}
+CLMFAST_AVX2 bool least_of_panel_avx2(const float* dot, const float* norm2, const float* of_trial,
+                                      const float* closest, float* least, int64_t N) {
+  return least_of_panel_body<8>(dot, norm2, of_trial, closest, least, N);
+}
+CLMFAST_AVX512 bool least_of_panel_avx512(const float* dot, const float* norm2, const float* of_trial,
+                                          const float* closest, float* least, int64_t N) {
+  return least_of_panel_body<16>(dot, norm2, of_trial, closest, least, N);
 }
 
 }  // namespace
 
-CLMFAST_PER_ISA(void, least_dist2,
-                (const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
-                 const int32_t* nearest, const float* limit, float* least),
-                (points, N, D, row, closest, nearest, limit, least))
+Panels::Panels(const float* points, int64_t N, int64_t D, int64_t centre)
+    : points_(points), N_(N), D_(D), n_((N + ROWS - 1) / ROWS), panel_(new float[n_ * ROWS * D]), norm2_(n_ * ROWS) {
+  std::vector<int32_t> reach(D);
+  for (int64_t i = 0; i < n_; ++i) {
+    const float *point[ROWS], *next[ROWS];
+    for (int64_t r = 0; r < ROWS; ++r) {
+      point[r] = points + std::min(i * ROWS + r, N - 1) * D;
+      next[r] = points + std::min((i + 1) * ROWS + r, N - 1) * D;
+    }
+    place(point, next, D, 1, points + centre * D, &panel_[i * ROWS * D], &norm2_[i * ROWS], reach.data());
+  }
+}
+
+void Panels::least_dist2(const int64_t* trial, const float* closest, const int32_t* nearest, const float* limit,
+                         float* least) const {
+  static const auto least_of_panel = pick(least_of_panel_baseline, least_of_panel_avx2, least_of_panel_avx512);
+  std::vector<float> row(D_ * TILE_ROWS);
+  float of_trial[TRIALS], dot[TILE_ROWS * ROWS];
+  for (int64_t t = 0; t < TRIALS; ++t) {
+    of_trial[t] = norm2_[trial[t]];
+    const float* from = &panel_[trial[t] / ROWS * ROWS * D_ + trial[t] % ROWS];
+    for (int64_t d = 0; d < D_; ++d) row[d * TILE_ROWS + t] = from[d * ROWS];
+  }
+  const int64_t stride = n_ * ROWS;
+  for (int64_t i = 0; i < n_; ++i) {
+    const int64_t first = i * ROWS, n = std::min(ROWS, N_ - first);
+    const auto is_far = [&](int64_t c) { return closest[first + c] <= limit[nearest[first + c]]; };
+    bool is_needed = false;
+    for (int64_t c = 0; c < n; ++c) is_needed |= !is_far(c);
+    if (!is_needed) {
+      for (int64_t t = 0; t < TRIALS; ++t) std::copy_n(closest + first, ROWS, least + t * stride + first);
+      continue;
+    }
+    dot_tile(row.data(), TRIALS, &panel_[first * D_], D_, dot);
+    if (!least_of_panel(dot, &norm2_[first], of_trial, closest + first, least + first, stride)) continue;
+    for (int64_t t = 0; t < TRIALS; ++t) {
+      for (int64_t c = 0; c < n; ++c) {
+        const float squares = norm2_[first + c] + of_trial[t];
+        if (!(squares - 2 * dot[t * ROWS + c] < 2 * squares * CANCELLED)) continue;
+        const float exact = difference2(points_ + (first + c) * D_, points_ + trial[t] * D_, D_);
+        least[t * stride + first + c] = std::min(exact, closest[first + c]);
+      }
+    }
+  }
+}
 
 void Centroids::pack(const float* centroid, int64_t K, int64_t D) {
   centroid_ = centroid, K_ = K, D_ = D, n_tiles_ = (K + TILE_ROWS - 1) / TILE_ROWS;

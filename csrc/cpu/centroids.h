@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../kmeans.h"
@@ -69,9 +70,28 @@ class Centroids {
 
 constexpr int64_t TRIALS = 4;
 
-// least[t * N + i]: the least of closest[i] and the dist2 of the point to row[t], of TRIALS rows. A point whose `closest`
-// is at most the limit of its nearest centroid is nearer to that than to any of the rows. float32 in any order.
-void least_dist2(const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
-                 const int32_t* nearest, const float* limit, float* least);
+// Points laid out for products, about one of them.
+class Panels {
+ public:
+  Panels(const float* points, int64_t N, int64_t D, int64_t centre);
+
+  // Room for one number of each point.
+  int64_t stride() const { return static_cast<int64_t>(norm2_.size()); }
+  // [N]: squared distances to the centre.
+  const float* norm2() const { return norm2_.data(); }
+
+  // least[t, i] of [TRIALS, stride]: the least of closest[i] and the dist2 of the point to trial[t], one of the points. A
+  // point whose `closest` is at most the limit of its nearest centroid is nearer to that than to any of the trials.
+  // float32 in any order.
+  //   closest [stride], nearest [N]
+  void least_dist2(const int64_t* trial, const float* closest, const int32_t* nearest, const float* limit,
+                   float* least) const;
+
+ private:
+  const float* points_;
+  int64_t N_, D_, n_;
+  std::unique_ptr<float[]> panel_;  // [n, D, points of a panel]
+  std::vector<float> norm2_;
+};
 
 }  // namespace clmfast

@@ -112,9 +112,9 @@ class Lloyd {
 
   // Labels the points of a chunk after the centroids moved. The last time, no bounds are needed any more.
   void label_again(int64_t chunk, bool is_last) {
-    // With more near groups than these four, all centroids at once cost less than one by one.
+    // With more near groups than these two, all centroids at once cost less than one by one.
     auto is_few = [](uint32_t groups) {
-      for (int e = 0; e < 4; ++e) groups &= groups - 1;
+      for (int e = 0; e < 2; ++e) groups &= groups - 1;
       return groups == 0;
     };
     uint32_t near[CHUNK];
