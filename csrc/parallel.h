@@ -15,6 +15,14 @@ inline void in_line(int64_t n, void (*body)(int64_t begin, int64_t end, void* co
   body(0, n, context);
 }
 
+// How many threads join where there is enough to do.
+inline int64_t n_threads(ParallelFor parallel_for) {
+  std::atomic<int64_t> n{0};
+  parallel_for(
+      int64_t{1} << 20, [](int64_t, int64_t, void* n) { ++*static_cast<std::atomic<int64_t>*>(n); }, &n);
+  return n;
+}
+
 // Calls task(i) once for every i in [0, n), in no particular order. Whoever finishes a task takes the next one, so
 // tasks of unequal length balance. A result must therefore never depend on which thread ran what: give each task its
 // own output, and add partial results up afterwards in the order of i.

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../kmeans.h"
@@ -27,6 +28,16 @@ struct Between {
   float low, high;
 };
 
+// What is found out about points. Null: not asked for.
+struct Found {
+  int32_t* label;         // the nearest centroid
+  float* within;          // at least the distance to it
+  float* beyond;          // [groups, stride]: at most that to any other of the group
+  int64_t stride;
+
+  Found from(int64_t i) const { return {label + i, within ? within + i : nullptr, beyond ? beyond + i : nullptr, stride}; }
+};
+
 class Centroids {
  public:
   // centroid [K, D]; one that is not finite is nobody's nearest. Keeps the pointer.
@@ -34,31 +45,53 @@ class Centroids {
 
   // Of each of n rows of points [N, D] the nearest centroid: by float64 dist2, of equals the smaller index, and not the
   // `excluded` one of the row (null: none is); -1 for rows that are not finite.
-  //   row, excluded, label, within [n]; beyond [n, GROUPS]
-  // within: at least the distance to that centroid; beyond: at most that to any other of the group. Null: not asked for.
-  void nearest(const float* points, const int64_t* row, int64_t n, const int32_t* excluded, int32_t* label,
-               float* within, float* beyond) const;
+  // reach [D], or null: the largest of what it was and the bits of all |coordinate| of a column, also not finite ones.
+  void nearest(const float* points, const int64_t* row, int64_t n, const int32_t* excluded, const Found& found,
+               int32_t* reach = nullptr) const;
 
   // The same for one row, whose bounds are good and may show that the label is: those of all groups but `near` (bits) do.
-  void renew(const float* point, uint32_t near, int32_t& label, float& within, float* beyond) const;
+  void renew(const float* point, uint32_t near, const Found& found) const;
 
  private:
   Between between(const float* point, int64_t k) const;
-  void decide(const float* point, const float* screened, float limit, double offset, double slack, int32_t excluded,
-              int32_t& label, float* within, float* beyond) const;
+  struct Nearest {
+    int32_t label;
+    double dist2;
+  };
+  // By float64, of those whose v [K, stride of a panel] is at most the limit.
+  Nearest decide(const float* point, const float* v, float limit, int32_t excluded) const;
 
   const float* centroid_;
-  int64_t K_, D_, n_blocks_;
+  int64_t K_, D_, n_tiles_;
   float scale_;
   double kappa_, eta_, largest_norm2_;
-  std::vector<float> centre_, columns_, norm2_;  // [D], [n_blocks, D, GROUPS], [n_blocks, GROUPS]
+  std::vector<float> centre_, rows_, norm2_;  // [D], [n_tiles, D, TILE_ROWS] (tile.h), [K]
 };
 
 constexpr int64_t TRIALS = 4;
 
-// least[t * N + i]: the least of closest[i] and the dist2 of the point to row[t], of TRIALS rows. A point whose `closest`
-// is at most the limit of its nearest centroid is nearer to that than to any of the rows. float32 in any order.
-void least_dist2(const float* points, int64_t N, int64_t D, const float* const* row, const float* closest,
-                 const int32_t* nearest, const float* limit, float* least);
+// Points laid out for products, about one of them.
+class Panels {
+ public:
+  Panels(const float* points, int64_t N, int64_t D, int64_t centre);
+
+  // Room for one number of each point.
+  int64_t stride() const { return static_cast<int64_t>(norm2_.size()); }
+  // [N]: squared distances to the centre.
+  const float* norm2() const { return norm2_.data(); }
+
+  // least[t, i] of [TRIALS, stride]: the least of closest[i] and the dist2 of the point to trial[t], one of the points. A
+  // point whose `closest` is at most the limit of its nearest centroid is nearer to that than to any of the trials.
+  // float32 in any order.
+  //   closest [stride], nearest [N]
+  void least_dist2(const int64_t* trial, const float* closest, const int32_t* nearest, const float* limit,
+                   float* least) const;
+
+ private:
+  const float* points_;
+  int64_t N_, D_, n_;
+  std::unique_ptr<float[]> panel_;  // [n, D, points of a panel]
+  std::vector<float> norm2_;
+};
 
 }  // namespace clmfast

@@ -25,17 +25,16 @@ void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
   for (int64_t s = 0; s < op.S; ++s)
     for (int64_t restart = 0; restart < op.n_init; ++restart) runs.emplace_back(op, s, restart);
   const int64_t n_runs = static_cast<int64_t>(runs.size());
-  // Many runs: each is a task, so that its points stay in a core's cache. Few: their phases are split.
-  constexpr int64_t MANY = 8;
-  if (n_runs >= MANY) {
-    for_each(parallel_for, n_runs, [&](int64_t i) {
-      kmeans_start(op, runs[i]);
-      kmeans_lloyd(op, runs[i], in_line);
-    });
-  } else {
-    for_each(parallel_for, n_runs, [&](int64_t i) { kmeans_start(op, runs[i]); });
-    for (KmeansRun& run : runs) kmeans_lloyd(op, run, parallel_for);
-  }
+  // As many runs as there are threads go side by side, so that the points of each stay in a core's cache. Where that
+  // would leave half of the threads idle, the phases of the last runs are split instead.
+  const int64_t threads = n_threads(parallel_for), n_left = n_runs % threads;
+  const int64_t n_whole = 2 * n_left > threads ? n_runs : n_runs - n_left;
+  for_each(parallel_for, n_whole, [&](int64_t i) {
+    kmeans_start(op, runs[i]);
+    kmeans_lloyd(op, runs[i], in_line);
+  });
+  for_each(parallel_for, n_runs - n_whole, [&](int64_t i) { kmeans_start(op, runs[n_whole + i]); });
+  for (int64_t i = n_whole; i < n_runs; ++i) kmeans_lloyd(op, runs[i], parallel_for);
   for (int64_t s = 0; s < op.S; ++s) write_best(op, s, runs);
 }
 

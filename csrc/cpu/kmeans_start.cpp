@@ -1,7 +1,9 @@
 // Where k-means starts: greedy k-means++, points drawn at random, or what the caller gives.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "centroids.h"
 #include "isa.h"
 #include "kmeans_run.h"
 #include "pair.h"
@@ -46,24 +48,27 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
     for (int64_t i = 0; i < N * D; ++i) scaled[i] = std::ldexp(points[i], exponent);
     points = scaled.data();
   }
+  int64_t draw = 0;
+  const int64_t n_finite = static_cast<int64_t>(finite.size());
+  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(op.seed, run.s, run.restart, draw++) * n_finite)]};
+  const Panels panels(points, N, D, chosen[0]);
+  const int64_t stride = panels.stride(), n_rounds = (n_trials + TRIALS - 1) / TRIALS;
   // Not finite: at no distance from anything, so that none is ever drawn.
-  std::vector<float> closest(N, 0.0f), least((n_trials + TRIALS - 1) / TRIALS * TRIALS * N);
+  std::vector<float> closest(stride, 0.0f), least(n_rounds * TRIALS * stride);
   std::vector<int32_t> nearest(N);  // of the chosen
-  for (int64_t i : finite) closest[i] = INF;
-  std::vector<int64_t> chosen;
+  for (int64_t i : finite) closest[i] = panels.norm2()[i];
   auto measure = [&](const std::vector<int64_t>& trial) {
-    const int64_t n = static_cast<int64_t>(trial.size()), n_chosen = static_cast<int64_t>(chosen.size());
-    for (int64_t first = 0; first < n; first += TRIALS) {
-      const float* row[TRIALS];
-      std::vector<float> limit(n_chosen + 1, INF);
+    for (int64_t first = 0; first < n_trials; first += TRIALS) {
+      int64_t together[TRIALS];
+      std::vector<float> limit(chosen.size(), INF);
       for (int64_t t = 0; t < TRIALS; ++t) {
-        row[t] = points + trial[std::min(first + t, n - 1)] * D;
+        together[t] = trial[std::min(first + t, n_trials - 1)];
         // Half the way to the trial, less what float32 may have got wrong.
-        for (int64_t k = 0; k < n_chosen; ++k)
-          limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, row[t], D) * (0.25 - 0x1p-5)));
+        for (size_t k = 0; k < chosen.size(); ++k)
+          limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, points + together[t] * D, D) *
+                                                           (0.25 - 0x1p-5)));
       }
-      if (n_chosen == 0) limit[0] = -1;
-      least_dist2(points, N, D, row, closest.data(), nearest.data(), limit.data(), least.data() + first * N);
+      panels.least_dist2(together, closest.data(), nearest.data(), limit.data(), least.data() + first * stride);
     }
   };
   auto choose = [&](int64_t i, const float* dist2) {
@@ -72,12 +77,7 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
     std::copy_n(dist2, N, closest.data());
     chosen.push_back(i);
   };
-  int64_t draw = 0;
-  const int64_t n_finite = static_cast<int64_t>(finite.size());
-  std::vector<int64_t> trial{finite[static_cast<int64_t>(uniform(op.seed, run.s, run.restart, draw++) * n_finite)]};
-  measure(trial);
-  choose(trial[0], least.data());
-  trial.resize(n_trials);
+  std::vector<int64_t> trial(n_trials);
   double potential = total(closest.data(), N);
 
   while (static_cast<int64_t>(chosen.size()) < K) {
@@ -102,13 +102,13 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
     measure(trial);
     int64_t best = -1;
     for (int64_t t = 0; t < n_trials; ++t) {
-      const double sum_t = total(least.data() + t * N, N);
+      const double sum_t = total(least.data() + t * stride, N);
       if (best < 0 || sum_t < potential) {
         best = t;
         potential = sum_t;
       }
     }
-    choose(trial[best], least.data() + best * N);
+    choose(trial[best], least.data() + best * stride);
   }
   for (int64_t k = 0; k < K; ++k) std::copy_n(run.points + chosen[k] * D, D, run.centroid.data() + k * D);
 }

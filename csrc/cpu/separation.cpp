@@ -57,7 +57,7 @@ Sums sum_chunk(const Separation& op, int64_t s, const Set& set, int64_t chunk) {
   int32_t own[CHUNK], other[CHUNK];
   std::iota(row, row + n, first);
   std::copy_n(op.label + first, n, own);
-  set.packed.nearest(points, row, n, own, other, nullptr, nullptr);
+  set.packed.nearest(points, row, n, own, {other, nullptr, nullptr, 0});
   for (int64_t c = 0; c < n; ++c)
     if (other[c] < 0) own[c] = -1;  // not finite
   double a2[CHUNK], b2[CHUNK];

@@ -53,30 +53,13 @@ CLMFAST_BODY void sum_groups_body(const float* points, int64_t N, int64_t D, con
   }
 }
 
-CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t first, int64_t last,
+CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t D,
                                  double* sum) {
-  for (int64_t d = first; d < last; ++d) {
+  for (int64_t d = 0; d < D; ++d) {
     const double shifted = static_cast<double>(point[d]) + magic[d];
     sum[d] += sign * (shifted - magic[d]);
   }
 }
-
-// Whether all of `reach`, the largest bits of |point| in every column, are those of finite numbers.
-CLMFAST_BODY bool find_reach_body(const float* points, int64_t n, int64_t D, int32_t* reach) {
-  int32_t largest = 0;  // of floats without their signs, the larger has the larger bits; NaN is above infinity
-  for (int64_t d = 0; d < D; ++d) reach[d] = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < D; ++d) {
-      int32_t bits;
-      std::memcpy(&bits, points + i * D + d, sizeof bits);
-      reach[d] = std::max(reach[d], bits & 0x7fffffff);
-    }
-  }
-  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, reach[d]);
-  return largest < 0x7f800000;
-}
-
-CLMFAST_PER_ISA(bool, find_reach, (const float* points, int64_t n, int64_t D, int32_t* reach), (points, n, D, reach))
 
 }  // namespace
 
@@ -88,13 +71,13 @@ CLMFAST_PER_ISA(void, sum_groups,
                 (const float* points, int64_t N, int64_t D, const int32_t* group, double* sum),
                 (points, N, D, group, sum))
 CLMFAST_PER_ISA(void, add_point,
-                (const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum),
-                (point, magic, sign, first, last, sum))
+                (const float* point, const double* magic, double sign, int64_t D, double* sum),
+                (point, magic, sign, D, sum))
 
-void reach_of(const float* points, int64_t n, int64_t D, float* reach) {
-  std::vector<int32_t> bits(D);
-  if (find_reach(points, n, D, bits.data())) {
-    for (int64_t d = 0; d < D; ++d) std::memcpy(&reach[d], &bits[d], sizeof(float));
+void reach_of(const float* points, int64_t n, int64_t D, const int32_t* bits, float* reach) {
+  // Of floats without their signs, the larger has the larger bits; NaN is above infinity.
+  if (std::all_of(bits, bits + D, [](int32_t x) { return x < 0x7f800000; })) {
+    std::memcpy(reach, bits, D * sizeof(float));
     return;
   }
   std::fill_n(reach, D, 0.0f);

@@ -17,10 +17,10 @@ void sum_groups(const float* points, int64_t N, int64_t D, const int32_t* group,
 //   magic [D]: 1.5 * 2^52 quanta; adding and subtracting it rounds. A pure function of the points
 void find_magic(const float* reach, int64_t D, int64_t N, double* magic);
 
-// reach [D]: the largest |coordinate| of those rows of points [n, D] that are finite.
-void reach_of(const float* points, int64_t n, int64_t D, float* reach);
+// reach [D]: the largest |coordinate| of those rows of points [n, D] that are finite; bits [D] are those of all rows.
+void reach_of(const float* points, int64_t n, int64_t D, const int32_t* bits, float* reach);
 
-// Adds `sign` times coordinates first..last-1 of the rounded point to sum [D].
-void add_point(const float* point, const double* magic, double sign, int64_t first, int64_t last, double* sum);
+// Adds `sign` times the rounded point to sum [D].
+void add_point(const float* point, const double* magic, double sign, int64_t D, double* sum);
 
 }  // namespace clmfast
