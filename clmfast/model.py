@@ -177,7 +177,12 @@ class Transformer(nn.Module):
             x, [block.weights() for block in cast("Iterable[Block]", self.blocks)], self.config.n_heads, offset,
             asking=asking, kept=wanted, prefix=prefix, source=source, max_length=self.max_length, n_trained=n_trained,
         )  # fmt: skip
-        y = _rows(y, result)
+        if result is None or n_trained is None:
+            y = _rows(y, result)
+        else:  # a rider may read a row that has a gradient
+            n_tokens = int(offset[n_trained])
+            n_out = n_tokens if kept is None else int(torch.searchsorted(kept, n_tokens))
+            y = torch.cat([_rows(y, result[:n_out]), _rows(y.detach(), result[n_out:])])
         if tap is not None:
             for layer, state in enumerate((x, *states)):
                 tap(layer, _rows(state.detach(), source))

@@ -829,8 +829,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
   Tensor mean = empty(name, x, {n}, ScalarType::Float), rstd = empty(name, x, {n}, ScalarType::Float);
   Tensor hidden = empty(name, x, {n, padded(op.weights.F)}, ScalarType::Float);  // the op's own layout inside
   Tensor slope = empty(name, x, {n, op.weights.F}, ScalarType::Float);
-  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope), n},
-                parallel_for);
+  mlp_block_cpu(op, mutable_data<float>(y),
+                {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope), n}, parallel_for);
   return {y, mean, rstd, hidden, slope};
 }
 
@@ -1003,6 +1003,36 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> transformer_blocks(
   return {y, states, saved};
 }
 
+// How much of a pass belongs to its first n_trained sequences, which alone have a gradient.
+struct Trained {
+  int64_t n_tokens, n_rows;  // rows of x
+  int64_t n_asking, n_last;  // rows of what the other blocks put out, and of the last one's
+
+  Trained(const char* op, const Tensor& x, const Tensor& offset, const MaybeTensor& asking, const MaybeTensor& kept,
+          const MaybeTensor& source, bool is_one_block, int64_t n_trained) {
+    require(x.dim() == 2, op, ": x must be [n, D], got ", shape(x));
+    const Packed last(op, x, offset, kept, std::nullopt, source);
+    const Packed others(op, x, offset, is_one_block ? kept : asking, std::nullopt, source);
+    const int64_t B = offset.numel() - 1;
+    require(0 <= n_trained && n_trained <= B, op, ": n_trained must be in [0, ", B, "], got ", n_trained);
+    n_tokens = data<int64_t>(last.offset)[n_trained];
+    n_rows = source ? 0 : n_tokens;
+    for (int64_t i = 0; source && i < n_tokens; ++i) n_rows = std::max(n_rows, data<int64_t>(*last.source)[i] + 1);
+    n_asking = n_wanted(others.kept);
+    n_last = n_wanted(last.kept);
+    require(is_one_block || n_asking == n_rows, op, ": the first n_trained=", n_trained,
+            " sequences must own the first rows of x, got ", n_asking, " that they ask for and ", n_rows,
+            " up to their last");
+  }
+
+ private:
+  int64_t n_wanted(const MaybeTensor& of) const {
+    if (!of) return n_tokens;
+    const int64_t* token = data<int64_t>(*of);
+    return std::lower_bound(token, token + of->numel(), n_tokens) - token;
+  }
+};
+
 // Gradients of x and of the weights, in that order. n_trained: those of the first so many sequences (none: of all), as
 // if the others had not been there.
 std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weights,
@@ -1017,40 +1047,26 @@ std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tens
           name, ": states and saved must be those of the forward pass, ", n_blocks - 1, " and ", n_blocks * N_SAVED,
           " tensors, got ", states.size(), " and ", saved.size());
   if (n_trained) {
-    require(x.dim() == 2, name, ": x must be [n, D], got ", shape(x));
-    const Packed last(name, x, offset, kept, std::nullopt, source);
-    const Packed others(name, x, offset, n_blocks > 1 ? asking : kept, std::nullopt, source);
-    const int64_t B = offset.numel() - 1;
-    require(0 <= *n_trained && *n_trained <= B, name, ": n_trained must be in [0, ", B, "], got ", *n_trained);
-    const int64_t n_tokens = data<int64_t>(last.offset)[*n_trained];
-    auto n_wanted = [&](const MaybeTensor& of) {
-      if (!of) return n_tokens;
-      const int64_t* token = data<int64_t>(*of);
-      return static_cast<int64_t>(std::lower_bound(token, token + of->numel(), n_tokens) - token);
-    };
-    const int64_t n_last = n_wanted(last.kept), n_asking = n_wanted(others.kept);
-    int64_t n_rows = source ? 0 : n_tokens;
-    for (int64_t i = 0; source && i < n_tokens; ++i) n_rows = std::max(n_rows, data<int64_t>(*last.source)[i] + 1);
-    require(n_blocks == 1 || n_asking == n_rows, name, ": the first n_trained=", *n_trained,
-            " sequences must own the first rows of x, got ", n_asking, " that they ask for and ", n_rows, " up to their last");
-    auto first_rows = [&](const char* of, Tensor all, int64_t n) {  // if there are more
-      require_there(name, of, all, x);
+    const Trained of(name, x, offset, asking, kept, source, n_blocks == 1, *n_trained);
+    auto first_rows = [&](const char* what, Tensor all, int64_t n) {  // if there are more
+      require_there(name, what, all, x);
       return all.dim() && all.size(0) > n ? torch::stable::narrow(all, 0, 0, n) : all;
     };
-    auto first_of = [&](const MaybeTensor& of, int64_t n) {
-      return of ? MaybeTensor(first_rows("an index", *of, n)) : std::nullopt;
+    auto first_of = [&](const MaybeTensor& index, int64_t n) {
+      return index ? MaybeTensor(first_rows("an index", *index, n)) : std::nullopt;
     };
-    for (Tensor& state : states) state = first_rows("states", state, n_rows);
+    for (Tensor& state : states) state = first_rows("states", state, of.n_rows);
     for (size_t i = 0; i < saved.size(); ++i) {
       const size_t which = i % N_SAVED;
       if (which == HIDDEN) continue;  // its rows lie in panels
       const bool is_of_x = which < 2 || which == 3;  // attention's mean, rstd and kv
-      saved[i] = first_rows("saved", saved[i], is_of_x ? n_rows : i / N_SAVED + 1 == n_blocks ? n_last : n_asking);
+      const int64_t n_of_result = i / N_SAVED + 1 == n_blocks ? of.n_last : of.n_asking;
+      saved[i] = first_rows("saved", saved[i], is_of_x ? of.n_rows : n_of_result);
     }
     std::vector<Tensor> grads = transformer_blocks_backward(
-        first_rows("grad_y", grad_y, n_last), first_rows("x", x, n_rows), weights, states, saved, n_heads,
-        first_rows("offset", offset, *n_trained + 1), first_of(asking, n_asking), first_of(kept, n_last),
-        first_of(source, n_tokens), std::nullopt);
+        first_rows("grad_y", grad_y, of.n_last), first_rows("x", x, of.n_rows), weights, states, saved, n_heads,
+        first_rows("offset", offset, *n_trained + 1), first_of(asking, of.n_asking), first_of(kept, of.n_last),
+        first_of(source, of.n_tokens), std::nullopt);
     const Tensor of_first = grads[0];
     grads[0] = empty(name, x, {x.size(0), x.size(1)}, ScalarType::Float);
     float* to = mutable_data<float>(grads[0]);

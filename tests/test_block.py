@@ -268,6 +268,105 @@ def test_blocks_with_a_prefix():
         assert_same_bits(ops.transformer_blocks(x, weights, 3, **options), one_by_one(x, weights, **options))
 
 
+# As many sequences as fill several tasks, the first five of which are trained; with and without shared rows, where the
+# last two riders begin as trained sequences do: the one shares 30 rows with the second, the other 3 with the first.
+RIDING = {
+    "apart": {"offset": torch.tensor([0, 40, 90, 90, 91, 160, 200, 201, 230]), "n_trained": 5},
+    "kept": {
+        "offset": torch.tensor([0, 40, 90, 90, 91, 160, 200, 201, 230]),
+        "kept": torch.tensor([0, 39, 70, 90, 120, 159, 160, 199, 200, 228]),
+        "n_trained": 5,
+    },
+    "shared": {
+        "offset": torch.tensor([0, 40, 90, 90, 91, 160, 200, 204, 230]),
+        "source": torch.cat(
+            [torch.arange(160), torch.arange(40, 70), torch.arange(160, 170), torch.arange(3), torch.arange(170, 197)]
+        ),
+        "asking": torch.cat([torch.arange(160), torch.arange(190, 200), torch.arange(203, 230)]),
+        "kept": torch.tensor([0, 39, 70, 159, 190, 199, 203, 228]),
+        "n_trained": 5,
+    },
+}
+
+
+def of_the_first(options):
+    """(the options without riders, rows of x, of the result)"""
+    offset, n = options["offset"], options["n_trained"]
+    n_tokens = int(offset[n])
+    first, n_rows = {"offset": offset[: n + 1]}, n_tokens
+    if "source" in options:
+        first["source"] = options["source"][:n_tokens]
+        n_rows = len(first["source"].unique())
+    for name in ("asking", "kept"):
+        if name in options:
+            first[name] = options[name][options[name] < n_tokens]
+    return first, n_rows, len(first["kept"]) if "kept" in first else n_tokens
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3])
+@pytest.mark.parametrize("n_trained", [0, 1, 3, 5, 8])
+@pytest.mark.parametrize("case", RIDING)
+def test_riders_change_no_bit_of_the_others(case, n_trained, n_blocks):
+    options = {**RIDING[case], "n_trained": n_trained}
+    first, n, n_out = of_the_first(options)
+    generator = torch.Generator().manual_seed(4)
+    n_all = 230 if "source" not in options else int(options["source"].max()) + 1
+    x, weights = torch.randn(n_all, 33, generator=generator), make_blocks(n_blocks)
+    n_out_all = len(options["kept"]) if "kept" in options else 230
+    grad_y = torch.randn(n_out_all, 33, generator=generator)
+    grad_y[n_out:] *= 1e9  # counts for nothing
+
+    def together():
+        with outputs_full_of_nan():
+            return run_blocks(lambda x, w: ops.transformer_blocks(x, w, 3, **options), x, weights, grad_y)
+
+    found = together()
+    expected = run_blocks(lambda x, w: ops.transformer_blocks(x, w, 3, **first), x[:n], weights, grad_y[:n_out])
+    n_states = n_blocks + 1  # and the gradient of x
+    assert not found[n_states - 1][n:].any()
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a[: len(b)] if i < n_states else a, b), i
+    assert_threads_do_not_matter(together)
+    with torch.no_grad():
+        del options["n_trained"]
+        assert_same_bits(ops.transformer_blocks(x, weights, 3, **options), found[:n_blocks])
+
+
+@pytest.mark.parametrize("case", RIDING)
+def test_riders_have_no_gradient_in_the_composition_either(case):
+    options, generator = RIDING[case], torch.Generator().manual_seed(4)
+    n_all = 230 if "source" not in options else int(options["source"].max()) + 1
+    x, weights = torch.randn(n_all, 33, generator=generator), make_blocks(2)
+    grad_y = torch.randn(len(options["kept"]) if "kept" in options else 230, 33, generator=generator)
+
+    def blocks(x, w):
+        return ops.transformer_blocks(x, w, 3, **options)
+
+    ours = run_blocks(blocks, x, weights, grad_y)
+    double = [tuple(ops.BlockWeights(*(w.double() for w in half)) for half in of) for of in weights]
+    for a, b in zip(ours, run_blocks(blocks, x.double(), double, grad_y.double()), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_trained_sequences_must_own_the_first_rows():
+    """Here the second token of the trained one is asked for by the rider alone."""
+    x, weights = torch.zeros(2, 33, requires_grad=True), make_blocks(2)
+    options = {"source": torch.tensor([0, 1, 0, 1]), "asking": torch.tensor([0, 3]), "kept": torch.tensor([2, 3])}
+    *_, y = ops.transformer_blocks(x, weights, 3, torch.tensor([0, 2, 4]), n_trained=1, **options)
+    with pytest.raises(ValueError, match="n_trained=1 sequences must own the first rows of x, got 1 that they ask for"):
+        y.sum().backward()
+
+
+def test_compiled_blocks_with_riders():
+    x, weights = torch.randn(197, 33, generator=torch.Generator().manual_seed(6)), make_blocks(2)
+
+    def blocks(x, weights):
+        return ops.transformer_blocks(x, weights, 3, **RIDING["shared"])
+
+    compiled, grad_y = torch.compile(blocks, fullgraph=True), torch.ones(8, 33)
+    assert_same_bits(run_blocks(compiled, x, weights, grad_y), run_blocks(blocks, x, weights, grad_y))
+
+
 def test_compiled_blocks():
     x, weights = torch.randn(24, 33, generator=torch.Generator().manual_seed(6)), make_blocks(2)
 
@@ -365,6 +464,16 @@ X, W_MLP, W_ATTENTION = torch.zeros(4, 8), make_weights(8, 12, 12), make_weights
         (
             lambda: ops.attention_block(X, W_ATTENTION, 2, torch.tensor([0, 4]), prefix=torch.tensor([1])),
             "attention_block: prefix must be -1 or a sequence below 1, got 1",
+        ),
+        (
+            lambda: ops.transformer_blocks(X, [(W_ATTENTION, W_MLP)], 2, torch.tensor([0, 1, 4]), n_trained=3),
+            "transformer_blocks: n_trained must be in [0, 2], got 3",
+        ),
+        (
+            lambda: ops.transformer_blocks(
+                X, [(W_ATTENTION, W_MLP)], 2, torch.tensor([0, 4]), n_trained=1, prefix=torch.tensor([-1])
+            ),
+            "transformer_blocks: n_trained must come without prefix",
         ),
         (
             lambda: ops.transformer_blocks(X, [], 2, torch.tensor([0, 4])),

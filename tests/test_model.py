@@ -92,6 +92,62 @@ def test_what_sequences_begin_with_is_computed_once():
     assert [len(x) for x in shared_rows(tokens[:0], position[:0], torch.tensor([0]), 0)] == [0, 0]
 
 
+@pytest.mark.parametrize("has_kept", [True, False])
+def test_riders_share_beginnings_and_change_no_sharing_of_the_others(has_kept):
+    """The riders: one that an earlier one begins like, though it comes before that in alphabetical order, one that is
+    the beginning of another sequence, one that is a whole sequence, two alike and nothing."""
+    first_ones, riders = (
+        [[3, 1, 4, 1], [3, 1], [2, 7], [3, 1, 5], [3]],
+        [[3, 1, 4, 0], [3, 1], [2, 7], [9, 9], [9, 9], []],
+    )
+    sequences = [*first_ones, *riders]
+    length = torch.tensor([len(sequence) for sequence in sequences])
+    offset = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    position = torch.cat([*map(torch.arange, length)])
+    n = int(offset[len(first_ones)])
+    alone, source_alone = shared_rows(tokens[:n], position[:n], offset[: len(first_ones) + 1], len(first_ones))
+    kept = torch.unique((offset[1:] - 1)[length > 0]) if has_kept else None
+    first, source = shared_rows(tokens, position, offset, len(first_ones), kept)
+    assert torch.equal(source[:n], source_alone) and torch.equal(first[: len(alone)], alone)
+    assert (first.diff() > 0).all() and torch.equal(source[first], torch.arange(len(first)))
+    beginnings = [tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))]
+    assert [beginnings[i] for i in first[source]] == beginnings
+    if has_kept:
+        assert (source[kept[kept >= n]] >= len(alone)).all()
+        assert len(first) == len(alone) + 6  # the five ends, and 9
+    else:
+        assert len(first) == len(set(beginnings))
+
+
+@pytest.mark.parametrize("few", [0, 32])
+@pytest.mark.parametrize("keeps_ends", [True, False])
+def test_riders_change_no_bit_of_states_and_gradients(monkeypatch, few, keeps_ends):
+    monkeypatch.setattr("clmfast.model.FEW_SEQUENCES", few)
+    _, _, packed, offset = ragged_batch()
+    tokens = torch.cat([packed[:9], packed[:4], torch.tensor([1, 2, 3]), packed])  # the last five ride along
+    length = torch.tensor([9, 4, 3, *LENGTH])
+    whole = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+    ends = whole[1:] - 1
+    found = []
+    for n, n_trained in ((3, None), (8, 3)):
+        model = Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=1)
+        n_tokens, seen = int(whole[n]), []
+        kept = ends[:n] if keeps_ends else None
+        states = model.states(
+            tokens[:n_tokens], whole[: n + 1], kept=kept, n_trained=n_trained, tap=lambda _, x, to=seen: to.append(x)
+        )
+        n_out = 3 if keeps_ends else int(whole[3])
+        (model.logits(states[:n_out]).square().sum() + 1e3 * states[n_out:].sum()).backward()
+        found.append(([p.grad for p in model.parameters()], seen, n_out))
+    (grads, seen, n_out), (grads_with, seen_with, _) = found
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_with, strict=True))
+    assert all(torch.equal(a, b[: len(a)]) for a, b in zip(seen, seen_with, strict=True))
+    alone = []
+    model.states(packed, offset, kept=offset[1:] - 1 if keeps_ends else None, tap=lambda _, x: alone.append(x))
+    assert all(torch.equal(a, b[-len(a) :]) for a, b in zip(alone, seen_with, strict=True))
+
+
 def test_a_tree_of_prompts_equals_the_whole_prompts():
     model = Transformer(CONFIG, VOCABULARY, MAX_LENGTH, seed=1)
     stem, leaves = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([[9, 2], [6, 5], [3, 5]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import changed
 
+from clmfast.config import PRESETS
 from clmfast.data.tasks import make_tasks
 from clmfast.train import EarlyStopping, Training, TrainingDiverged, snapshot_steps, train
 
@@ -30,6 +31,56 @@ def test_measuring_does_not_change_training(small, two_threads):
     unmeasured = losses(train(dataclasses.replace(small, measure_every=0)))
     assert np.array_equal(measured, unmeasured, equal_nan=True)
     assert np.isfinite(np.array(measured)[:-1]).all()
+
+
+def trained(config, tasks, n_steps=5, rides_inside=True):
+    """(values of each step, gradients and weights after it)"""
+    training, found = Training(config, tasks), []
+    training.rides_inside = rides_inside
+    if not rides_inside:
+        training.timing_columns = (*training.timing_columns, "ride_along_ms")
+    for step in itertools.islice(training, n_steps):
+        found.append((step.values, [t.clone() for p in training.parameters for t in (p.grad, p.detach())]))
+    return found
+
+
+# Few sequences, that share no rows, and enough of them; more riders than trained ones, as many and one alone.
+RIDERS = [(7, 1), (8, 16), (31, 5), (32, 16), (33, 1), (128, 16)]
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("batch", "n_riders"), RIDERS)
+@pytest.mark.parametrize("loss_on", ["output", "all"])
+def test_riders_change_no_bit_of_training(small, small_tasks, two_threads, batch, n_riders, loss_on, n_threads):
+    torch.set_num_threads(n_threads)
+    config = changed(changed(small, "train", batch=batch, loss_on=loss_on), "measure", window=4 * batch, probe_every=0)
+    config = changed(config, "measure", unseen_per_step=n_riders, unseen_window=4 * n_riders)
+    with_riders = trained(config, small_tasks)
+    without = trained(dataclasses.replace(config, measure_every=0), small_tasks)
+    for (values, tensors), (values_without, tensors_without) in zip(with_riders, without, strict=True):
+        assert np.array_equal(values[:4], values_without[:4])
+        assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_without, strict=True))
+    apart = trained(config, small_tasks, rides_inside=False)
+    for (values, _), (values_apart, _) in zip(with_riders, apart, strict=True):  # their states are what they would be
+        assert np.array_equal(values, values_apart, equal_nan=True)
+
+
+def test_riders_change_no_bit_of_the_paper_preset(two_threads):
+    config = dataclasses.replace(PRESETS["paper"], steps=20)
+    tasks = make_tasks(config.task, config.seed)
+    pairs = zip(trained(config, tasks, 2), trained(dataclasses.replace(config, measure_every=0), tasks, 2), strict=True)
+    for (values, tensors), (values_without, tensors_without) in pairs:
+        assert np.array_equal(values[:4], values_without[:4])
+        assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_without, strict=True))
+
+
+def test_riders_with_a_gradient_would_be_seen(small, small_tasks, monkeypatch):
+    """What the tests above compare differs where riders count among those that are trained, though in no loss."""
+    config = changed(changed(small, "train", batch=32), "measure", window=128, unseen_per_step=16, unseen_window=16)
+    right, states = trained(config, small_tasks), Training._states
+    monkeypatch.setattr(Training, "_states", lambda self, batch, tap, n_trained=None: states(self, batch, tap))
+    wrong = trained(config, small_tasks)
+    assert any(not torch.equal(a, b) for a, b in zip(right[0][1], wrong[0][1], strict=True))
 
 
 @pytest.mark.parametrize("other", ["dtype", "device"])

@@ -117,6 +117,8 @@ def transformer_blocks(
     n_heads = integer("transformer_blocks", "n_heads", n_heads)
     if n_trained is not None and not 0 <= integer("transformer_blocks", "n_trained", n_trained) < len(offset):
         raise ValueError(f"transformer_blocks: n_trained must be in [0, {len(offset) - 1}], got {n_trained}")
+    if n_trained is not None and prefix is not None:
+        raise ValueError("transformer_blocks: n_trained must come without prefix")
     if _is_fused(x):
         refuse_tangents("transformer_blocks", x, *flat)
         wants_grad = _wants_grad(x, flat)

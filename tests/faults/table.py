@@ -433,7 +433,13 @@ def draw_transformer_blocks(rng: Random) -> Arguments:
         **given,
         "asking": whole_numbers(rows) if given["source"] else None,
         "max_length": None,
+        "n_trained": None if given["prefix"] else n_trained(rng, given),
     }
+
+
+def n_trained(rng: Random, given: Arguments) -> int | None:
+    """How many of the sequences have a gradient; None: all."""
+    return rng.randrange(given["offset"].shape[0]) if rng.random() < 0.5 else None
 
 
 def call_transformer_blocks(x: Any, weights: Any, n_heads: Any, offset: Any, **rest: Any) -> Any:
@@ -606,7 +612,7 @@ def raw_attention_block_backward(rng: Random) -> Arguments:
 def raw_transformer_blocks(rng: Random) -> Arguments:
     given = in_float32(draw_transformer_blocks(rng))
     given["weights"] = [spec for halves in given["weights"] for half in halves for spec in half]
-    del given["max_length"]
+    del given["max_length"], given["n_trained"]
     return {**given, "save": rng.random() < 0.5}
 
 
@@ -623,7 +629,7 @@ def raw_transformer_blocks_backward(rng: Random) -> Arguments:
         saved += [Spec((R, D)), *saved_of_mlp(R, F).values()]
     R = given["kept"].shape[0] if given["kept"] else n
     states = [Spec((n, D)) for _ in range(n_blocks - 1)]
-    return {"grad_y": Spec((R, D)), **given, "states": states, "saved": saved}
+    return {"grad_y": Spec((R, D)), **given, "states": states, "saved": saved, "n_trained": n_trained(rng, given)}
 
 
 def raw(name: str, draw: Callable[[Random], Arguments], **more: Any) -> Op:
