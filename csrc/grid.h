@@ -36,8 +36,8 @@ constexpr int64_t grid_depth(int64_t D) { return (D + PAIR - 1) / PAIR; }
 
 struct Grid {
   int64_t S, N, D;
-  float* centre;      // [S, D] in steps
-  double* unit;       // [S] steps per unit of the points
+  float* centre;      // [S, D]
+  double* unit;       // [S] steps per unit of the points, as float32 holds them
   int64_t* n_turned;  // [S] rows of the turn; 0: the coordinates are the points' own
   int64_t* wasted;    // [S, 2] pairs of points that ring_knn measured in vain: the first time after the grid was chosen
                       // (-1: not yet), and how many more than then it has been since

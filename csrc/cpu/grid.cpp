@@ -1,5 +1,6 @@
 #include "grid.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -59,30 +60,52 @@ double best_step(std::vector<float>& distance, int64_t n_coordinates) {
   return best / reach;
 }
 
-void choose(const Grid& grid, int64_t s, const float* points, int64_t n) {
-  const int64_t D = grid.D, stride = std::max<int64_t>((n + SAMPLE - 1) / SAMPLE, 1);
+CLMFAST_BODY void add_row_body(const float* row, int64_t D, double* sum) {
+  for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
+}
+
+CLMFAST_BODY void centre_row_body(const float* row, const float* centre, float scale, int64_t D, float* to) {
+  for (int64_t d = 0; d < D; ++d) to[d] = row[d] * scale - centre[d] * scale;
+}
+
+CLMFAST_BODY void scale_row_body(float* row, int64_t n, float scale) {
+  for (int64_t d = 0; d < n; ++d) row[d] *= scale;
+}
+
+CLMFAST_PER_ISA(void, add_row, (const float* row, int64_t D, double* sum), (row, D, sum))
+CLMFAST_PER_ISA(void, centre_row, (const float* row, const float* centre, float scale, int64_t D, float* to),
+                (row, centre, scale, D, to))
+CLMFAST_PER_ISA(void, scale_row, (float* row, int64_t n, float scale), (row, n, scale))
+
+void choose(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn) {
+  const int64_t D = grid.D, most = may_turn ? SAMPLE : SAMPLE / 4;
+  const int64_t stride = std::max<int64_t>((n + most - 1) / most, 1);
   std::vector<double> mean(D);
   std::vector<const float*> sample;
-  double largest = 0;
+  float largest = 0;
   for (int64_t i = 0; i < n; i += stride) {
     const float* row = points + i * D;
     const float row_reaches = row_reach(row, D);
     if (!(row_reaches < INF)) continue;
     sample.push_back(row);
-    largest = std::max<double>(largest, row_reaches);
-    for (int64_t d = 0; d < D; ++d) mean[d] += row[d];
+    largest = std::max(largest, row_reaches);
+    add_row(row, D, mean.data());
   }
-  for (double& x : mean) x /= static_cast<double>(std::max<size_t>(sample.size(), 1));
-  // Differences from the centre, of which the largest becomes 1. What float32 cannot hold, or is below its normal
-  // numbers, needs no steps of its own.
-  double farthest = std::max(largest * 0x1p-24, 0x1p-120);
-  for (const float* row : sample)
-    for (int64_t d = 0; d < D; ++d) farthest = std::max(farthest, std::abs(row[d] - mean[d]));
+  float* centre = grid.centre + s * D;
+  for (int64_t d = 0; d < D; ++d)
+    centre[d] = static_cast<float>(mean[d] / static_cast<double>(std::max<size_t>(sample.size(), 1)));
+  // Differences from the centre, of which the largest becomes 1, first by a power of two so that none is infinite. What
+  // float32 cannot hold, or is below its normal numbers, needs no steps of its own.
+  const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -120, 126) : 0;
+  const double scale = std::ldexp(1.0, -exponent);
   std::vector<float> centred(sample.size() * D), turn, distance;
   for (size_t i = 0; i < sample.size(); ++i)
-    for (int64_t d = 0; d < D; ++d) centred[i * D + d] = static_cast<float>((sample[i][d] - mean[d]) / farthest);
+    centre_row(sample[i], centre, static_cast<float>(scale), D, &centred[i * D]);
+  const int64_t n_centred = static_cast<int64_t>(centred.size());
+  const float farthest = std::max({row_reach(centred.data(), n_centred), static_cast<float>(largest * scale) * 0x1p-24f, 0x1p-60f});
+  scale_row(centred.data(), n_centred, 1 / farthest);
   double widest = 1;
-  if (find_turn(centred, D, turn, distance)) {
+  if (may_turn && find_turn(centred, D, turn, distance)) {
     grid.n_turned[s] = TURNED;
     const std::vector<float> tiles = interleaved(turn.data(), TURNED, D, TILE_ROWS);
     std::copy(tiles.begin(), tiles.end(), grid.turn + s * TURNED * D);
@@ -92,92 +115,153 @@ void choose(const Grid& grid, int64_t s, const float* points, int64_t n) {
   } else {
     grid.n_turned[s] = 0;
     distance.clear();
-    for (size_t i = 0; i < sample.size(); i += 8)
-      for (int64_t d = 0; d < D; ++d) distance.push_back(std::abs(centred[i * D + d]));
+    const int64_t step = std::max<int64_t>(static_cast<int64_t>(sample.size()) / 32, 1);
+    for (int64_t i = 0; i < n_centred; i += step * D)
+      for (int64_t d = 0; d < D; ++d) distance.push_back(std::abs(centred[i + d]));
   }
-  grid.unit[s] = 1 / (best_step(distance, grid.n_coordinates(s)) * widest * farthest);
-  for (int64_t d = 0; d < D; ++d) grid.centre[s * D + d] = static_cast<float>(mean[d] * grid.unit[s]);
+  const double unit = scale / (best_step(distance, grid.n_coordinates(s)) * widest * farthest);
+  grid.unit[s] = static_cast<float>(std::min(unit, 0x1p106));
   grid.wasted[2 * s] = -1;
   grid.wasted[2 * s + 1] = 0;
 }
 
 // ---- the move
 
-// z[d, c] = unit row[d] - centre[d] for one column c of a panel; returns |z|^2.
-CLMFAST_BODY float place_body(const float* row, const float* centre, double unit, int64_t D, float* z) {
-  float lane[LANES] = {};
-  for (int64_t first = 0; first < D; first += LANES) {
-    const int64_t n = std::min(LANES, D - first);
-    float part[LANES] = {};
-    if (n == LANES) {
-      for (int64_t l = 0; l < LANES; ++l) part[l] = static_cast<float>(row[first + l] * unit - centre[first + l]);
-    } else {
-      for (int64_t l = 0; l < n; ++l) part[l] = static_cast<float>(row[first + l] * unit - centre[first + l]);
-    }
-    for (int64_t l = 0; l < LANES; ++l) lane[l] += part[l] * part[l];
-    for (int64_t l = 0; l < n; ++l) z[(first + l) * PANEL] = part[l];
-  }
-  float sum = 0;
-  for (float part : lane) sum += part;
-  return sum;
-}
-
-// The cells of y [M, PANEL], their squared norms, and the sums of (y - cell)^2.
-CLMFAST_BODY void to_cells_body(const float* y, int64_t M, float reach, int16_t* cells, int32_t* norm2, float* rest2) {
+// A number as a cell: whole, within the reach.
+CLMFAST_BODY Vector<float> cell_of(Vector<float> z, float reach) {
   constexpr float WHOLE = 0x1.8p23f;  // adding it leaves no digits behind the point
-  for (int64_t c = 0; c < PANEL; ++c) norm2[c] = 0, rest2[c] = 0;
-  for (int64_t m = 0; m < M; m += PAIR) {
-    int16_t* to = cells + m * PANEL;
-    for (int64_t c = 0; c < PANEL; ++c) {
-      int32_t pair[PAIR] = {};
-      for (int64_t e = 0; e < PAIR; ++e) {
-        const float at = m + e < M ? y[(m + e) * PANEL + c] : 0;
-        float cell = at > -reach ? at : -reach;  // also where it is NaN
-        cell = cell < reach ? cell : reach;
-        cell = (cell + WHOLE) - WHOLE;
-        rest2[c] += (at - cell) * (at - cell);
-        pair[e] = static_cast<int32_t>(cell);
-        norm2[c] += pair[e] * pair[e];
-      }
-      to[c * PAIR] = static_cast<int16_t>(pair[0]);
-      to[c * PAIR + 1] = static_cast<int16_t>(pair[1]);
+  const Vector<float> zero = {}, least = zero - reach, most = zero + reach;
+  Vector<float> cell = z > least ? z : least;  // also where it is NaN
+  cell = cell < most ? cell : most;
+  return (cell + WHOLE) - WHOLE;
+}
+
+CLMFAST_BODY Vector<float> load_some(const float* from, int64_t n) {
+  if (n >= LANES) return load<float>(from);
+  float some[LANES] = {};
+  for (int64_t l = 0; l < n; ++l) some[l] = from[l];
+  return load<float>(some);
+}
+
+// What a point becomes, beside its cells.
+struct Placed {
+  float rest2, length2;  // |y - cell|^2 where there is no turn, and |z|^2
+  int32_t norm2;         // of the cells
+};
+
+// (row - centre) unit, to z [D, PANEL].
+CLMFAST_BODY void place_body(const float* const* row, const float* centre, float unit, int64_t D, float* z,
+                             Placed* placed) {
+  Vector<float> square[LANES] = {};
+  for (int64_t d = 0; d < D; d += LANES) {
+    const int64_t n = std::min(LANES, D - d);
+    const Vector<float> middle = load_some(centre + d, n);
+    Vector<float> of_row[LANES];
+    for (int64_t r = 0; r < LANES; ++r) {
+      of_row[r] = (load_some(row[r] + d, n) - middle) * unit;
+      square[r] += of_row[r] * of_row[r];
     }
+    transpose_square<float>(of_row);
+    for (int64_t l = 0; l < n; ++l) store<float>(z + (d + l) * PANEL, of_row[l]);
+  }
+  for (int64_t r = 0; r < LANES; ++r) placed[r].length2 = sum_of<float>(square[r]);
+}
+
+CLMFAST_BODY VectorI to_cell(const float* row, const float* centre, int64_t n, float unit, float reach,
+                             Vector<float>& rest2, VectorI& norm2) {
+  const Vector<float> z = (load_some(row, n) - load_some(centre, n)) * unit, whole = cell_of(z, reach);
+  rest2 += (z - whole) * (z - whole);
+  const VectorI cell = __builtin_convertvector(whole, VectorI);
+  norm2 += cell * cell;
+  return cell;
+}
+
+// The cells of LANES points that are not turned. Of 2 LANES coordinates, or what is left of them, the first half lies
+// beside the second. `pairs` [LANES, grid_depth(D) + LANES] is scratch.
+CLMFAST_BODY void to_cells_body(const float* const* row, const float* centre, float unit, int64_t D, float reach,
+                                int32_t* pairs, int16_t* cells, Placed* placed) {
+  const int64_t depth = grid_depth(D), stride = depth + LANES;
+  for (int64_t r = 0; r < LANES; ++r) {
+    Vector<float> rest2 = {};
+    VectorI norm2 = {};
+    for (int64_t g = 0; g < depth; g += LANES) {
+      const int64_t first = 2 * g, half = std::min(LANES, depth - g), n_second = std::min(half, D - first - half);
+      const VectorI low = to_cell(row[r] + first, centre + first, half, unit, reach, rest2, norm2);
+      const VectorI high = to_cell(row[r] + first + half, centre + first + half, n_second, unit, reach, rest2, norm2);
+      *reinterpret_cast<VectorI*>(pairs + r * stride + g) = (low & 0xffff) | (high << 16);
+    }
+    placed[r].rest2 = sum_of<float>(rest2);
+    placed[r].norm2 = sum_of<int32_t>(norm2);
+  }
+  for (int64_t g = 0; g < depth; g += LANES) {
+    Vector<float> square[LANES];  // of bits
+    for (int64_t r = 0; r < LANES; ++r) square[r] = load<float>(reinterpret_cast<const float*>(pairs + r * stride + g));
+    transpose_square<float>(square);
+    for (int64_t l = 0; l < std::min(LANES, depth - g); ++l)
+      store<float>(reinterpret_cast<float*>(cells + (g + l) * PANEL * PAIR), square[l]);
   }
 }
 
-CLMFAST_PER_ISA(float, place, (const float* row, const float* centre, double unit, int64_t D, float* z),
-                (row, centre, unit, D, z))
-CLMFAST_PER_ISA(void, to_cells,
-                (const float* y, int64_t M, float reach, int16_t* cells, int32_t* norm2, float* rest2),
-                (y, M, reach, cells, norm2, rest2))
+// The cells of LANES columns of y [M, PANEL].
+CLMFAST_BODY void turned_to_cells_body(const float* y, int64_t M, float reach, int16_t* cells, Placed* placed) {
+  Vector<float> rest2 = {};
+  VectorI norm2 = {};
+  for (int64_t m = 0; m < M; m += PAIR) {
+    VectorI pair[PAIR];
+    for (int64_t e = 0; e < PAIR; ++e) {
+      const Vector<float> at = load<float>(y + (m + e) * PANEL), whole = cell_of(at, reach);
+      rest2 += (at - whole) * (at - whole);
+      pair[e] = __builtin_convertvector(whole, VectorI);
+      norm2 += pair[e] * pair[e];
+    }
+    *reinterpret_cast<VectorI*>(cells + m * PANEL) = (pair[0] & 0xffff) | (pair[1] << 16);
+  }
+  for (int64_t r = 0; r < LANES; ++r) placed[r].rest2 = rest2[r], placed[r].norm2 = norm2[r];
+}
 
-// Moves one panel of points, of which those from n on are none. z [D, PANEL] and y [TURNED, PANEL] are scratch.
-void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* z, float* y) {
+CLMFAST_PER_ISA(void, place,
+                (const float* const* row, const float* centre, float unit, int64_t D, float* z, Placed* placed),
+                (row, centre, unit, D, z, placed))
+CLMFAST_PER_ISA(void, to_cells,
+                (const float* const* row, const float* centre, float unit, int64_t D, float reach, int32_t* pairs,
+                 int16_t* cells, Placed* placed),
+                (row, centre, unit, D, reach, pairs, cells, placed))
+CLMFAST_PER_ISA(void, turned_to_cells, (const float* y, int64_t M, float reach, int16_t* cells, Placed* placed),
+                (y, M, reach, cells, placed))
+
+// Moves one panel of points, of which those from n on are none. `scratch` [D + TURNED, PANEL].
+void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* scratch) {
   const int64_t D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
   const bool is_turned = grid.n_turned[s] > 0;
-  float length2[PANEL] = {}, rest2[PANEL];
-  bool is_point[PANEL];
-  for (int64_t c = 0; c < PANEL; ++c) {
-    const float* row = points + (first + c) * D;
-    is_point[c] = first + c < n && is_finite_row(row, D);
-    if (is_point[c]) {
-      length2[c] = place(row, grid.centre + s * D, grid.unit[s], D, z + c);
-    } else {
-      for (int64_t d = 0; d < D; ++d) z[d * PANEL + c] = 0;
-    }
-  }
-  if (is_turned)
+  const float *centre = grid.centre + s * D, unit = static_cast<float>(grid.unit[s]);
+  const float reach = static_cast<float>(reach_of(M));
+  const float* row[PANEL];
+  for (int64_t c = 0; c < PANEL; ++c) row[c] = first + c < n ? points + (first + c) * D : centre;
+  Placed placed[PANEL];
+  int16_t* cells = grid.panel(s, i_panel);
+  if (is_turned) {
+    float *z = scratch, *y = scratch + D * PANEL;
+    for (int64_t c = 0; c < PANEL; c += LANES) place(row + c, centre, unit, D, z + c, placed + c);
     for (int64_t m = 0; m < M; m += TILE_ROWS)
       dot_tile(grid.turn + (s * TURNED + m) * D, TILE_ROWS, z, D, y + m * PANEL);
-  to_cells(is_turned ? y : z, M, static_cast<float>(reach_of(M)), grid.panel(s, i_panel), grid.norm2_of(s) + first,
-           rest2);
-  // What y loses by rounding: 2^-24 of z, and (D + 2) 2^-24 of it in every product with a row of the turn.
-  const float lost = is_turned ? static_cast<float>(D + 4) * 0x1p-24f * std::sqrt(static_cast<float>(M)) : 0x1p-23f;
+    for (int64_t c = 0; c < PANEL; c += LANES) turned_to_cells(y + c, M, reach, cells + c * PAIR, placed + c);
+  } else {
+    for (int64_t c = 0; c < PANEL; c += LANES)
+      to_cells(row + c, centre, unit, D, reach, reinterpret_cast<int32_t*>(scratch), cells + c * PAIR, placed + c);
+  }
   for (int64_t c = 0; c < PANEL; ++c) {
-    float rest = std::sqrt(rest2[c]) * (1 + 0x1p-10f) + lost * std::sqrt(length2[c]) * (1 + 0x1p-10f) + 0x1p-8f;
+    // What z loses by rounding, 2^-23 of it, and y in every product with a row of the turn, (D + 2) 2^-24 of z. Without
+    // a turn |z| <= |cell| + |z - cell|. The sums, of D squares, are rounded as well.
+    const Placed& point = placed[c];
+    const float slack = 1 + 0x1p-10f + static_cast<float>(D) * 0x1p-22f, off = std::sqrt(point.rest2) * slack;
+    const float length = is_turned ? std::sqrt(point.length2) * slack
+                                   : std::sqrt(static_cast<float>(point.norm2)) * slack + off;
+    const float lost = is_turned ? static_cast<float>(D + 5) * 0x1p-24f * std::sqrt(static_cast<float>(M)) : 0x1.1p-23f;
+    float rest = off + lost * length + 0x1p-8f;
     if (!(rest < INF)) rest = INF;  // so far away that float32 does not hold it
-    grid.rest_of(s)[first + c] = is_point[c] ? rest : -INF;
-    if (!is_point[c]) grid.norm2_of(s)[first + c] = NOBODY;
+    const bool is_point = first + c < n && (rest < INF || is_finite_row(row[c], D));
+    grid.rest_of(s)[first + c] = is_point ? rest : -INF;
+    grid.norm2_of(s)[first + c] = is_point ? point.norm2 : NOBODY;
   }
 }
 
@@ -324,18 +408,14 @@ GridMemory::GridMemory(int64_t S, int64_t N, int64_t D, const Grid* other)
   cells = cells_.get();
 }
 
-void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n) {
-  choose(grid, s, points + s * grid.N * grid.D, n);
-}
-
-void make_grids(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for) {
-  for_each(parallel_for, grid.S, [&](int64_t s) { make_grid(grid, s, points, n); });
+void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn) {
+  choose(grid, s, points + s * grid.N * grid.D, n, may_turn);
 }
 
 void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels) {
-  std::unique_ptr<float[]> scratch(new float[(grid.D + TURNED) * PANEL]);
+  std::unique_ptr<float[]> scratch(new float[(grid.D + TURNED) * PANEL + LANES * LANES]);
   for (int64_t i_panel : panels)
-    move_panel(grid, s, points + s * grid.N * grid.D, n, i_panel, scratch.get(), scratch.get() + grid.D * PANEL);
+    move_panel(grid, s, points + s * grid.N * grid.D, n, i_panel, scratch.get());
 }
 
 void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for) {

@@ -1,6 +1,6 @@
 // The screen of knn: points on a grid, and the squared distances of their cells.
 //
-//   z = unit x - centre,  y = turn z,  cell = y rounded to whole numbers that 16 bits hold,  rest >= |y - cell|
+//   z = unit (x - centre),  y = turn z,  cell = y rounded to whole numbers that 16 bits hold,  rest >= |y - cell|
 //
 // Screening and deciding. knn must compare float64 distances exactly, but needs to compute only few of them. Two
 // products of 16 bits are one lane of one instruction, and nothing is rounded: the squared distance of two cells is an
@@ -36,9 +36,8 @@ struct GridMemory : Grid {
   std::unique_ptr<int16_t[]> cells_;
 };
 
-// Chooses centre, unit and turn of set s, or of all, by a sample of the first n of its points [S, N, D].
-void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n);
-void make_grids(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for);
+// Chooses centre, unit and turn of set s by a sample of the first n of its points [S, N, D].
+void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn);
 
 // Moves some panels of set s, or all of all, of points [S, N, D]; rows from n on are no points.
 void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels);

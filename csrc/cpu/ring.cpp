@@ -291,7 +291,7 @@ void ring_to_grid_cpu(const Ring& points, const Grid& grid, const Ring& queries,
   const bool is_shared = grid.cells == query_grid.cells;
   for_each(parallel_for, grid.S, [&](int64_t s) {
     const bool is_chosen_anew = is_new || grid.wasted[2 * s + 1] > PRICE;
-    if (is_chosen_anew) make_grid(grid, s, points.points, points.n);
+    if (is_chosen_anew) make_grid(grid, s, points.points, points.n, true);
     move_to_grid(grid, s, points.points, points.n, is_chosen_anew ? all : changed);
     if (!is_shared)
       move_to_grid(query_grid, s, queries.points, queries.n, is_chosen_anew ? all_queries : changed_queries);
