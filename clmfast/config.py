@@ -240,7 +240,8 @@ AT_MOST: dict[str, int] = {
     "measure.window": MOST_POINTS, "measure.unseen_per_step": MOST_POINTS, "measure.unseen_window": MOST_POINTS,
     "measure.probe_every": NEVER, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
     "measure.k": 10_000, "measure.n_init": 10_000, "measure.max_iter": 10**6, "measure.warm_iter": 10**6,
-    "measure.cold_every": NEVER, "measure.moves": 1000, "measure.population": 100, "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
+    "measure.cold_every": NEVER, "measure.moves": 1000, "measure.population": 100,
+    "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
 }  # fmt: skip
 MOST_LETTERS = 1000  # of the alphabet
 

@@ -307,7 +307,9 @@ def forked(work: Callable[[], int], log: Path) -> int:
 
 def fingerprint(out: Path) -> dict[str, bytes]:
     """All of a run's directory that the same run must have again."""
-    found = {name: (out / name).read_bytes() for name in ("config.json", "steps.npy", "neighbours.npy", "controls.json")}
+    found = {
+        name: (out / name).read_bytes() for name in ("config.json", "steps.npy", "neighbours.npy", "controls.json")
+    }
     for path in sorted(out.glob("*/**/*")):
         if path.is_file() and path.suffix != ".npz":
             found[str(path.relative_to(out))] = path.read_bytes()
