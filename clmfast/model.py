@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,6 +144,7 @@ class Transformer(nn.Module):
         position: Tensor | None = None,
         kept: Tensor | None = None,
         prefix: Tensor | None = None,
+        n_trained: int | None = None,
         tap: Tap | None = None,
     ) -> Tensor:
         """The residual stream [R, D] after the last block, at the kept rows.
@@ -151,6 +153,8 @@ class Transformer(nn.Module):
         position [n] int64: each token's place in its sequence; by default counted from offset.
         kept [R] int64, ascending: the rows wanted at the end (None: all). The last block computes no others.
         prefix [B] int64: see ops.attention_block. `position` then has to count from the start of the prefix.
+        n_trained: the first sequences, which have a gradient (None: all); see ops.transformer_blocks. On the CPU no bit
+        of theirs, forward or backward, depends on the others.
 
         What several sequences begin with is computed once, except with a prefix and for a few sequences.
         """
@@ -158,8 +162,9 @@ class Transformer(nn.Module):
             position = torch.arange(len(tokens), device=tokens.device)
             position -= torch.repeat_interleave(offset[:-1], offset.diff())
         source = asking = wanted = result = None
-        if prefix is None and tokens.device.type == "cpu" and len(offset) > FEW_SEQUENCES:
-            asking, source = shared_rows(tokens, position, offset)
+        n_deciding = len(offset) - 1 if n_trained is None else n_trained
+        if prefix is None and tokens.device.type == "cpu" and n_deciding >= FEW_SEQUENCES:
+            asking, source = shared_rows(tokens, position, offset, n_deciding, kept)
             tokens, position = tokens[asking], position[asking]
             wanted, result = asking, source
             if kept is not None:
@@ -170,7 +175,7 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.token_embedding.weight) + F.embedding(position, self.position_embedding.weight)
         *states, y = ops.transformer_blocks(
             x, [block.weights() for block in cast("Iterable[Block]", self.blocks)], self.config.n_heads, offset,
-            asking=asking, kept=wanted, prefix=prefix, source=source, max_length=self.max_length,
+            asking=asking, kept=wanted, prefix=prefix, source=source, max_length=self.max_length, n_trained=n_trained,
         )  # fmt: skip
         y = _rows(y, result)
         if tap is not None:
@@ -188,10 +193,15 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
-def shared_rows(tokens: Tensor, position: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def shared_rows(
+    tokens: Tensor, position: Tensor, offset: Tensor, n_first: int, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Tokens that the same tokens at the same positions precede have the same states: (first [U], source [n]) with
     source[i] the place in `first` of the token that stands for token i. `first` ascends, and of each sequence it holds
     the end that it does not share with an earlier one in alphabetical order.
+
+    The first n_first sequences share among themselves as if there were no others. Those share what is left, and their
+    kept tokens nothing, so that which rows of the first ones are kept does not depend on them.
     """
     start, length = offset[:-1].numpy(), offset.diff().numpy()
     n_longest = int(length.max()) if len(length) else 0
@@ -199,11 +209,25 @@ def shared_rows(tokens: Tensor, position: Tensor, offset: Tensor) -> tuple[Tenso
     code = np.full(is_real.shape, -1)
     code[is_real] = tokens.numpy() * (1 + int(position.max()) if len(position) else 1) + position.numpy()
     order = np.lexsort(code.T[::-1]) if n_longest else np.arange(len(length))  # stable: of equal ones the earliest
-    code = code[order]
-    is_own = np.ones(is_real.shape, bool)
-    is_own[1:] = ~np.logical_and.accumulate(code[1:] == code[:-1], axis=1)
-    owner = np.maximum.accumulate(np.where(is_own, np.arange(len(order))[:, None], 0), axis=0)
-    token = np.empty(is_real.shape, np.int64)
-    token[order] = start[order][owner] + np.arange(n_longest)
-    first, source = np.unique(token[is_real], return_inverse=True)
+
+    def owners(order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each token of these sequences, the one that stands for it, if there were no others."""
+        ordered = code[order]
+        is_own = np.ones(ordered.shape, bool)
+        is_own[1:] = ~np.logical_and.accumulate(ordered[1:] == ordered[:-1], axis=1)
+        owner = np.maximum.accumulate(np.where(is_own, np.arange(len(order))[:, None], 0), axis=0)
+        token = start[order][owner] + np.arange(n_longest)
+        return token[np.argsort(order)][is_real[np.sort(order)]]
+
+    token = owners(order)
+    n_tokens = int(offset[n_first])
+    if n_first < len(length):
+        of_first = owners(order[order < n_first])
+        stands_for = np.arange(len(token))
+        stands_for[token[:n_tokens]] = of_first
+        token = stands_for[token]
+        if kept is not None:
+            own = kept.numpy()[kept.numpy() >= n_tokens]
+            token[own] = own
+    first, source = np.unique(token, return_inverse=True)
     return torch.from_numpy(first), torch.from_numpy(source)

@@ -27,7 +27,8 @@ YEAR_S = 365 * 86400.0
 # Faster than any core or device of today at float32: a run that takes a year at this speed takes more.
 CORE_FLOPS, GPU_FLOPS = 1e12, 1e15
 # Columns per layer and readout; a test compares what follows from them with the directory of a run.
-WINDOW_COLUMNS, PROBE_COLUMNS, SPLIT_COLUMNS = 19, 17, 6
+WINDOW_COLUMNS, PROBE_COLUMNS, SPLIT_COLUMNS = 22, 20, 6
+ANSWERS = 6  # numbers of what neighbours say of each task
 
 
 @dataclass(frozen=True)
@@ -79,27 +80,27 @@ def needs(config: RunConfig) -> Needs:
     }
     if config.resume_every:
         memory["a state to save"] = 12.0 * n_parameters
-    ring = measure.window + measure.unseen_window
+    ring = measure.window + measure.unseen_per_step
+    answers = n_sets * task.n_tasks * ANSWERS * is_measured
+    n_steps_of_ring = max(measure.window // train.batch, measure.unseen_window // measure.unseen_per_step)
     if is_measured:
-        # Of a state: itself, its cells, the copy that k-means keeps; its lists of neighbours, in one or two views.
-        kept = ring * 6.0 * D + measure.window * (4.0 * D + 112)
-        lists = (measure.window + 2 * measure.unseen_window) * 24.0 * measure.k
-        memory["the rings"] = n_sets * (kept + lists)
+        # Of a state: itself and its cells, and its label in every partition.
+        memory["the rings"] = n_sets * ring * (6.0 * D + 8 * measure.population) + 8.0 * answers * n_steps_of_ring
     if has_probe:
         memory["the probe"] = n_sets * n_probe * (8.0 * D + 24 * measure.k)
 
     columns = 4 + 2 * (1 + len(measure.probe_splits) * has_probe)
     columns += n_sets * WINDOW_COLUMNS * is_measured
     columns += n_sets * (PROBE_COLUMNS + SPLIT_COLUMNS * len(measure.probe_splits)) * has_probe
-    per_task = n_sets * task.n_tasks * is_measured
-    disk = (config.steps + 1) * 8.0 * (columns + 8 + per_task) + n_checkpoints(config.steps) * 4.0 * n_parameters
-    state = 2**18 + 12.0 * n_parameters + 4.0 * n_sets * ring * D * is_measured
+    disk = (config.steps + 1) * 8.0 * (columns + 8 + answers) + n_checkpoints(config.steps) * 4.0 * n_parameters
+    state = 2**18 + 12.0 * n_parameters
+    state += is_measured * n_sets * ring * (4.0 * D + 8 * measure.population) + 8.0 * answers * n_steps_of_ring
     disk += (KEPT_STATES + 1) * state * (config.resume_every > 0) + REPORT_BYTES
 
     flops = config.steps * 6.0 * n_rows * max(1, L - 1) * (4 * D * D + 2 * D * F)
     if has_probe:
         n_probes = 2 + config.steps // measure.probe_every
-        # Each restart of k-means draws its centres and assigns every point at least once; probes ask for neighbours.
+        # Each start of k-means draws its centres and assigns every point at least once; probes ask for neighbours.
         at_instruction_end = min(n_probe, n_known)
         flops += n_probes * 2.0 * n_sets * at_instruction_end * D * (2 * measure.n_init * task.n_tasks)
         flops += measure.n_shuffles * 2.0 * n_sets * at_instruction_end * measure.k

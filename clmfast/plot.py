@@ -230,13 +230,15 @@ def cost(run: Run) -> go.Figure:
     figure = go.Figure()
     names = {
         "step_ms": "training", "validation_ms": "validation", "capture_ms": "capture",
-        "ride_along_ms": "unseen examples that ride along", "window_ms": "window measures", "probe_ms": "probe",
+        "ride_along_ms": "unseen examples in a pass of their own", "window_ms": "window measures", "probe_ms": "probe",
     }  # fmt: skip
     colours = ["#c7c7c7", "#8c8c8c", "#1f77b4", "#9467bd", "#d62728", "#ff7f0e"]
     # Means over 10 steps: single steps are spikes of whatever else the machine was doing.
     width = max(1, min(10, len(run.step) // 10))
     n = len(run.step) // width * width
     for (column, text), colour in zip(names.items(), colours, strict=True):
+        if column not in run.timing:
+            continue
         mean = run.timing[column][:n].reshape(-1, width).mean(1)
         figure.add_scatter(
             x=run.step[:n:width], y=mean.astype(np.float32), mode="lines", stackgroup="time", name=text,

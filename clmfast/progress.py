@@ -71,7 +71,7 @@ class Progress:
             if column in self._at and np.isfinite(value := step.values[self._at[column]]):
                 self._latest[name] = float(value)
         self._training_ms += step.timing["step_ms"] + step.timing["validation_ms"]
-        self._measuring_ms += sum(step.timing[name] for name in MEASURING_COLUMNS)
+        self._measuring_ms += sum(step.timing.get(name, 0.0) for name in MEASURING_COLUMNS)
         now = time.perf_counter()
         is_last = step.step == self.training.config.steps
         if self.is_live:

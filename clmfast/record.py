@@ -4,7 +4,8 @@
     meta.json         columns with their units and meaning, machine, versions, automatic choices with their reasons
     steps.npy         float64 [steps + 1, 1 + columns]: column 0 is step + 1 (0: not written yet), NaN = not measured
     timing.npy        the same layout for milliseconds, apart, because no two runs agree on them
-    per_task.npy      float64 [steps + 1, layers, readouts, tasks]: neighbour purity of each task in the window
+    neighbours.npy    float64 [steps + 1, 3, 2, layers, readouts, tasks]: what the neighbours of the states that arrived
+                      at a step say, as sums and counts: neighbour_purity, knn_accuracy, cross_grammar_knn_accuracy
     events.jsonl      start, resume, extended, state_skipped, resume_mismatch, early_stop, checkpoint, anomaly,
                       interrupted, end
     controls.json     the measures on letters alone and with shuffled labels
@@ -19,6 +20,7 @@ Everything is readable while the run goes on. `load(path)` reads a run without t
 from __future__ import annotations
 
 import io
+import operator
 import re
 import time
 from contextlib import AbstractContextManager
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clmfast.config import ConfigError, RunConfig, from_file
+from clmfast.config import RESTARTS_PER_START, ConfigError, RunConfig, from_file
 from clmfast.directory import FOLDERS, settings_of, write_config
 from clmfast.files import (
     LineFile,
@@ -48,6 +50,7 @@ from clmfast.untrusted import (
     MIB,
     Archive,
     Damaged,
+    computing,
     is_there,
     names_in,
     one_line,
@@ -61,6 +64,7 @@ from clmfast.untrusted import (
 if TYPE_CHECKING:
     from clmfast.train import Step, Training
 
+NEIGHBOURS = "neighbours.npy"
 PROJECTIONS_BYTES = 256 * MIB  # of one readout, unpacked: what can be drawn is far less
 
 
@@ -80,18 +84,18 @@ def state_bytes(training: Training) -> int:
 class RunWriter:
     """Writes the records of one run; only this class writes into a run directory, but for the report."""
 
-    def __init__(self, path: Path, training: Training, timing_columns: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, training: Training) -> None:
         """Make the files in the run's directory, or go on with those that are there."""
-        self.path, self.training, self.timing_columns = path, training, timing_columns
+        self.path, self.training = path, training
         rows = training.config.steps + 1
         write_config(path, training.config)
         for name in FOLDERS:
             make_folder(path / name)
         self.steps = RowFile(path / "steps.npy", rows, (1 + len(training.columns),), np.float64)
-        self.timing = RowFile(path / "timing.npy", rows, (1 + len(timing_columns),), np.float64)
-        self.per_task = None
+        self.timing = RowFile(path / "timing.npy", rows, (1 + len(training.timing_columns),), np.float64)
+        self.answers = None
         if training.window:
-            self.per_task = RowFile(path / "per_task.npy", rows, training.window.per_task_shape, np.float64)
+            self.answers = RowFile(path / NEIGHBOURS, rows, training.window.answers_shape, np.float64)
         self.events = LineFile(path / "events.jsonl")
 
     def write_header(self, meta: dict[str, Any]) -> None:
@@ -111,7 +115,7 @@ class RunWriter:
                 "estimators": _estimators(training),
                 "measures": {name: vars(m) for name, m in MEASURES.items()},
                 "columns": [{"name": "step_plus_1", "unit": "step"}, *(c.describe() for c in training.columns)],
-                "timing_columns": ["step_plus_1", *self.timing_columns],
+                "timing_columns": ["step_plus_1", *training.timing_columns],
                 "splits": {name: len(examples) for name, examples in tasks.splits.items()},
                 "grammars": [
                     {"task": int(task), "pattern": pattern, "language_size": str(size)}
@@ -136,11 +140,11 @@ class RunWriter:
             self.event("resume_mismatch", step=row)
             self.steps.clear(row)
         if not is_there or self.timing.read(row)[0] != row + 1:
-            self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.timing_columns)]))
-        if self.per_task is not None:
-            per_task = np.full(self.per_task.row_shape, np.nan) if step.per_task is None else step.per_task
-            if not is_there or not np.array_equal(self.per_task.read(row), per_task, equal_nan=True):
-                self.per_task.write(row, per_task)
+            self.timing.write(row, np.array([row + 1, *(step.timing[name] for name in self.training.timing_columns)]))
+        if self.answers is not None:
+            answers = np.full(self.answers.row_shape, np.nan) if step.answers is None else step.answers
+            if not is_there or not np.array_equal(self.answers.read(row), answers, equal_nan=True):
+                self.answers.write(row, answers)
         if not is_there:
             self.steps.write(row, values)
         for event in step.events:
@@ -189,7 +193,7 @@ class RunWriter:
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
-        for file in (self.steps, self.timing, self.per_task, self.events):
+        for file in (self.steps, self.timing, self.answers, self.events):
             if file is not None:
                 file.sync()
 
@@ -202,14 +206,14 @@ class RunWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.steps, self.timing, self.per_task, self.events):
+        for file in (self.steps, self.timing, self.answers, self.events):
             if file is not None:
                 file.close()
 
 
 def _estimators(training: Training) -> dict[str, Any]:
     """The parameters that the measures depend on, by estimator, for the header."""
-    measure = training.config.measure
+    measure, is_cpu = training.config.measure, training.device.type == "cpu"
     k_means = {"n_clusters": training.tasks.n_tasks, "max_iter": measure.max_iter, "tol": 1e-4, "distance": "euclidean"}
     knn = {"k": measure.k, "distance": "squared euclidean", "vote": "majority, ties to the nearest"}
     found: dict[str, Any] = {}
@@ -218,13 +222,28 @@ def _estimators(training: Training) -> dict[str, Any]:
             "train_states": measure.window,
             "unseen_states": measure.unseen_window,
             "every": training.config.measure_every,
-            "kmeans": {**k_means, "init": "warm", "cold_every": measure.cold_every},
+            "kmeans": {
+                **k_means,
+                "init": "warm",
+                "cold_every": measure.cold_every,
+                "max_iter": measure.warm_iter,
+                **({"moves": measure.moves, "population": measure.population} if is_cpu else {}),
+            },
+            "pooled_measured_steps": {"train": training.window.n_pooled, "unseen": training.window.n_pooled_unseen},
             "knn": knn,
         }
     if training.probe:
         found["probe"] = {
             "every": measure.probe_every,
-            "kmeans": {**k_means, "init": "k-means++", "n_init": measure.n_init},
+            "kmeans": {
+                **k_means,
+                "init": "k-means++",
+                **(
+                    {"n_init": measure.n_init, "moves": measure.moves}
+                    if is_cpu
+                    else {"n_init": RESTARTS_PER_START * measure.n_init}
+                ),
+            },
             "knn": knn,
             "points": {
                 s.readout: {"train": len(s.train), **{split: len(ids) for split, ids in s.unseen.items()}}
@@ -302,13 +321,49 @@ class Run:
                 check_controls(found)
         return found
 
+    @property
+    def measurement_version(self) -> int:
+        """What the numbers mean: those of different versions are not to be compared."""
+        return self.meta["measurement_version"]
+
+    @cached_property
+    def neighbours(self) -> NDArray[np.float64] | None:
+        """What the neighbours of the states that arrived at each step say [rows, 3, 2, layers, readouts, tasks].
+
+        Of neighbour_purity (training states), knn_accuracy and cross_grammar_knn_accuracy (unseen ones): the sum over
+        the states of a task, and how many there were. Divide sums over any steps, tasks or both. None before version 2.
+        """
+        return self._of_tasks(NEIGHBOURS, (3, 2))
+
     @cached_property
     def per_task(self) -> NDArray[np.float64] | None:
-        """Neighbour purity of each task in the window [rows, layers, readouts, tasks]."""
-        path = self.path / "per_task.npy"
+        """Neighbour purity of each task in the window [rows, layers, readouts, tasks], pooled over a ring."""
+        if self.measurement_version == 1:
+            return self._of_tasks("per_task.npy", ())
+        if self.neighbours is None:
+            return None
+        answers = self.neighbours[:, 0]
+        is_measured = np.isfinite(answers).all((1, 2, 3, 4))
+        total = np.zeros((1 + int(is_measured.sum()), *answers.shape[1:]))
+        np.cumsum(answers[is_measured], axis=0, out=total[1:])
+        first = np.maximum(0, np.arange(1, len(total)) - self._n_pooled)
+        sums, counts = np.moveaxis(total[1:] - total[first], 1, 0)
+        found = np.full((len(answers), *answers.shape[2:]), np.nan)
+        found[is_measured] = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
+        return found
+
+    @property
+    def _n_pooled(self) -> int:
+        """Measured steps that a ring of training states lasts."""
+        with computing(NotARun, f"{one_line(self.path)} must be a run directory whose header has its estimators"):
+            n = self.meta["estimators"]["window"]["pooled_measured_steps"]["train"]
+            return min(max(1, operator.index(n)), self._n_rows)
+
+    def _of_tasks(self, name: str, head: tuple[int, ...]) -> NDArray[np.float64] | None:
+        path = self.path / name
         if not is_there(path):
             return None
-        shape = (self._n_rows, len(self.layers), len(self.readouts), self.meta["n_tasks"])
+        shape = (self._n_rows, *head, len(self.layers), len(self.readouts), self.meta["n_tasks"])
         with self._refusing():
             return read_array(path, np.float64, shape)[self._written]
 

@@ -49,10 +49,13 @@ def cost_text(run: Run) -> str:
     training = total["step_ms"]
     if training <= 0:
         return "No step was timed."
-    window = total["capture_ms"] + total["ride_along_ms"] + total["window_ms"]
+    window = total["capture_ms"] + total.get("ride_along_ms", 0.0) + total["window_ms"]
+    apart, inside = "unseen examples in a pass of their own, ", ""
+    if "ride_along_ms" not in total:
+        apart, inside = "", ", unseen examples that ride along in it included"
     return (
-        f"A training step took {training / max(1, len(run.step) - 1):.0f} ms. Measuring every layer cost "
-        f"{window / training:.0%} on top of that for the window (capture, unseen examples that ride along, measures) "
+        f"A training step took {training / max(1, len(run.step) - 1):.0f} ms{inside}. Measuring every layer cost "
+        f"{window / training:.0%} on top of that for the window (capture, {apart}measures) "
         f"and {total['probe_ms'] / training:.0%} for the probe."
     )
 

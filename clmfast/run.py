@@ -168,7 +168,7 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
 
         from clmfast.data.tasks import make_tasks
         from clmfast.progress import Progress
-        from clmfast.train import TIMING_COLUMNS, Training
+        from clmfast.train import Training
 
         # Another number of threads would be another rounding of what torch computes.
         choices = surroundings.set_up_torch(dataclasses.replace(config, threads=meta.get("threads", config.threads)))
@@ -178,7 +178,7 @@ def run(asked: CommandLine, surroundings: Surroundings) -> int:
                 lock = directory.claim(path)
             else:
                 path, lock = directory.claim_free_name(path, config.seed)
-        with RunWriter(path, training, TIMING_COLUMNS) as writer:
+        with RunWriter(path, training) as writer:
             here = header(choices, torch.__version__)
             notes = go_on(training, writer, meta, n_steps, here) if is_resumed else begin(training, writer, here)
             with Progress(training, path) as progress:

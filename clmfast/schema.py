@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+from clmfast.measure.catalogue import MEASURES, READABLE_VERSIONS, Column
 from clmfast.untrusted import Damaged, need, one_line, parse_json, refusing
 
 MAX_LAYERS = 10_000
@@ -61,7 +61,7 @@ def column_of(entry: Any) -> Column:
             _need_word(fields[name], name)
     measure = fields["measure"]
     known = isinstance(measure, str) and measure in MEASURES
-    need(known, f"measure must be one of version {MEASUREMENT_VERSION}", measure)
+    need(known, "measure must be one of clmfast.measure.catalogue", measure)
     _need_count(fields["layer"], -1, MAX_LAYERS - 1, "layer")
     column = Column(**fields)
     need(entry.get("name", column.name) == column.name, f"the name must be {column.name}", entry.get("name"))
@@ -84,8 +84,8 @@ def check_facts(meta: Any) -> None:
     """What the header of a run and its summary share."""
     _need_type(meta, dict, "the header")
     version = meta.get("measurement_version")
-    is_ours = type(version) is int and version == MEASUREMENT_VERSION
-    need(is_ours, f"must have measurement version {MEASUREMENT_VERSION}", version)
+    is_readable = type(version) is int and version in READABLE_VERSIONS
+    need(is_readable, f"must have measurement version {' or '.join(map(str, READABLE_VERSIONS))}", version)
     _need_count(_field(meta, "n_layers"), 1, MAX_LAYERS, "n_layers")
     _need_count(_field(meta, "n_tasks"), 0, MAX_TASKS, "n_tasks")
     _need_count(_field(meta, "threads"), 0, 1024, "threads")

@@ -174,10 +174,11 @@ class StaticStep:
         return len(self._graphs)
 
     def update(self, step: int, values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64] | None]:
-        """One training step; fills the training's and the window's `values`, returns (loss, per-task purity)."""
+        """One training step; fills the training's and the window's `values`, returns (loss, answers of
+        neighbours)."""
         training, window = self.training, self.window
         is_measured = window is not None and step % training.config.measure_every == 0
-        kind = is_measured, is_measured and step % training.config.measure.cold_every == 0
+        kind = is_measured, window is not None and is_measured and window.is_cold(step, 0)
         if self._ready != step:
             self.prepare(step)
         self.inputs.send()
@@ -199,9 +200,9 @@ class StaticStep:
             values[training.column_at(f"train/{measure}")] = value
         if window is None or not is_measured:
             return loss, None
-        measured, per_task = np.split(result[3:], [len(window.columns)])
+        measured, answers = np.split(result[3:], [len(window.columns)])
         values[training.window_at] = measured
-        return loss, per_task.reshape(window.per_task_shape)
+        return loss, answers.reshape(window.answers_shape)
 
     def prepare(self, step: int) -> None:
         """The host's part of a step: batches, labels and learning rate. It changes nothing that a saved state holds, so
@@ -278,8 +279,8 @@ class StaticStep:
                     ridden = None if self.side is None else self.side.record_event()
                     if is_measured:
                         train, unseen = (self.inputs.on_device[f"labels/{ring}"] for ring in RINGS)
-                        values, per_task = window.measure(step, (train, unseen))
-                        measured = [values, per_task.flatten()]
+                        values, answers = window.measure(step, (train, unseen))
+                        measured = [values, answers.flatten()]
             for p in training.parameters:
                 p.grad = None
             loss.backward()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from clmfast.config import ConfigError, RunConfig, replays_graph
+from clmfast.config import ConfigError, RunConfig, replays_graph, rides_inside
 
 VARIABLES = ("GOMP_SPINCOUNT", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")  # the last one torch sets itself
 _at_work = threading.Lock()
@@ -49,11 +49,13 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     # That would also write NaN to all new memory, a seventh of a step; nothing here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     is_graph, why = replays_graph(config)
+    is_inside, why_there = rides_inside(config)
     reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
     return {
         "threads": {"value": threads, "reason": reason},
         "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
         "step": {"value": "one CUDA graph" if is_graph else "op by op", "reason": why},
+        "riders": {"value": "in the training pass" if is_inside else "in their own pass", "reason": why_there},
         "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
         if is_cpu
         else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},

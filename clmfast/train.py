@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clmfast.capture import Recorder, from_host, spans
-from clmfast.config import UNSEEN_SPLITS, RunConfig, replays_graph
+from clmfast.config import UNSEEN_SPLITS, RunConfig, replays_graph, rides_inside
 from clmfast.data.tasks import Batch, Ids, TaskSet, choose, draw, make_tasks
 from clmfast.measure.catalogue import Column
 from clmfast.measure.controls import raw_string_control, shuffled_label_control
@@ -33,6 +33,8 @@ from clmfast.model import Tap, Transformer
 from clmfast.static_step import StaticStep
 
 TRAIN_MEASURES = ("loss", "accuracy", "lr", "grad_norm")
+# ride_along_ms is for unseen examples in a pass of their own. Those that ride in the training pass are a part of
+# step_ms that no clock can tell apart, so that their run has no such column: the benchmark of the tax tells their cost.
 TIMING_COLUMNS = ("step_ms", "capture_ms", "ride_along_ms", "window_ms", "probe_ms", "validation_ms")
 MEASURING_COLUMNS = ("capture_ms", "ride_along_ms", "window_ms", "probe_ms")
 VALIDATION_SPLIT = "unseen_instruction"
@@ -63,8 +65,8 @@ class Step:
 
     step: int
     values: NDArray[np.float64]
-    per_task: NDArray[np.float64] | None  # neighbour purity [L, R, n_tasks] of the window
-    timing: dict[str, float]  # ms by TIMING_COLUMNS
+    answers: NDArray[np.float64] | None  # what neighbours say in the window, as Window.answers_shape
+    timing: dict[str, float]  # ms by Training.timing_columns
     events: list[dict[str, Any]]
     snapshots: list[Snapshot]
 
@@ -97,7 +99,7 @@ class EarlyStopping:
 class Stopwatch:
     """Adds up milliseconds by name."""
 
-    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_COLUMNS, 0.0))
+    ms: dict[str, float]
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -138,9 +140,11 @@ class Training:
         measure, n_layers, width = config.measure, self.model.n_taps, config.model.width
         self.window = self.probe = None
         if config.measure_every:
-            self.window = Window(tasks, measure, n_layers, width, config.seed, config.device)
+            self.window = Window(tasks, config, n_layers)
             if measure.probe_every:
                 self.probe = Probe(tasks, measure, n_layers, width, config.seed, config.device)
+        self.rides_inside = rides_inside(config)[0]
+        self.timing_columns = tuple(c for c in TIMING_COLUMNS if not (self.rides_inside and c == "ride_along_ms"))
         self.columns = [
             *(Column("train", measure) for measure in TRAIN_MEASURES),
             *(Column("validation", m, split=split) for split in self.validation for m in ("accuracy", "loss")),
@@ -162,7 +166,7 @@ class Training:
             if config.train.stop_early and self.early_stopping.picked_step >= 0:
                 return
             step = self.next_step
-            watch, events = Stopwatch(), list[dict[str, Any]]()
+            watch, events = Stopwatch(dict.fromkeys(self.timing_columns, 0.0)), list[dict[str, Any]]()
             values = np.full(len(self.columns), np.nan)
             snapshots: list[Snapshot] = []
             is_last = step == config.steps
@@ -174,14 +178,14 @@ class Training:
             if probe_due:
                 with watch.time("probe_ms"):
                     snapshots = self._probe(step, values)
-            per_task = None
+            answers = None
             loss = 0.0
             if not is_last:
-                loss, per_task = self._update(step, values, watch)
+                loss, answers = self._update(step, values, watch)
             self.next_step += 1
             if not math.isfinite(loss):
                 events.append({"event": "anomaly", "step": step, "loss": str(loss)})
-            yield Step(step, values, per_task, watch.ms, events, snapshots)
+            yield Step(step, values, answers, watch.ms, events, snapshots)
             if not math.isfinite(loss):
                 raise TrainingDiverged(step, loss)
 
@@ -199,59 +203,70 @@ class Training:
         return learning_rate(self.config, step)
 
     def _update(self, step: int, values: NDArray[np.float64], watch: Stopwatch) -> tuple[float, NDArray | None]:
-        """One training step; fills `values`, returns (loss, per-task purity)."""
+        """One training step; fills `values`, returns (loss, answers of neighbours)."""
         if self.static is not None:
             with watch.time("step_ms"):
                 return self.static.update(step, values)
-        config = self.config
+        config, window = self.config, self.window
         with watch.time("step_ms"):
             examples = draw(self.tasks.splits["train"], config.train.batch, config.seed, step, "train")
             batch = self.tasks.pack(examples, "prompt_end" if config.train.loss_on == "output" else "sequence_end")
-            loss, accuracy = self._loss(batch, self._tap(batch, watch))
+            whole, tap, written = batch, None, dict[Recorder, Ids]()
+            if window is not None:
+                written[window.train] = examples
+                if self.rides_inside:
+                    written[window.unseen] = self.draw_unseen(step)
+                    whole = batch.followed_by(self.tasks.pack(written[window.unseen]))
+                tap = self._tap(whole, list(written), watch)
+            loss, accuracy = self._loss(batch, whole, tap)
             for p in self.parameters:
                 p.grad = None
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm)
-        if self.window is not None:
+            for ring, of_ring in written.items():
+                ring.advance(torch.from_numpy(of_ring))
+        if window is not None and not self.rides_inside:
             # The unseen examples must see the weights that the batch saw: before the update.
             with watch.time("ride_along_ms"):
-                self.window.train.advance(torch.from_numpy(examples))
-                self._ride_along(step, self.window.unseen)
+                self._ride_along(step, window.unseen)
         with watch.time("step_ms"):
             lr = self.lr(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         watch.ms["step_ms"] -= watch.ms["capture_ms"]
-        per_task = None
-        if self.window is not None and step % config.measure_every == 0:
+        answers = None
+        if window is not None and step % config.measure_every == 0:
             with watch.time("window_ms"):
-                measured, task_purity = self.window.measure(step)
-                together = torch.cat([measured, task_purity.flatten()]).cpu().numpy()  # one small copy
-                values[self.window_at], per_task = together[: len(measured)], together[len(measured) :]
-                per_task = per_task.reshape(self.window.per_task_shape)
+                measured, answered = window.measure(step)
+                values[self.window_at], answers = measured.cpu().numpy(), answered.cpu().numpy()
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value
-        return loss.item(), per_task
+        return loss.item(), answers
 
-    def _tap(self, batch: Batch, watch: Stopwatch) -> Tap | None:
-        """The window's recorder, aimed at the batch and timed; None where nothing is measured."""
-        if self.window is None:
-            return None
-        ring = self.window.train
-        ring.aim(*spans(batch, ring.readouts, self.device), self._kept(batch))
+    def _tap(self, batch: Batch, rings: list[Recorder], watch: Stopwatch) -> Tap:
+        """The window's recorders, aimed at the training batch and at what rides along behind it, and timed."""
+        n = self.config.train.batch
+        for ring, sequences in zip(rings, (slice(n), slice(n, None)), strict=False):
+            self._aim(ring, batch, sequences)
 
         def tap(layer: int, x: Tensor) -> None:
             with watch.time("capture_ms"):
-                ring(layer, x)
+                for ring in rings:
+                    ring(layer, x)
 
         return tap
 
+    def _aim(self, ring: Recorder, batch: Batch, sequences: slice) -> None:
+        """At the readouts of some of the batch's sequences."""
+        start, stop = (x[:, sequences].contiguous() for x in spans(batch, ring.readouts, self.device))
+        ring.aim(start, stop, self._kept(batch))
+
     def _ride_along(self, step: int, ring: Recorder) -> None:
-        """A few unseen examples into their ring."""
+        """A few unseen examples into their ring, in a pass of their own."""
         unseen = self.draw_unseen(step)
         batch = self.tasks.pack(unseen)
-        ring.aim(*spans(batch, ring.readouts, self.device), self._kept(batch))
+        self._aim(ring, batch, slice(None))
         with torch.inference_mode():
             self._states(batch, ring)
         ring.advance(torch.from_numpy(unseen))
@@ -263,19 +278,21 @@ class Training:
             return None
         return from_host(batch.ends, self.device)
 
-    def _states(self, batch: Batch, tap: Tap | None) -> Tensor:
+    def _states(self, batch: Batch, tap: Tap | None, n_trained: int | None = None) -> Tensor:
         """States after the last block, at the kept rows."""
         return self.model.states(
             from_host(batch.tokens, self.device),
             from_host(batch.offset, self.device),
             position=from_host(batch.position, self.device),
             kept=self._kept(batch),
+            n_trained=n_trained,
             tap=tap,
         )
 
-    def _loss(self, batch: Batch, tap: Tap | None) -> tuple[Tensor, float]:
-        """(training loss in nats per predicted token, share of right outputs) of a batch."""
-        states = self._states(batch, tap)
+    def _loss(self, batch: Batch, whole: Batch, tap: Tap | None) -> tuple[Tensor, float]:
+        """(training loss in nats per predicted token, share of right outputs) of a batch. What stands behind it in
+        `whole` is seen by the tap alone."""
+        states = self._states(whole, tap, len(batch.target))
         loss, accuracy = self._loss_of_outputs(states, batch)
         if self.config.train.loss_on == "all":
             rows = np.delete(np.arange(len(batch.tokens)), batch.offset[1:] - 1)
@@ -389,9 +406,6 @@ class Training:
         for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             wanted[f"optimizer.{i}.step"] = (), torch.float32
             wanted[f"optimizer.{i}.exp_avg"] = wanted[f"optimizer.{i}.exp_avg_sq"] = tuple(p.shape), p.dtype
-        if self.window is not None and tensors.get("window.centroid", torch.empty(0)).numel():
-            n_sets = self.model.n_taps * len(self.config.measure.readouts)  # none before the first fit
-            wanted["window.centroid"] = (n_sets, self.tasks.n_tasks, self.config.model.width), torch.float32
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         for name in dict.fromkeys((*wanted, *found)):
             one, other = wanted.get(name, "nothing"), found.get(name, "nothing")

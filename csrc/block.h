@@ -42,8 +42,9 @@ struct MlpBlock {
 // What the gradient needs of the forward pass; all null where none is wanted.
 struct MlpSaved {
   float *mean, *rstd;  // [n]
-  float* hidden;       // [., n, HIDDEN_PANEL] gelu(z), HIDDEN_PANEL columns side by side; zeros beyond F
+  float* hidden;       // [., n_hidden, HIDDEN_PANEL] gelu(z), HIDDEN_PANEL columns side by side; zeros beyond F
   float *slope;        // [n, F] gelu'(z)
+  int64_t n_hidden;    // n; more where a backward pass takes the first rows of a forward one alone
 };
 
 void mlp_block_cpu(const MlpBlock& op, float* y, const MlpSaved& saved, ParallelFor parallel_for);

@@ -8,7 +8,7 @@
 //   centroid [S, K, D] float32     mean of the cluster's points, each coordinate rounded to a multiple of 2^-43 or less of
 //                                  N times the largest in its column: float64 sums are then exact in any order
 //   inertia  [S] float64           sum over points of the float64 dist2 to their centroid
-//   n_iter   [S] int64             iterations of the restart that is returned; those of moves that were undone do not count
+//   n_iter   [S] int64             iterations of the restart that is returned
 //
 // Iteration  label every point, move every centroid to the mean of its points. Stops when no label changed; when the
 //            centroids moved by sum_k |move_k|^2 <= tol * (mean over d of the variance of the set's points); or after
@@ -18,21 +18,12 @@
 // Start      plus_plus: greedy k-means++ (Arthur & Vassilvitskii 2007): each next centroid is the best of 2 + floor(ln
 //            K) points drawn in proportion to their dist2 to the centroids so far. random: K points of different index.
 //            Draws are keyed by (seed, set, restart, number of the draw).
-// Moves      after that, of every restart, up to `moves` tries to leave its optimum: one cluster is split in two and two
-//            others become one. Splits: 2-means of the cluster's own points, from the point farthest from the centroid
-//            and the one farthest from that, for at most SPLIT_ITERATIONS. Worth n_a n_b / (n_a + n_b) |a - b|^2 for its
-//            two halves, less as much (Ward 1963) for the pair that is merged, which is the cheapest one without the
-//            split cluster. The MOVES_PER_ROUND splits of largest worth are tried, the largest first (ties to the
-//            smaller index), each with MOVE_ITERATIONS of Lloyd's algorithm; the first that lowers the inertia stands,
-//            and a new round begins with what came out. A round without one is the last. Then Lloyd's algorithm again,
-//            as at the beginning. The centroid of a merged pair keeps the smaller index.
 // Restarts   the lowest inertia is returned, of equals the earliest.
 // Not finite points (any NaN or infinity) have label -1 and no influence. A set with fewer finite points than clusters
 //            repeats some of them as centroids. A centroid in init that is not finite starts at the mean of its set.
 // Devices    give the same bits from the same first centroids. k-means++ adds distances up in an order of the device's
 //            own, so its draws agree but for rounding; so does the variance that tol is measured by.
-//            `moves` on a GPU: 0 alone.
-// Limits     1 <= K <= N < 2^31; D < 2^20; 1 <= n_init < 2^31; 1 <= max_iter <= 2^20; 0 <= moves <= 2^20.
+// Limits     1 <= K <= N < 2^31; D < 2^20; 1 <= n_init < 2^31; 1 <= max_iter <= 2^20.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +37,6 @@ namespace clmfast {
 enum class KmeansStart { plus_plus, random };
 
 constexpr int64_t GROUPS = 24;      // of centroids: k is in group k % GROUPS, so that up to that many have one each
-
-constexpr int64_t SPLIT_ITERATIONS = 5, MOVE_ITERATIONS = 5, MOVES_PER_ROUND = 3;
 
 struct Kmeans {
   const float* points;
@@ -63,7 +52,7 @@ struct Kmeans {
   int64_t* n_iter;
 };
 
-void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for);
+void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for);
 
 // any: resident where that can be. Both give the same bits.
 enum class KmeansPath { any, resident, streaming };

@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <numeric>
 #include <optional>
@@ -25,6 +26,7 @@
 #include "grid.h"
 #include "guard.h"
 #include "kmeans.h"
+#include "kmeans_search.h"
 #include "knn.h"
 #include "partition.h"
 #include "ring.h"
@@ -134,7 +136,7 @@ Tensor scratch(const char* op, const Tensor& like, size_t n_bytes) {
 // ---- knn
 
 std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTensor& queries,
-                               const MaybeTensor& query_group, const MaybeTensor& point_group,
+                               std::vector<Tensor> query_groups, std::vector<Tensor> point_groups,
                                const MaybeTensor& within) {
   const char* name = "knn";
   require_points(name, "points", points);
@@ -152,32 +154,39 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
     require(1 <= k && k < N, "knn: k must be in [1, N), got k=", k, " with N=", N);
   }
   const int64_t Q = queries ? queries->size(1) : N;
-  require(query_group.has_value() == point_group.has_value(),
-          "knn: barred must give the groups of both queries and points");
-  if (query_group) {
-    require_int64(name, "query_group", *query_group, points);
-    require_int64(name, "point_group", *point_group, points);
-    require(has_shape(*query_group, {Q}) && has_shape(*point_group, {N}), "knn: barred must be [Q] and [N] with Q=", Q,
-            " and N=", N, ", got ", shape(*query_group), " and ", shape(*point_group));
+  Knn op;
+  op.n_views = std::max(static_cast<int>(query_groups.size()), 1);
+  require(query_groups.size() == point_groups.size(), "knn: barred must give the groups of both queries and points");
+  require(query_groups.size() <= (queries ? MOST_VIEWS : 1), "knn: barred must be at most ", queries ? MOST_VIEWS : 1,
+          queries ? " pairs of groups, got " : " pair of groups where points ask, got ", query_groups.size());
+  op.view[0] = {nullptr, nullptr, Q};
+  op.A = query_groups.empty() ? Q : 0;
+  for (size_t v = 0; v < query_groups.size(); ++v) {
+    Tensor &query_group = query_groups[v], &point_group = point_groups[v];
+    require_int64(name, "query_group", query_group, points);
+    require_int64(name, "point_group", point_group, points);
+    const bool is_part = query_groups.size() > 1 && query_group.dim() == 1 && query_group.size(0) <= Q;
+    require((is_part || has_shape(query_group, {Q})) && has_shape(point_group, {N}),
+            "knn: barred must be [Q] and [N] with Q=", Q, " and N=", N, ", got ", shape(query_group), " and ",
+            shape(point_group));
+    query_group = dense(name, query_group), point_group = dense(name, point_group);
+    op.view[v] = {data<int64_t>(query_group), data<int64_t>(point_group), query_group.size(0)};
+    op.A += op.view[v].Q;
   }
   if (within) {
     require_float(name, "within", *within, points);
     require(has_shape(*within, {S, Q}), "knn: within must be [S, Q] with S=", S, " and Q=", Q, ", got ",
             shape(*within));
   }
-  Tensor dist2 = empty(name, points, {S, Q, k}, ScalarType::Float);
-  Tensor index = empty(name, points, {S, Q, k}, ScalarType::Long);
+  Tensor dist2 = empty(name, points, {S, op.A, k}, ScalarType::Float);
+  Tensor index = empty(name, points, {S, op.A, k}, ScalarType::Long);
   if (dist2.numel() == 0) return {dist2, index};
   const Tensor dense_points = dense_points_of(name, points);
   const MaybeTensor dense_queries = queries ? MaybeTensor(dense_points_of(name, *queries)) : std::nullopt;
-  const MaybeTensor dense_query_group = dense(name, query_group), dense_point_group = dense(name, point_group);
   const MaybeTensor dense_within = dense(name, within);
-  Knn op;
   op.points = data<float>(dense_points);
   op.queries = queries ? data<float>(*dense_queries) : nullptr;
   op.is_self = !queries;
-  op.query_group = query_group ? data<int64_t>(*dense_query_group) : nullptr;
-  op.point_group = point_group ? data<int64_t>(*dense_point_group) : nullptr;
   op.within = within ? data<float>(*dense_within) : nullptr;
   op.S = S, op.N = N, op.Q = Q, op.D = D, op.k = k;
   op.dist2 = mutable_data<float>(dist2);
@@ -196,7 +205,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t n_clusters, const MaybeTensor& init,
                                                   bool is_random, int64_t n_init, int64_t max_iter, double tol,
-                                                  int64_t seed, int64_t moves) {
+                                                  int64_t seed) {
   const char* name = "kmeans";
   require_points(name, "points", points);
   require_there(name, "points", points, points);
@@ -207,9 +216,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
   require(max_iter >= 1, "kmeans: max_iter must be at least 1, got max_iter=", max_iter);
   // A GPU is told of all iterations beforehand.
   require(max_iter <= int64_t{1} << 20, "kmeans: max_iter must be at most 2^20, got max_iter=", max_iter);
-  require(moves >= 0, "kmeans: moves must not be negative, got moves=", moves);
-  require(moves <= int64_t{1} << 20, "kmeans: moves must be at most 2^20, got moves=", moves);
-  require(moves == 0 || points.is_cpu(), "kmeans: moves must be 0 on a GPU, got moves=", moves);
   require(tol >= 0, "kmeans: tol must not be negative, got tol=", tol);
   if (init) {
     require(has_shape(*init, {S, K, D}), "kmeans: init must be [S, K, D] = [", S, ", ", K, ", ", D, "], got ",
@@ -244,9 +250,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
       kmeans_cuda(op, element_of(points), memory.mutable_data_ptr(), stream);
     });
   } else {
-    kmeans_cpu(op, moves, parallel_for);
+    kmeans_cpu(op, parallel_for);
   }
   return {label, centroid, inertia, n_iter};
+}
+
+// ---- kmeans_search
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
+                                                         const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
+                                                         int64_t moves, int64_t max_iter, double tol, int64_t seed) {
+  const char* name = "kmeans_search";
+  require_points(name, "points", points);
+  require_there(name, "points", points, points);
+  const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
+  require(1 <= K && K <= N, "kmeans_search: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
+  require(1 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 1 to 2^20, got max_iter=",
+          max_iter);
+  require(0 <= moves && moves <= int64_t{1} << 20, "kmeans_search: moves must be from 0 to 2^20, got moves=", moves);
+  require(tol >= 0, "kmeans_search: tol must not be negative, got tol=", tol);
+  const int64_t P = known && known->dim() == 3 ? known->size(0) : 0;
+  if (known) {
+    require_int64(name, "known", *known, points);
+    require(has_shape(*known, {P, S, N}), "kmeans_search: known must be [P, S, N] with S=", S, " and N=", N, ", got ",
+            shape(*known));
+  }
+  require_int64(name, "n_cold", n_cold, points);
+  require(has_shape(n_cold, {S}), "kmeans_search: n_cold must be [S] with S=", S, ", got ", shape(n_cold));
+  require(1 <= keep && P <= keep && keep < int64_t{1} << 20,
+          "kmeans_search: keep must be from 1 to 2^20 and at least P, got keep=", keep, " with P=", P);
+  const Tensor dense_cold = dense(name, n_cold);
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t n = data<int64_t>(dense_cold)[s];
+    require(0 <= n && n < int64_t{1} << 20 && P + n > 0,
+            "kmeans_search: every set needs a partition to begin with, known or cold, got n_cold=", n, " with P=", P);
+  }
+  Tensor label = empty(name, points, {keep, S, N}, ScalarType::Long);
+  Tensor inertia = empty(name, points, {keep, S}, ScalarType::Double);
+  Tensor centroid = empty(name, points, {S, K, D}, ScalarType::Float), n_iter = empty(name, points, {S}, ScalarType::Long);
+  Tensor origin = empty(name, points, {S}, ScalarType::Long);
+  const Tensor dense_points = dense(name, points, ScalarType::Float);
+  const MaybeTensor dense_known = known ? MaybeTensor(dense(name, *known)) : std::nullopt;
+  KmeansSearch op;
+  op.points = data<float>(dense_points);
+  op.known = known ? data<int64_t>(*dense_known) : nullptr;
+  op.n_cold = data<int64_t>(dense_cold);
+  op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
+  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.tol = tol, op.seed = seed;
+  op.label = mutable_data<int64_t>(label);
+  op.inertia = mutable_data<double>(inertia);
+  op.centroid = mutable_data<float>(centroid);
+  op.n_iter = mutable_data<int64_t>(n_iter);
+  op.origin = mutable_data<int64_t>(origin);
+  kmeans_search_cpu(op, parallel_for);
+  return {label, inertia, centroid, n_iter, origin};
 }
 
 // ---- rings: clmfast/ops/ring.py documents the arguments and keeps the tensors
@@ -772,7 +829,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_block(
   Tensor mean = empty(name, x, {n}, ScalarType::Float), rstd = empty(name, x, {n}, ScalarType::Float);
   Tensor hidden = empty(name, x, {n, padded(op.weights.F)}, ScalarType::Float);  // the op's own layout inside
   Tensor slope = empty(name, x, {n, op.weights.F}, ScalarType::Float);
-  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope)},
+  mlp_block_cpu(op, mutable_data<float>(y), {saved_data(mean), saved_data(rstd), saved_data(hidden), saved_data(slope), n},
                 parallel_for);
   return {y, mean, rstd, hidden, slope};
 }
@@ -784,14 +841,15 @@ Grads mlp_block_backward(const Tensor& grad_y, const Tensor& x, const Tensor& no
   const char* name = "mlp_block_backward";
   const Weights weights(name, x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, false);
   const int64_t n = x.size(0), D = x.size(1), F = in_weight.size(0);
+  const int64_t n_hidden = hidden.dim() ? std::max(n, hidden.size(0)) : n;
   const Tensor dense_x = dense(name, x), dense_grad = from_forward(name, "grad_y", grad_y, {n, D}, x);
   const Tensor saved[] = {from_forward(name, "mean", mean, {n}, x), from_forward(name, "rstd", rstd, {n}, x),
-                          from_forward(name, "hidden", hidden, {n, padded(F)}, x),
+                          from_forward(name, "hidden", hidden, {n_hidden, padded(F)}, x),
                           from_forward(name, "slope", slope, {n, F}, x)};
   const MlpBlock op{weights.raw(), n, data<float>(dense_x)};
   Grads grads = empty_grads(name, x, weights);
   mlp_block_backward_cpu(
-      op, {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3])},
+      op, {saved_data(saved[0]), saved_data(saved[1]), saved_data(saved[2]), saved_data(saved[3]), n_hidden},
       data<float>(dense_grad), mutable_data<float>(std::get<0>(grads)), raw(grads), parallel_for);
   return grads;
 }
@@ -919,6 +977,7 @@ Grads attention_block_backward(const Tensor& grad_y, const Tensor& x, const Tens
 // ---- blocks, one after the other: each half hands its result to the next
 
 constexpr size_t N_WEIGHTS = 6, N_SAVED = 11;  // of a half; of a block: attention's six, what lies between, mlp's four
+constexpr size_t HIDDEN = 9;                   // of the latter
 
 void require_blocks(const char* op, const std::vector<Tensor>& weights) {
   require(!weights.empty() && weights.size() % (2 * N_WEIGHTS) == 0, op, ": weights must be ", 2 * N_WEIGHTS,
@@ -944,17 +1003,61 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> transformer_blocks(
   return {y, states, saved};
 }
 
-// Gradients of x and of the weights, in that order.
+// Gradients of x and of the weights, in that order. n_trained: those of the first so many sequences (none: of all), as
+// if the others had not been there.
 std::vector<Tensor> transformer_blocks_backward(const Tensor& grad_y, const Tensor& x, std::vector<Tensor> weights,
                                                 std::vector<Tensor> states, std::vector<Tensor> saved,
                                                 int64_t n_heads, const Tensor& offset, const MaybeTensor& asking,
-                                                const MaybeTensor& kept, const MaybeTensor& source) {
+                                                const MaybeTensor& kept, const MaybeTensor& source,
+                                                std::optional<int64_t> n_trained) {
   const char* name = "transformer_blocks_backward";
   require_blocks(name, weights);
   const size_t n_blocks = weights.size() / (2 * N_WEIGHTS);
   require(states.size() == n_blocks - 1 && saved.size() == n_blocks * N_SAVED,
           name, ": states and saved must be those of the forward pass, ", n_blocks - 1, " and ", n_blocks * N_SAVED,
           " tensors, got ", states.size(), " and ", saved.size());
+  if (n_trained) {
+    require(x.dim() == 2, name, ": x must be [n, D], got ", shape(x));
+    const Packed last(name, x, offset, kept, std::nullopt, source);
+    const Packed others(name, x, offset, n_blocks > 1 ? asking : kept, std::nullopt, source);
+    const int64_t B = offset.numel() - 1;
+    require(0 <= *n_trained && *n_trained <= B, name, ": n_trained must be in [0, ", B, "], got ", *n_trained);
+    const int64_t n_tokens = data<int64_t>(last.offset)[*n_trained];
+    auto n_wanted = [&](const MaybeTensor& of) {
+      if (!of) return n_tokens;
+      const int64_t* token = data<int64_t>(*of);
+      return static_cast<int64_t>(std::lower_bound(token, token + of->numel(), n_tokens) - token);
+    };
+    const int64_t n_last = n_wanted(last.kept), n_asking = n_wanted(others.kept);
+    int64_t n_rows = source ? 0 : n_tokens;
+    for (int64_t i = 0; source && i < n_tokens; ++i) n_rows = std::max(n_rows, data<int64_t>(*last.source)[i] + 1);
+    require(n_blocks == 1 || n_asking == n_rows, name, ": the first n_trained=", *n_trained,
+            " sequences must own the first rows of x, got ", n_asking, " that they ask for and ", n_rows, " up to their last");
+    auto first_rows = [&](const char* of, Tensor all, int64_t n) {  // if there are more
+      require_there(name, of, all, x);
+      return all.dim() && all.size(0) > n ? torch::stable::narrow(all, 0, 0, n) : all;
+    };
+    auto first_of = [&](const MaybeTensor& of, int64_t n) {
+      return of ? MaybeTensor(first_rows("an index", *of, n)) : std::nullopt;
+    };
+    for (Tensor& state : states) state = first_rows("states", state, n_rows);
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const size_t which = i % N_SAVED;
+      if (which == HIDDEN) continue;  // its rows lie in panels
+      const bool is_of_x = which < 2 || which == 3;  // attention's mean, rstd and kv
+      saved[i] = first_rows("saved", saved[i], is_of_x ? n_rows : i / N_SAVED + 1 == n_blocks ? n_last : n_asking);
+    }
+    std::vector<Tensor> grads = transformer_blocks_backward(
+        first_rows("grad_y", grad_y, n_last), first_rows("x", x, n_rows), weights, states, saved, n_heads,
+        first_rows("offset", offset, *n_trained + 1), first_of(asking, n_asking), first_of(kept, n_last),
+        first_of(source, n_tokens), std::nullopt);
+    const Tensor of_first = grads[0];
+    grads[0] = empty(name, x, {x.size(0), x.size(1)}, ScalarType::Float);
+    float* to = mutable_data<float>(grads[0]);
+    std::memset(std::copy_n(data<float>(of_first), of_first.numel(), to), 0,
+                (grads[0].numel() - of_first.numel()) * sizeof(float));
+    return grads;
+  }
   std::vector<Tensor> grads(1 + weights.size());
   grads[0] = grad_y;
   auto take = [&](size_t first, Grads half) {
@@ -990,6 +1093,7 @@ void implement_measures(Library& m) {
 // What a CPU alone has.
 template <class Library>
 void implement_on_cpu(Library& m) {
+  CLMFAST_IMPLEMENT(m, kmeans_search);
   CLMFAST_IMPLEMENT(m, ring_to_grid);
   CLMFAST_IMPLEMENT(m, ring_knn);
   CLMFAST_IMPLEMENT(m, attention);
@@ -1029,13 +1133,16 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "prefix, Tensor? source, bool save) -> (Tensor y, Tensor[] states, Tensor[] saved)");
   m.def(
       "transformer_blocks_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor[] states, Tensor[] saved, int "
-      "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source) -> Tensor[]");
+      "n_heads, Tensor offset, Tensor? asking, Tensor? kept, Tensor? source, int? n_trained) -> Tensor[]");
   m.def(
-      "knn(Tensor points, int k, Tensor? queries, Tensor? query_group, Tensor? point_group, Tensor? within) -> (Tensor "
+      "knn(Tensor points, int k, Tensor? queries, Tensor[] query_group, Tensor[] point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
+      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "
+      "float tol, int seed) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor n_iter, Tensor origin)");
+  m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
-      "seed, int moves) -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
+      "seed) -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
   m.def(
       "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
       "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) n_turned, Tensor(d!) wasted, Tensor(e!) turn, "

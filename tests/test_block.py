@@ -290,9 +290,10 @@ def test_opcheck_of_blocks(save):
         return
     y, states, saved = op(*arguments)
     backward = (torch.ones_like(y), *arguments[:2], states, saved, *arguments[2:5], SHARED["kept"], SHARED["source"])
-    torch.library.opcheck(torch.ops.clmfast.transformer_blocks_backward.default, backward)
+    for n_trained in (None, 1):
+        torch.library.opcheck(torch.ops.clmfast.transformer_blocks_backward.default, (*backward, n_trained))
     with pytest.raises(ValueError, match="states and saved must be those of the forward pass"):
-        torch.ops.clmfast.transformer_blocks_backward(*backward[:3], [], *backward[4:])
+        torch.ops.clmfast.transformer_blocks_backward(*backward[:3], [], *backward[4:], None)
 
 
 def test_opcheck():

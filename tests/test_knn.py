@@ -24,11 +24,14 @@ def assert_exact(points, k, queries=None, barred=None, within=None):
     with outputs_full_of_nan():
         found = ops.knn(points, k, queries, barred, within=within)
     expected = reference.knn(points, k, queries, barred)
-    if within is not None:
-        is_out = expected.dist2 > within[..., None]
-        expected = reference.KNN(expected.dist2.masked_fill(is_out, INF), expected.index.masked_fill(is_out, -1))
-    assert torch.equal(found.index, expected.index)
-    assert_same_bits([found.dist2], [expected.dist2])
+    if not isinstance(barred, list):
+        found, expected = [found], [expected]
+    for view, of_view in zip(found, expected, strict=True):
+        if within is not None:
+            is_out = of_view.dist2 > within[:, within.shape[1] - of_view.dist2.shape[1] :, None]
+            of_view = reference.KNN(of_view.dist2.masked_fill(is_out, INF), of_view.index.masked_fill(is_out, -1))
+        assert torch.equal(view.index, of_view.index)
+        assert_same_bits([view.dist2], [of_view.dist2])
 
 
 # ---- is it right?
@@ -89,6 +92,16 @@ def test_barred(k):
     assert_exact(points, k, queries, (torch.arange(40) % 5, group))
     alone = torch.zeros(90, dtype=torch.int64)
     assert (ops.knn(points, k, barred=(alone, alone)).index == -1).all()
+
+
+@pytest.mark.parametrize("sizes", [(40,), (40, 7), (40, 0), (7, 40, 1, 33), (0, 0)])
+@pytest.mark.parametrize("k", [1, 8, 80])
+def test_views(sizes, k):
+    points, queries, i = normal(2, 90, 6), normal(2, 40, 6, seed=1), torch.arange(90)
+    queries[0, 35, 2], points[1, 5, 1] = NAN, INF
+    views = [(torch.arange(n) % (3 + v), i % (11 + v)) for v, n in enumerate(sizes)]
+    assert_exact(points, k, queries, views)
+    assert_exact(points, k, queries, views, within=reference.knn(points, 5, queries).dist2[..., 4].nan_to_num(0))
 
 
 @pytest.mark.parametrize("N", [70, 700])  # one block of points, and several that meet
@@ -236,8 +249,10 @@ def test_opcheck():
     points, queries = normal(2, 20, 5), normal(2, 6, 5, seed=1)
     group = torch.arange(20)
     op = torch.ops.clmfast.knn.default
-    torch.library.opcheck(op, (points, 3, None, None, None, None))
-    torch.library.opcheck(op, (points.bfloat16(), 3, queries.bfloat16(), group[:6], group, torch.ones(2, 6)))
+    torch.library.opcheck(op, (points, 3, None, [], [], None))
+    torch.library.opcheck(
+        op, (points.bfloat16(), 3, queries.bfloat16(), [group[:6], group[:2]], [group, group], torch.ones(2, 6))
+    )
 
 
 def test_compiled():
@@ -246,6 +261,15 @@ def test_compiled():
     found = compiled(points, queries)
     assert_same_bits(found, ops.knn(points, 3, queries))
     assert not found.dist2.requires_grad
+
+
+def test_compiled_views():
+    points, queries, group = normal(2, 20, 5), normal(2, 6, 5, seed=1), torch.arange(20) % 4
+    compiled = torch.compile(lambda p, q, g: ops.knn(p, 3, q, [(g[:6], g), (g[:2], g // 2)]), fullgraph=True)
+    found = compiled(points, queries, group)
+    expected = ops.knn(points, 3, queries, [(group[:6], group), (group[:2], group // 2)])
+    for view, of_view in zip(found, expected, strict=True):
+        assert_same_bits(view, of_view)
 
 
 def test_compiled_refusals_arrive_as_they_are():
@@ -282,6 +306,17 @@ GROUP = torch.zeros(64, dtype=torch.int64)
             r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [64] and",
         ),
         ((POINTS, 1, None, (GROUP, None)), r"knn: barred must give the groups of both queries and points"),
+        ((POINTS, 1, POINTS, (GROUP,)), r"knn: barred must be (query_group, point_group), or a list of such pairs"),
+        ((POINTS, 1, POINTS, []), r"knn: barred must be (query_group, point_group), or a list of such pairs"),
+        ((POINTS, 1, POINTS, [(GROUP, GROUP)] * 5), r"knn: barred must be at most 4 pairs of groups, got 5"),
+        (
+            (POINTS, 1, None, [(GROUP, GROUP)] * 2),
+            r"knn: barred must be at most 1 pair of groups where points ask, got",
+        ),
+        (
+            (POINTS, 1, POINTS[:, :5], [(GROUP[:5], GROUP), (GROUP[:6], GROUP)]),
+            r"knn: barred must be [Q] and [N] with Q=5 and N=64, got [6] and [64]",
+        ),
         ((POINTS, 1, None, (GROUP, GROUP.float())), r"knn: point_group must be integers, got float32"),
     ],
 )

@@ -82,14 +82,14 @@ def test_what_sequences_begin_with_is_computed_once():
         torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)]),
         torch.cat([*map(torch.arange, length)]),
     )
-    first, source = shared_rows(tokens, position, offset)
+    first, source = shared_rows(tokens, position, offset, len(length))
     beginnings = [tuple(sequence[: i + 1]) for sequence in sequences for i in range(len(sequence))]
     assert len(first) == len(set(beginnings)) == 9
     assert (first.diff() > 0).all()
     assert [beginnings[i] for i in first[source]] == beginnings
-    _, apart = shared_rows(tokens, torch.arange(len(tokens)), offset)
+    _, apart = shared_rows(tokens, torch.arange(len(tokens)), offset, len(length))
     assert torch.equal(apart, torch.arange(len(tokens)))
-    assert [len(x) for x in shared_rows(tokens[:0], position[:0], torch.tensor([0]))] == [0, 0]
+    assert [len(x) for x in shared_rows(tokens[:0], position[:0], torch.tensor([0]), 0)] == [0, 0]
 
 
 def test_a_tree_of_prompts_equals_the_whole_prompts():

@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def good_calls() -> dict[str, tuple[Any, ...]]:
     """A good call of every op; backward ops are given what the forward ones returned."""
     points, queries, group = normal(2, 40, 5), normal(2, 6, 5, seed=1), torch.arange(40) % 7
-    index = RAW.knn(points, 3, None, None, None, None)[1]
+    index = RAW.knn(points, 3, None, [], [], None)[1]
     truth, label = torch.arange(24).view(2, 12) % 4, torch.arange(24).view(2, 12) % 3
     qkv, lengths = normal(2, 5, 3, 2, 4), torch.tensor([5, 2])
     out, lse = RAW.attention(qkv, lengths)
@@ -48,8 +48,9 @@ def good_calls() -> dict[str, tuple[Any, ...]]:
         y_blocks, states, saved = RAW.transformer_blocks(x, weights, 2, shared, asking, kept, None, source, True)
     zero = torch.zeros(2, 3, dtype=torch.int64)
     return {
-        "knn": (points, 3, queries, group[:6], group, torch.ones(2, 6)),
-        "kmeans": (points, 4, points[:, :4], False, 1, 10, 1e-4, 0, 2),
+        "knn": (points, 3, queries, [group[:6], group[:2]], [group, group // 2], torch.ones(2, 6)),
+        "kmeans": (points, 4, points[:, :4], False, 1, 10, 1e-4, 0),
+        "kmeans_search": (points, 4, None, torch.ones(len(points), dtype=torch.int64), 2, 3, 10, 1e-4, 0),
         "separation": (points, group, 7),
         "majority_vote": (index, group),
         "label_shares": (index, group, group, 7),
@@ -66,7 +67,7 @@ def good_calls() -> dict[str, tuple[Any, ...]]:
         "attention_block_backward": (torch.ones_like(y), x, *of_attention, 2, shared, kept, source, *of_forward),
         "transformer_blocks": (x, weights, 2, shared, asking, kept, None, source, True),
         "transformer_blocks_backward": (
-            torch.ones_like(y_blocks), x, weights, states, saved, 2, shared, asking, kept, source,
+            torch.ones_like(y_blocks), x, weights, states, saved, 2, shared, asking, kept, source, 1,
         ),
     }  # fmt: skip
 
@@ -324,7 +325,7 @@ def test_counts_that_cannot_be(call_with, n):
 
 def test_nothing_of_many_sets_is_found_at_once():
     many = torch.empty(2**40, 0, 4)
-    assert RAW.knn(many, 2, many, None, None, None)[0].shape == (2**40, 0, 2)
+    assert RAW.knn(many, 2, many, [], [], None)[0].shape == (2**40, 0, 2)
     assert RAW.majority_vote(torch.empty(2**40, 0, 3, dtype=torch.int64), LABEL).shape == (2**40, 0)
     assert RAW.attention(torch.empty(2**31, 2**31, 3, 0, 4), None)[0].shape == (2**31, 2**31, 0, 4)
 

@@ -74,6 +74,18 @@ class Batch:
             return self.instruction_end
         return np.stack([self.instruction_end, self.prompt_end], axis=1).reshape(-1)
 
+    def followed_by(self, other: Batch) -> Batch:
+        """The sequences of both, these first; both reach up to the prompt's end or beyond."""
+        n = len(self.tokens)
+        return Batch(
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.position, other.position]),
+            np.concatenate([self.offset, n + other.offset[1:]]),
+            np.concatenate([self.instruction_end, n + other.instruction_end]),
+            np.concatenate([self.prompt_end, n + other.prompt_end]),
+            np.concatenate([self.target, other.target]),
+        )
+
 
 @dataclass(frozen=True)
 class PromptTree:

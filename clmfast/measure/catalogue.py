@@ -12,7 +12,8 @@ from typing import Any
 
 from clmfast.config import LABEL_KINDS
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
+READABLE_VERSIONS = (1, MEASUREMENT_VERSION)  # never mixed in one comparison
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ MEASURES: dict[str, Measure] = {
         )
         for kind in LABEL_KINDS
     },
+    "ari_task_low": Measure(
+        "1", -0.5, 1, "0", "lowest ari_task of the partitions found whose inertia is within 0.5 % of the lowest"
+    ),
+    "ari_task_high": Measure("1", -0.5, 1, "0", "highest ari_task of those"),
+    "rival_inertia_gap": Measure(
+        "1",
+        0,
+        None,
+        "",
+        "(inertia - lowest) / lowest of the best partition found whose ari_task differs by more than 0.05",
+    ),
     "ari_task_assigned": Measure(
         "1", -0.5, 1, "0", "ari_task of the unseen states, assigned to the centroids fitted to training states"
     ),

@@ -15,7 +15,7 @@ from clmfast import ops
 from clmfast.config import MeasureConfig
 from clmfast.data.tasks import Ids, TaskSet
 from clmfast.measure.neighbours import knn_accuracy, majority_vote, neighbour_purity
-from clmfast.measure.partition import partition_scores_of
+from clmfast.measure.partition import find_partitions, partition_scores_of
 from clmfast.measure.probe import ProbeSet, columns_of, probe_measures
 
 
@@ -56,20 +56,19 @@ def shuffled_label_control(
     Neighbours and clusters stay as they are; only the labels that they are compared with are shuffled.
     """
     truth, k = probe_set.train_labels, config.k
-    fit = ops.kmeans(points, n_tasks, max_iter=config.max_iter, seed=seed)
+    label = find_partitions(points, n_tasks, config, seed).label[0]
     near = ops.knn(points, k, barred=(truth["instruction"], truth["instruction"])).index
     of_split = {}
     for split, query in queries.items():
         of_query = probe_set.unseen_labels[split]
-        of_split[split] = [
-            ops.knn(points, k, query, (of_query[kind], truth[kind])).index for kind in ("instruction", "grammar")
-        ]
+        views = [(of_query[kind], truth[kind]) for kind in ("instruction", "grammar")]
+        of_split[split] = [near.index for near in ops.knn(points, k, query, views)]
     generator = torch.Generator("cpu").manual_seed(seed)
     rounds: dict[str, list[Tensor]] = {}
     for _ in range(config.n_shuffles):
         task = truth["task"][torch.randperm(len(truth["task"]), generator=generator, device="cpu")]
         one = {
-            "ari_task": partition_scores_of(task, n_tasks, fit.label, n_tasks).ari,
+            "ari_task": partition_scores_of(task, n_tasks, label, n_tasks).ari,
             "neighbour_purity": neighbour_purity(near, task, task),
         }
         for split, indices in of_split.items():

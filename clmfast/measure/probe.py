@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from clmfast.config import LABEL_KINDS, ConfigError, MeasureConfig
 from clmfast.data.tasks import Batch, Ids, PromptTree, TaskSet, choose
 from clmfast.measure.catalogue import Column, layer_columns
 from clmfast.measure.neighbours import knn_accuracy, macro_f1, majority_vote, purities
-from clmfast.measure.partition import PARTITION_MEASURES, partition_measures, partition_scores_of
+from clmfast.measure.partition import PARTITION_MEASURES, find_partitions, partition_measures, partition_scores_of
 from clmfast.model import Transformer
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "neighbour_purity", "n_points")
@@ -126,7 +127,7 @@ def probe_measures(
     """[n_columns] float64 in the order of `columns_of`, of training states [S, N, D] and unseen states [S, Q, D] by
     split; S is usually the layers."""
     truth, n_tasks, k = probe_set.train_labels, n_labels["task"], config.k
-    fit = ops.kmeans(points, n_tasks, n_init=config.n_init, max_iter=config.max_iter, seed=seed)
+    fit = find_partitions(points, n_tasks, config, seed)
     near = ops.knn(points, k, barred=(truth["instruction"], truth["instruction"]))
 
     def everywhere(value: float) -> Tensor:
@@ -143,12 +144,10 @@ def probe_measures(
         ari_assigned = partition_scores_of(of_query["task"], n_tasks, assigned, n_tasks).ari
         ari_refit = everywhere(torch.nan)
         if query.shape[1] >= n_tasks:
-            refit = ops.kmeans(query, n_tasks, n_init=config.n_init, max_iter=config.max_iter, seed=seed)
-            ari_refit = partition_scores_of(of_query["task"], n_tasks, refit.label, n_tasks).ari
-        voted, voted_across = (
-            majority_vote(ops.knn(points, k, query, (of_query[kind], truth[kind])).index, truth["task"])
-            for kind in ("instruction", "grammar")
-        )
+            refit = find_partitions(query, n_tasks, config, seed)
+            ari_refit = partition_scores_of(of_query["task"], n_tasks, refit.label[0], n_tasks).ari
+        views = [(of_query[kind], truth[kind]) for kind in ("instruction", "grammar")]
+        voted, voted_across = (majority_vote(near.index, truth["task"]) for near in ops.knn(points, k, query, views))
         values += [
             ari_assigned,
             ari_refit,
@@ -178,7 +177,7 @@ class Readout:
 class Pass:
     """One forward pass of a probe: arguments of Transformer.states, by name, and what it gives."""
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
     readouts: tuple[Readout, ...]
 
     def to(self, device: torch.device | str) -> Pass:

@@ -1,8 +1,10 @@
 """The window estimator: measures what the last training batches produced anyway, at every step.
 
-Two rings of states: of the training batches, whose forward pass happens in any case, and of a few unseen examples that
-ride along in a forward pass of their own. The states in a ring come from the model as it was up to `window / batch`
-steps ago: that is the price of measuring every step without a further pass.
+A ring holds the states of the last training batches. Partitions and separation are measured on all of them. Neighbours
+are asked for once, when states arrive: those of this step's batch, and of a few unseen examples that ride along, among
+the states in the ring. Answers are sums and counts, recorded for every task, so that they can be pooled over any steps;
+the table holds them pooled over the last ring. The states in a ring come from the model as it was up to
+`window / batch` steps ago: that is the price of measuring every step without a further pass.
 """
 
 from __future__ import annotations
@@ -11,66 +13,73 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from clmfast import ops
 from clmfast.capture import Recorder, from_host
-from clmfast.config import LABEL_KINDS, MeasureConfig
+from clmfast.config import LABEL_KINDS, RunConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.catalogue import Column
-from clmfast.measure.neighbours import knn_accuracy, purities
-from clmfast.measure.partition import PARTITION_MEASURES, partition_measures
-from clmfast.measure.ring_neighbours import RingNeighbours
-from clmfast.ops.ring import Grid, Ring, empty_grid
+from clmfast.measure.partition import PARTITION_MEASURES, as_partitions, partition_measures
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
 MEASURES_OF_UNSEEN = ("knn_accuracy", "cross_grammar_knn_accuracy")
+ANSWERS = ("neighbour_purity", *MEASURES_OF_UNSEEN)  # what neighbours say, as sums and counts
 SPLIT = "unseen_instruction"
 
 
 class Window:
-    """`train` and `unseen` are the taps of the two forward passes; after both have advanced, `measure` reads them."""
+    """`train` and `unseen` are the taps of the training batch and of what rides along; after both have advanced,
+    `measure` reads them."""
 
-    def __init__(
-        self, tasks: TaskSet, config: MeasureConfig, n_layers: int, width: int, seed: int, device: str = "cpu"
-    ) -> None:
-        self.tasks, self.config, self.seed = tasks, config, seed
+    def __init__(self, tasks: TaskSet, config: RunConfig, n_layers: int) -> None:
+        measure, device = config.measure, torch.device(config.device)
+        self.tasks, self.config, self.seed = tasks, measure, config.seed
         self.n_layers = n_layers
-        self.train = Recorder(n_layers, config.readouts, config.window, width, device)
-        self.unseen = Recorder(n_layers, config.readouts, config.unseen_window, width, device)
-        n_sets = n_layers * len(config.readouts)
-        self.near = RingNeighbours(config.k, 1, n_sets, config.window)  # of training states, own instruction barred
-        # Of unseen states among training states: own instruction barred, own grammar barred.
-        self.near_unseen = RingNeighbours(config.k, 2, n_sets, config.unseen_window)
-        # A GPU searches the whole rings.
-        self.is_incremental = torch.device(device).type == "cpu"
-        if self.is_incremental:
-            self._grid = empty_grid(self.train.points)
-            self._grid_unseen = empty_grid(self.unseen.points, self._grid)
-        self.centroid = torch.empty(0, device=device, dtype=torch.float32)
+        width = config.model.width
+        self.train = Recorder(n_layers, measure.readouts, measure.window, width, device)
+        self.unseen = Recorder(n_layers, measure.readouts, measure.unseen_per_step, width, device)
+        self.batch, self.every = config.train.batch, config.measure_every
+        # Measured steps that a ring lasts.
+        self.n_pooled = max(1, measure.window // (self.batch * self.every))
+        self.n_pooled_unseen = max(1, measure.unseen_window // (measure.unseen_per_step * self.every))
+        n_sets = n_layers * len(measure.readouts)
+        # On a CPU several partitions are kept from step to step, on a GPU the best: their labels of the states in the
+        # ring, -1 where a state is new.
+        self.n_known = measure.population if device.type == "cpu" else 1
+        self.is_first = True
+        self.known = torch.full((self.n_known, n_sets, measure.window), -1, dtype=torch.int64, device=device)
+        n_steps = max(self.n_pooled, self.n_pooled_unseen)
+        self.answers = torch.zeros(n_steps, len(ANSWERS), 2, n_sets, tasks.n_tasks, dtype=torch.float64, device=device)
         self.columns = [  # what `measure` returns, in its order
-            Column("window", measure, readout, layer, split)
+            Column("window", name, readout, layer, split)
             for measures, split in ((MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT))
-            for measure in measures
+            for name in measures
             for layer in range(n_layers)
-            for readout in config.readouts
+            for readout in measure.readouts
         ]
-        self._n_seen = {self.train: 0, self.unseen: 0}
 
     @property
-    def per_task_shape(self) -> tuple[int, ...]:
-        return (self.n_layers, len(self.config.readouts), self.tasks.n_tasks)
+    def answers_shape(self) -> tuple[int, ...]:
+        """Of what neighbours say at a step: measure, (sum, count), layer, readout, task."""
+        return (len(ANSWERS), 2, self.n_layers, len(self.config.readouts), self.tasks.n_tasks)
+
+    def is_cold(self, step: int, i_set: int) -> bool:
+        """Does a partition of a set begin with k-means++ at this step? Sets take turns, so that steps cost the same."""
+        n_sets, every = self.known.shape[1], self.config.cold_every
+        return (step // self.every + i_set * every // n_sets) % every == 0
 
     def measure(self, step: int, labels_of: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """(values of `columns` [n_columns] float64, neighbour purity of each task [L, R, n_tasks] float64).
+        """(values of `columns` [n_columns] float64, answers of this step's neighbours [answers_shape] float64).
 
-        labels_of: labels of the examples of the training and of the unseen ring, where the caller keeps them on the
-        device.
+        labels_of: labels of the examples of the training ring and of what rides along, where the caller keeps them on
+        the device.
         All NaN while the ring holds no more than k states or fewer than there are clusters.
         """
-        n, n_unseen = self.train.n_filled, self.unseen.n_filled
+        n = self.train.n_filled
         if n <= self.config.k or n < self.tasks.n_tasks:
-            nothing = torch.tensor(torch.nan, dtype=torch.float64, device=self.train.bank.device)
-            return nothing.expand(len(self.columns)), nothing.expand(self.per_task_shape)
+            nothing = torch.tensor(torch.nan, dtype=torch.float64, device=self.known.device)
+            return nothing.expand(len(self.columns)), nothing.expand(self.answers_shape)
         if labels_of is None:
             train, unseen = (
                 from_host(self.labels_of(ring.example.numpy()), self.train.bank.device)
@@ -78,84 +87,111 @@ class Window:
             )
             labels_of = train, unseen
         labels, of_unseen = (dict(zip(LABEL_KINDS, together, strict=True)) for together in labels_of)
-        near, near_unseen = self._neighbours(labels, of_unseen)
-        points = self.train.points[:, :n]
-        fit, is_cold = self._kmeans(points, step)
-
         labels = {kind: label[:n] for kind, label in labels.items()}
-        task, task_unseen, n_tasks = labels["task"], of_unseen["task"][:n_unseen], self.tasks.n_tasks
-        purity, task_purity = purities(near, task, task, n_tasks)
-        of_training = [
-            *partition_measures(points, fit, labels, self.tasks.label_counts()),
+        points = self.train.points[:, :n]
+        answers = self._ask_neighbours(points, labels, of_unseen)
+        found, is_cold = self._partitions(points, step)
+
+        self.answers.copy_(self.answers.roll(1, 0))  # where it is: a graph that is replayed reads it there
+        self.answers[0] = answers
+        of_ring, of_unseen_ring = self.answers[: self.n_pooled, :1], self.answers[: self.n_pooled_unseen, 1:]
+        pooled = torch.cat([answered.sum(0) for answered in (of_ring, of_unseen_ring)]).sum(-1)
+        purity, *of_queries = (pooled[:, 0] / pooled[:, 1]).unbind(0)
+        values = [
+            *partition_measures(points, found, labels, self.tasks.label_counts()),
             is_cold.double(),
             purity,
+            *of_queries,
         ]
-        of_queries = [knn_accuracy(ops.majority_vote(index, task), task_unseen) for index in near_unseen]
-        per_task = task_purity.view(self.per_task_shape)
-        return torch.cat([*of_training, *of_queries]), per_task
+        return torch.cat(values), answers.view(self.answers_shape)
 
     def labels_of(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[LABEL_KINDS, N] labels of examples [N]; of a row that is empty still (-1), anything."""
         labels = self.tasks.labels(examples)
         return np.stack([labels[kind] for kind in LABEL_KINDS])
 
-    def _neighbours(self, labels: dict[str, Tensor], of_unseen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Neighbours among the training states: (of those themselves [S, n, k], of the unseen ones in two views)."""
-        instruction, grammar = labels["instruction"], labels["grammar"]
-        barred = instruction[None], instruction[None]
-        barred_unseen = (
-            torch.stack([of_unseen["instruction"], of_unseen["grammar"]]),
-            torch.stack([instruction, grammar]),
+    def _written(self, n: int) -> Tensor:
+        """The rows of the training ring that were written last [n]."""
+        device = self.train.slot.device
+        return (self.train.slot - n + torch.arange(n, device=device)) % self.train.n_points
+
+    def _ask_neighbours(self, points: Tensor, labels: dict[str, Tensor], of_unseen: dict[str, Tensor]) -> Tensor:
+        """[ANSWERS, (sum, count), S, n_tasks] of the batch that arrived and of what rode along."""
+        n_tasks, arrived = self.tasks.n_tasks, self._written(self.batch)
+        queries = torch.cat([points[:, arrived], self.unseen.points], 1)
+        of_queries = {kind: torch.cat([labels[kind][arrived], of_unseen[kind]]) for kind in ("instruction", "task")}
+        near, across = ops.knn(
+            points,
+            self.config.k,
+            queries,
+            [(of_queries["instruction"], labels["instruction"]), (of_unseen["grammar"], labels["grammar"])],
         )
-        if not self.is_incremental:
-            train, unseen = self._ring(self.train, None), self._ring(self.unseen, None)
-            return self.near.search(train, None, barred)[0], self.near_unseen.search(train, unseen, barred_unseen)
-        is_new = self._n_seen[self.train] == 0
-        train, unseen = self._ring(self.train, self._grid), self._ring(self.unseen, self._grid_unseen)
-        ops.ring_to_grid(train, unseen, is_new=is_new)
-        return self.near.update(train, None, barred)[0], self.near_unseen.update(train, unseen, barred_unseen)
+        task, task_unseen = labels["task"], of_unseen["task"]
+        of_batch = near.index[:, : self.batch].contiguous()
+        shares = ops.label_shares(of_batch, task, of_queries["task"][: self.batch], n_tasks)
+        is_task = F.one_hot(task_unseen, n_tasks).double()
+        rights = [
+            (ops.majority_vote(index.contiguous(), task) == task_unseen).double() @ is_task
+            for index in (near.index[:, self.batch :], across.index)
+        ]
+        counts = is_task.sum(0).expand_as(rights[0])
+        return torch.stack([shares, *(torch.stack([right, counts]) for right in rights)])
 
-    def _ring(self, recorder: Recorder, grid: Grid | None) -> Ring:
-        """The recorder's ring, and which rows were written since the last measurement."""
-        n_new = min(recorder.n_written - self._n_seen[recorder], recorder.n_points)
-        self._n_seen[recorder] = recorder.n_written
-        first = (recorder.n_written - n_new) % recorder.n_points
-        return Ring(recorder.points, grid, recorder.n_filled, first, n_new)
+    def _partitions(self, points: Tensor, step: int) -> tuple[ops.Partitions, Tensor]:
+        """(partitions of lowest inertia, is the best from a cold start [S]): those of the last step go on, and now and
+        then one from k-means++ competes with them."""
+        config, n_tasks, n = self.config, self.tasks.n_tasks, points.shape[1]
+        n_new = min(self.batch * self.every, self.train.n_points)
+        self.known[:, :, self._written(n_new)] = -1
+        is_first = self.is_first or n_new == self.train.n_points  # nothing is known of any state
+        self.is_first = False
+        if self.known.device.type != "cpu":
+            found, is_cold = self._warm(points, is_first or self.is_cold(step, 0))
+        else:
+            cold = [self.n_known if is_first else int(self.is_cold(step, s)) for s in range(len(points))]
+            found = ops.kmeans_search(
+                points,
+                n_tasks,
+                known=None if is_first else self.known[:, :, :n],
+                n_cold=torch.tensor(cold, device="cpu"),
+                keep=self.n_known + 1,
+                moves=config.moves,
+                max_iter=config.warm_iter,
+                seed=self.seed + step,
+            )
+            is_cold = found.origin >= (0 if is_first else self.n_known)
+        self.known[:, :, :n] = found.label[: self.n_known]
+        return found, is_cold
 
-    def _kmeans(self, points: Tensor, step: int) -> tuple[ops.KMeans, Tensor]:
-        """(fit, is_cold [S]): warm from the last centroids; every `cold_every` steps k-means++ competes with that, and
-        the lower inertia wins, so that a run cannot stay for ever in an optimum that it fell into early."""
-        config, n_tasks = self.config, self.tasks.n_tasks
-        is_first = self.centroid.numel() == 0
-        if is_first or step % config.cold_every == 0:
+    def _warm(self, points: Tensor, has_cold: bool) -> tuple[ops.Partitions, Tensor]:
+        """Without moves, which a GPU has not: Lloyd's algorithm goes on from the last partition; every `cold_every`
+        measured steps k-means++ competes with that in all sets, so that there are but two kinds of step."""
+        config, n_tasks, known = self.config, self.tasks.n_tasks, self.known[0, :, : points.shape[1]]
+        is_in = (known[:, None] == torch.arange(n_tasks, device=known.device)[:, None]).float()
+        centroid = (is_in @ points) / is_in.sum(2, keepdim=True)  # NaN for a cluster that has lost all: at the mean
+        fit = ops.kmeans(points, n_tasks, init=centroid, max_iter=config.warm_iter)
+        is_cold = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+        if has_cold:
             cold = ops.kmeans(points, n_tasks, max_iter=config.max_iter, seed=self.seed)
-        if is_first:
-            fit, is_cold = cold, torch.ones(len(points), dtype=torch.bool, device=points.device)
-        else:
-            fit = ops.kmeans(points, n_tasks, init=self.centroid, max_iter=config.warm_iter)
-            is_cold = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-            if step % config.cold_every == 0:
-                is_cold = cold.inertia < fit.inertia
-                fit = ops.KMeans(
-                    *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
-                )
-        if self.is_incremental or is_first:
-            self.centroid = fit.centroid
-        else:
-            self.centroid.copy_(fit.centroid)  # where it is: a graph that is replayed reads it there
-        return fit, is_cold
+            is_cold = cold.inertia < fit.inertia
+            fit = ops.KMeans(
+                *(torch.where(is_cold.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(cold, fit, strict=True))
+            )
+        return as_partitions(fit), is_cold
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs; neighbour lists are not in it, as they follow from the rings."""
+        """All that a resumed run needs."""
         return {
             **{f"train.{name}": tensor for name, tensor in self.train.state().items()},
             **{f"unseen.{name}": tensor for name, tensor in self.unseen.state().items()},
-            "centroid": self.centroid,
+            "known": self.known,
+            "answers": self.answers,
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         for name, ring in (("train", self.train), ("unseen", self.unseen)):
             ring.load_state({key: state[f"{name}.{key}"] for key in ring.state()})
-            self._n_seen[ring] = 0  # so that all rows count as changed
-        self.centroid = state["centroid"].to(self.centroid.device, copy=True)
+        self.known.copy_(state["known"])
+        self.is_first = bool((self.known < 0).all())
+        self.answers.copy_(state["answers"])

@@ -24,6 +24,7 @@ from clmfast.ops.block import BlockWeights, attention_block, mlp_block, transfor
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.derivatives import composed  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
+from clmfast.ops.kmeans_search import Partitions, kmeans_search  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, adjusted_rand, partition_scores  # noqa: E402
 from clmfast.ops.ring import ring_knn, ring_to_grid  # noqa: E402
@@ -35,12 +36,14 @@ __all__ = [
     "BlockWeights",
     "KMeans",
     "PartitionScores",
+    "Partitions",
     "adjusted_rand",
     "attention",
     "attention_block",
     "capture_rows",
     "composed",
     "kmeans",
+    "kmeans_search",
     "knn",
     "label_shares",
     "majority_vote",

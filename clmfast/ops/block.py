@@ -99,6 +99,7 @@ def transformer_blocks(
     prefix: Tensor | None = None,
     source: Tensor | None = None,
     max_length: int | None = None,
+    n_trained: int | None = None,
 ) -> list[Tensor]:
     """x [n, D] -> the residual stream after each block: [n, D] each, [R, D] after the last. Differentiable once, see
     composed(), and the last alone.
@@ -106,16 +107,22 @@ def transformer_blocks(
     weights: of each block, attention's and mlp's. kept [R]: the tokens that are wanted of the last block. asking [n],
     with source: the tokens that the rows are, which all other blocks compute. Everything else is as for
     `attention_block`. One call, because what Python and autograd add to each half's would be a tenth of a step.
+
+    n_trained: the sequences that have a gradient (None: all), which come first, as do their rows of x. What the others
+    put out counts as a constant, and their rows of x get a gradient of zero. On the CPU the gradients are bit for bit
+    those of a call without the others, which may read rows of the first, but not be read by them.
     """
     flat = [w for halves in weights for half in halves for w in half]
     require_tensors("transformer_blocks", x, *flat, offset, or_none=(asking, kept, prefix, source))
     n_heads = integer("transformer_blocks", "n_heads", n_heads)
+    if n_trained is not None and not 0 <= integer("transformer_blocks", "n_trained", n_trained) < len(offset):
+        raise ValueError(f"transformer_blocks: n_trained must be in [0, {len(offset) - 1}], got {n_trained}")
     if _is_fused(x):
         refuse_tangents("transformer_blocks", x, *flat)
         wants_grad = _wants_grad(x, flat)
         _refuse_gradient("transformer_blocks", prefix, wants_grad)
         if wants_grad:
-            y, *states = _Blocks.apply(x, n_heads, offset, asking, kept, source, *flat)
+            y, *states = _Blocks.apply(x, n_heads, offset, asking, kept, source, n_trained, *flat)
         else:
             arguments = (n_heads, offset, asking, kept, prefix, source, False)
             y, states, _ = torch.ops.clmfast.transformer_blocks.default(x, flat, *arguments)
@@ -128,6 +135,9 @@ def transformer_blocks(
         )  # fmt: skip
         x = mlp_block(between, of_mlp)
         states.append(x)
+    if n_trained is not None:
+        token = torch.arange(len(x), device=x.device) if kept is None else kept
+        x = torch.where((token < offset[n_trained])[:, None], x, x.detach())
     return [*(state.detach() for state in states[:-1]), x]
 
 
@@ -143,11 +153,12 @@ class _Blocks(torch.autograd.Function):
         asking: Tensor | None,
         kept: Tensor | None,
         source: Tensor | None,
+        n_trained: int | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         arguments = (n_heads, offset, asking, kept, None, source, True)
         y, states, saved = torch.ops.clmfast.transformer_blocks.default(x, weights, *arguments)
-        ctx.n_heads, ctx.n_weights, ctx.n_states = n_heads, len(weights), len(states)
+        ctx.n_heads, ctx.n_trained, ctx.n_weights, ctx.n_states = n_heads, n_trained, len(weights), len(states)
         ctx.save_for_backward(x, offset, asking, kept, source, *weights, *states, *saved)
         output = (y, *states)
         _only_y(ctx, output)
@@ -160,9 +171,9 @@ class _Blocks(torch.autograd.Function):
         weights, rest = rest[: ctx.n_weights], rest[ctx.n_weights :]
         states, saved = rest[: ctx.n_states], rest[ctx.n_states :]
         grad_x, *grads = torch.ops.clmfast.transformer_blocks_backward.default(
-            grad_y, x, weights, states, saved, ctx.n_heads, offset, asking, kept, source
+            grad_y, x, weights, states, saved, ctx.n_heads, offset, asking, kept, source, ctx.n_trained
         )
-        return grad_x, None, None, None, None, None, *grads
+        return grad_x, None, None, None, None, None, None, *grads
 
 
 def _is_fused(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clmfast.ops import arguments
 from clmfast.ops.arguments import Array
+from clmfast.ops.kmeans_search import kmeans_search
 
 
 class KMeans(NamedTuple):
@@ -35,15 +36,21 @@ def kmeans(
     points [S, N, D] float32, bfloat16 or float16; 1 <= K <= N. init: "k-means++" (greedy), "random" (points of
     different index), or the centroids to begin with, [S, K, D] (then n_init must be 1). Of n_init restarts the one of
     lowest inertia is returned. tol is relative to the mean variance of the set's coordinates. Draws depend on seed,
-    set and restart only. moves: after each restart, up to so many tries to split one cluster in two and to merge two
-    others, kept where the inertia falls: one start with ten of them finds what takes tens of restarts (csrc/kmeans.h
-    says which are tried; on a GPU only 0).
+    set and restart only. moves: of each start, up to so many rounds of splitting one cluster and merging two others, by
+    ops.kmeans_search (k-means++ alone, on a CPU): one start with ten of them finds what takes tens of restarts.
     Arrays and lists serve as well as tensors; a list of numbers becomes float32, and no other dtype is rounded.
     Beware: of identical points all go to one cluster, and other clusters then stay empty. No gradient flows.
     """
     if isinstance(init, str) and init not in ("k-means++", "random"):
         raise ValueError(f'kmeans: init must be "k-means++", "random" or a tensor, got "{init}"')
     op = "kmeans"
+    if arguments.integer(op, "moves", moves) != 0:
+        if not isinstance(init, str) or init == "random":
+            raise ValueError('kmeans: moves must be 0 unless init is "k-means++"')
+        partitions = kmeans_search(
+            points, n_clusters, n_cold=n_init, moves=moves, max_iter=max_iter, tol=tol, seed=seed
+        )
+        return KMeans(partitions.label[0], partitions.centroid, partitions.inertia[0], partitions.n_iter)
     beside = (points, init)
     found = torch.ops.clmfast.kmeans(
         arguments.points(op, "points", points, beside),
@@ -54,7 +61,6 @@ def kmeans(
         arguments.integer(op, "max_iter", max_iter),
         arguments.number(op, "tol", tol),
         arguments.integer(op, "seed", seed),
-        arguments.integer(op, "moves", moves),
     )
     return KMeans(*found)
 
@@ -69,7 +75,6 @@ def _(
     max_iter: int,
     tol: float,
     seed: int,
-    moves: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape
     return (

@@ -1,6 +1,7 @@
 """The slow, obviously right twin of every op, in float64: what the ops are tested against."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -9,11 +10,23 @@ from clmfast.ops.kmeans import KMeans
 from clmfast.ops.knn import KNN
 from clmfast.ops.partition import PartitionScores
 
-SPLIT_ITERATIONS, MOVE_ITERATIONS, MOVES_PER_ROUND = 5, 5, 3  # of csrc/kmeans.h
+WARM_ITERATIONS, MOVE_ITERATIONS, SPLIT_ITERATIONS = 2, 3, 3  # of csrc/cpu/kmeans_search.cpp
 
 
-def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Tensor, Tensor] | None = None) -> KNN:
+Barred = tuple[Tensor, Tensor]
+
+
+@overload
+def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: Barred | None = None) -> KNN: ...
+@overload
+def knn(points: Tensor, k: int, queries: Tensor, barred: list[Barred]) -> list[KNN]: ...
+def knn(
+    points: Tensor, k: int, queries: Tensor | None = None, barred: Barred | list[Barred] | None = None
+) -> KNN | list[KNN]:
     """All pairs, masked, then a stable sort by dist2, which leaves equal ones in the order of their index."""
+    if isinstance(barred, list):
+        assert queries is not None
+        return [knn(points, k, queries[:, queries.shape[1] - len(pair[0]) :], pair) for pair in barred]
     asked = points if queries is None else queries
     S, Q, _ = asked.shape
     N = points.shape[1]
@@ -34,7 +47,7 @@ def knn(points: Tensor, k: int, queries: Tensor | None = None, barred: tuple[Ten
     return KNN(dist2_SQk, index_SQk)
 
 
-def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4, moves: int = 0) -> KMeans:
+def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4) -> KMeans:
     """Lloyd's iterations from given centroids, which are rounded to float32 after every move, as the op stores them."""
     S, N, D = points.shape
     K = init.shape[1]
@@ -47,8 +60,6 @@ def kmeans(points: Tensor, init: Tensor, max_iter: int = 100, tol: float = 1e-4,
         x_ND = points[s][is_finite_N].double()
         bound = tol * float(x_ND.var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
         found = _lloyd(x_ND, init[s].double(), max_iter, bound)
-        if moves:
-            found = _improve(x_ND, found, max_iter, bound, moves)
         label_SN[s, is_finite_N], centroid_SKD[s], n_iter_S[s] = found
         inertia_S[s] = _inertia(x_ND, found)
     return KMeans(label_SN, centroid_SKD, inertia_S, n_iter_S)
@@ -73,63 +84,87 @@ def _lloyd(x_ND: Tensor, centroid_KD: Tensor, max_iter: int, bound: float) -> Fi
     return _nearest_centroid(x_ND, centroid_KD), centroid_KD, n_iter
 
 
-def _improve(x_ND: Tensor, fit: Fit, max_iter: int, bound: float, moves: int) -> Fit:
-    """The moves of csrc/kmeans.h: split a cluster, merge two others, keep that if the inertia falls."""
-    has_moved_once, is_active = False, True
-    while is_active:
-        is_active = False
-        label_N, centroid_KD, n_iter = fit
-        K = len(centroid_KD)
-        count_K = torch.bincount(label_N, minlength=K).double()
-        splits = [_split(x_ND[label_N == k], centroid_KD[k]) for k in range(K)]
-        merges = []
-        for i in range(K):
-            for j in range(i + 1, K):
-                weight = count_K[i] * count_K[j] / max(float(count_K[i] + count_K[j]), 1.0)
-                merges.append((float(weight * (centroid_KD[i] - centroid_KD[j]).square().sum()), i, j))
-        merges.sort()
-        tries = []
-        for k, split in enumerate(splits):
-            merge = next((m for m in merges if k not in m[1:]), None)
-            if split is not None and merge is not None:
-                tries.append((merge[0] - split[0], k, *merge[1:]))
-        for _, k, into, freed in sorted(tries)[: min(moves, MOVES_PER_ROUND)]:
-            split = splits[k]
-            assert split is not None
-            moves -= 1
-            begun_KD = centroid_KD.clone()
-            n = count_K[[into, freed]]
-            if n.sum() > 0:
-                begun_KD[into] = ((n[:, None] * centroid_KD[[into, freed]]).sum(dim=0) / n.sum()).float().double()
-            _, begun_KD[k], begun_KD[freed] = split
-            label, centroid, n_more = _lloyd(x_ND, begun_KD, MOVE_ITERATIONS, bound)
-            if _inertia(x_ND, (label, centroid, 0)) < _inertia(x_ND, fit):
-                fit = label, centroid, n_iter + n_more
-                has_moved_once = is_active = True
-                break
-    if not has_moved_once:
-        return fit
-    label, centroid, n_more = _lloyd(x_ND, fit[1], max_iter, bound)
-    return label, centroid, fit[2] + n_more
+def kmeans_search(points: Tensor, K: int, known: Tensor, moves: int, max_iter: int = 100, seed: int = 0) -> KMeans:
+    """The best partition of the search from known ones, [P, S, N] labels, without a projection."""
+    P, S = known.shape[:2]
+    init_SKD = torch.full((S, K, points.shape[2]), math.nan, dtype=torch.float32, device="cpu")
+    for s in range(S):
+        is_finite_N = points[s].isfinite().all(dim=1)
+        x_ND = points[s][is_finite_N].double()
+        if len(x_ND) == 0:
+            continue
+        found = [_iterated(x_ND, known[p, s, is_finite_N], K, WARM_ITERATIONS) for p in range(P)]
+        best = min(range(P), key=lambda p: _scatter(x_ND, found[p], K))
+        for p in {best, (best + 1 + seed % (P - 1)) % P} if P > 1 else {best}:
+            found[p] = _moved(x_ND, found[p], K, moves)
+        label_N = min(found, key=lambda label: _scatter(x_ND, label, K))
+        init_SKD[s] = _means(x_ND, label_N, K).float()
+    return kmeans(points, init_SKD, max_iter)
 
 
-def _split(x_ND: Tensor, centroid_D: Tensor) -> tuple[float, Tensor, Tensor] | None:
-    """(inertia that it saves, means of the halves): 2-means of a cluster's points; None where it has no two halves."""
+def _means(x_ND: Tensor, label_N: Tensor, K: int) -> Tensor:
+    return torch.stack([x_ND[label_N == k].mean(dim=0) for k in range(K)])  # NaN where there are none
+
+
+def _scatter(x_ND: Tensor, label_N: Tensor, K: int) -> float:
+    return float((x_ND - _means(x_ND, label_N, K)[label_N]).square().sum())
+
+
+def _iterated(x_ND: Tensor, label_N: Tensor, K: int, n_iter: int) -> Tensor:
+    """Lloyd's algorithm from labels; those out of range belong to no cluster yet."""
+    if not ((label_N >= 0) & (label_N < K)).any():
+        label_N = torch.zeros_like(label_N)
+    for _ in range(n_iter):
+        dist2_NK = (x_ND[:, None] - _means(x_ND, label_N, K)).square().sum(dim=2).nan_to_num(nan=math.inf)
+        own_N, label_N = dist2_NK.min(dim=1)
+        for k in range(K):
+            if not (label_N == k).any() and own_N.max() > 0:
+                label_N[own_N.argmax()] = k
+                own_N[own_N.argmax()] = 0
+    return label_N
+
+
+def _moved(x_ND: Tensor, label_N: Tensor, K: int, moves: int) -> Tensor:
+    for _ in range(moves):
+        mean_KD, count_K = _means(x_ND, label_N, K), torch.bincount(label_N, minlength=K).double()
+        splits = [_split(x_ND[label_N == k], mean_KD[k]) for k in range(K)]
+        k = max(range(K), key=lambda k: splits[k][0])
+        merges = [
+            (
+                float(count_K[i] * count_K[j] / (count_K[i] + count_K[j]) * (mean_KD[i] - mean_KD[j]).square().sum()),
+                i,
+                j,
+            )
+            for i in range(K)
+            for j in range(i + 1, K)
+            if k not in (i, j)
+        ]
+        if K < 3 or splits[k][0] == 0:
+            break
+        _, into, freed = min(merges)
+        trial_N = torch.where(label_N == freed, into, label_N)
+        trial_N[(label_N == k).nonzero()[~splits[k][1], 0]] = freed
+        trial_N = _iterated(x_ND, trial_N, K, MOVE_ITERATIONS)
+        if not _scatter(x_ND, trial_N, K) < _scatter(x_ND, label_N, K):
+            break
+        label_N = trial_N
+    return label_N
+
+
+def _split(x_ND: Tensor, mean_D: Tensor) -> tuple[float, Tensor]:
+    """(inertia that it saves, which points are in the first half): 2-means of a cluster's points."""
+    nothing = 0.0, torch.ones(len(x_ND), dtype=torch.bool, device="cpu")
     if len(x_ND) < 2:
-        return None
-    a_D = x_ND[(x_ND - centroid_D).square().sum(dim=1).argmax()]
+        return nothing
+    a_D = x_ND[(x_ND - mean_D).square().sum(dim=1).argmax()]
     b_D = x_ND[(x_ND - a_D).square().sum(dim=1).argmax()]
-    before_N = None
     for _ in range(SPLIT_ITERATIONS):
         is_a_N = (x_ND - a_D).square().sum(dim=1) <= (x_ND - b_D).square().sum(dim=1)
         if is_a_N.all() or not is_a_N.any():
-            return None
-        if before_N is not None and torch.equal(is_a_N, before_N):
-            break
-        before_N = is_a_N
-        a_D, b_D = (x_ND[half].mean(dim=0).float().double() for half in (is_a_N, ~is_a_N))
+            return nothing
+        a_D, b_D = x_ND[is_a_N].mean(dim=0), x_ND[~is_a_N].mean(dim=0)
     n_a, n_b = int(is_a_N.sum()), int((~is_a_N).sum())
-    return n_a * n_b / (n_a + n_b) * float((a_D - b_D).square().sum()), a_D, b_D
+    return n_a * n_b / (n_a + n_b) * float((a_D - b_D).square().sum()), is_a_N
 
 
 def _nearest_centroid(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:

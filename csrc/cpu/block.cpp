@@ -310,7 +310,7 @@ void mlp_block_backward_cpu(const MlpBlock& op, const MlpSaved& saved, const flo
     grad_y_columns.put(first, n, grad_y + first * D, D);
   });
   norm_grads.sum(grads);
-  const Columns hidden(saved.hidden, op.n, F);
+  const Columns hidden(saved.hidden, saved.n_hidden, F);
   weight_grads(parallel_for, {{grad_y_columns, hidden, grads.out_weight, grads.out_bias},
                               {grad_z_columns, normed_columns, grads.in_weight, grads.in_bias}});
 }

@@ -232,7 +232,7 @@ void multiply_transposed(const Columns& a, const Columns& b, int64_t first, int6
       float* to = out + o * stride + first_in;
       any_columns<Left::columns>(
           {a.panel(o / PANEL) + t * PANEL, PANEL, std::min(PANEL, first + n_out - o),
-           b.panel(first_in / PANEL) + t * PANEL, T * PANEL, 0, std::min(DEPTH_T, T - t),
+           b.panel(first_in / PANEL) + t * PANEL, b.T() * PANEL, 0, std::min(DEPTH_T, T - t),
            t ? Start{to, stride} : Start{}, to, stride},
           n_in);
     }

@@ -63,7 +63,7 @@ class Columns {
 };
 
 // out[o, i] = sum_t a[t, o] b[t, i], o in [first, first + n_out) and i in [first_in, first_in + n_in): a part of a
-// weight's gradient. `first` and `first_in` are multiples of PANEL. Rows of the whole out [., b.N()] lie side by side.
+// weight's gradient. The t are those of a; b may have more behind them. `first` and `first_in` are multiples of PANEL. Rows of the whole out [., b.N()] lie side by side.
 void multiply_transposed(const Columns& a, const Columns& b, int64_t first, int64_t n_out, int64_t first_in,
                          int64_t n_in, float* out);
 

@@ -20,7 +20,7 @@ void write_best(const Kmeans& op, int64_t s, const std::vector<KmeansRun>& runs)
 
 }  // namespace
 
-void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for) {
+void kmeans_cpu(const Kmeans& op, ParallelFor parallel_for) {
   std::vector<KmeansRun> runs;
   for (int64_t s = 0; s < op.S; ++s)
     for (int64_t restart = 0; restart < op.n_init; ++restart) runs.emplace_back(op, s, restart);
@@ -32,13 +32,9 @@ void kmeans_cpu(const Kmeans& op, int64_t moves, ParallelFor parallel_for) {
   for_each(parallel_for, n_whole, [&](int64_t i) {
     kmeans_start(op, runs[i]);
     kmeans_lloyd(op, runs[i], in_line);
-    kmeans_moves(op, moves, runs[i], in_line);
   });
   for_each(parallel_for, n_runs - n_whole, [&](int64_t i) { kmeans_start(op, runs[n_whole + i]); });
-  for (int64_t i = n_whole; i < n_runs; ++i) {
-    kmeans_lloyd(op, runs[i], parallel_for);
-    kmeans_moves(op, moves, runs[i], parallel_for);
-  }
+  for (int64_t i = n_whole; i < n_runs; ++i) kmeans_lloyd(op, runs[i], parallel_for);
   for (int64_t s = 0; s < op.S; ++s) write_best(op, s, runs);
 }
 

@@ -1,5 +1,5 @@
 // One restart of one set on the CPU, and its parts: where it starts (kmeans_start.cpp), Lloyd's algorithm
-// (kmeans_lloyd.cpp), moves out of an optimum (kmeans_moves.cpp). kmeans.cpp runs them.
+// (kmeans_lloyd.cpp). kmeans.cpp runs them.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,5 @@ void kmeans_start(const Kmeans& op, KmeansRun& run);
 
 // From the centroids that a run has to labels, centroids and inertia of an optimum.
 void kmeans_lloyd(const Kmeans& op, KmeansRun& run, ParallelFor parallel_for);
-
-// Replaces what Lloyd's algorithm found by better.
-void kmeans_moves(const Kmeans& op, int64_t n_moves, KmeansRun& run, ParallelFor parallel_for);
 
 }  // namespace clmfast

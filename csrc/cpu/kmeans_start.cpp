@@ -7,23 +7,12 @@
 #include "isa.h"
 #include "kmeans_run.h"
 #include "pair.h"
+#include "uniform.h"
 
 namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-
-// Uniform in [0, 1): a hash of its coordinates (the finalizer of splitmix64, Steele et al. 2014, once per coordinate).
-double uniform(const KmeansRun& run, int64_t seed, int64_t draw) {
-  uint64_t hash = 0;
-  for (int64_t x : {seed, run.s, run.restart, draw}) {
-    hash += static_cast<uint64_t>(x) + 0x9e3779b97f4a7c15;
-    hash = (hash ^ hash >> 30) * 0xbf58476d1ce4e5b9;
-    hash = (hash ^ hash >> 27) * 0x94d049bb133111eb;
-    hash ^= hash >> 31;
-  }
-  return static_cast<double>(hash >> 11) * 0x1p-53;
-}
 
 std::vector<int64_t> finite_points(const Kmeans& op, const float* points) {
   std::vector<int64_t> finite;
@@ -61,7 +50,7 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
   }
   int64_t draw = 0;
   const int64_t n_finite = static_cast<int64_t>(finite.size());
-  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(run, op.seed, draw++) * n_finite)]};
+  std::vector<int64_t> chosen{finite[static_cast<int64_t>(uniform(op.seed, run.s, run.restart, draw++) * n_finite)]};
   const Panels panels(points, N, D, chosen[0]);
   const int64_t stride = panels.stride(), n_rounds = (n_trials + TRIALS - 1) / TRIALS;
   // Not finite: at no distance from anything, so that none is ever drawn.
@@ -97,7 +86,7 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
       continue;
     }
     std::vector<double> target(n_trials);
-    for (double& x : target) x = uniform(run, op.seed, draw++) * potential;
+    for (double& x : target) x = uniform(op.seed, run.s, run.restart, draw++) * potential;
     std::fill(trial.begin(), trial.end(), -1);
     double sum = 0;
     int64_t last = 0;
@@ -127,7 +116,7 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
 void start_random(const Kmeans& op, std::vector<int64_t> deck, KmeansRun& run) {
   const int64_t D = op.D, n_finite = static_cast<int64_t>(deck.size());
   for (int64_t k = 0; k < op.K; ++k) {
-    if (k < n_finite) std::swap(deck[k], deck[k + static_cast<int64_t>(uniform(run, op.seed, k) * (n_finite - k))]);
+    if (k < n_finite) std::swap(deck[k], deck[k + static_cast<int64_t>(uniform(op.seed, run.s, run.restart, k) * (n_finite - k))]);
     std::copy_n(run.points + deck[k % n_finite] * D, D, run.centroid.data() + k * D);
   }
 }

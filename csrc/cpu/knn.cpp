@@ -40,56 +40,108 @@ bool nobody_else(int64_t, float) { return false; }
 
 // Are the numbers of two points for both of them? Not where the groups that points bar are not those that they are of.
 bool is_mutual(const Knn& op) {
-  return op.is_self && (!op.query_group || std::equal(op.query_group, op.query_group + op.N, op.point_group));
+  const KnnView& view = op.view[0];
+  return op.is_self && (!view.query_group || std::equal(view.query_group, view.query_group + op.N, view.point_group));
 }
 
-struct Searches {
+struct Search {
   const Knn& op;
   const Grid &points, &queries;
-  const Groups groups;
-  const bool is_mutual = clmfast::is_mutual(op);
-  const int64_t block_size = is_mutual ? point_block(op.S, op.N) : QUERY_BLOCK;
-  const int64_t n_blocks = (op.Q + block_size - 1) / block_size, stride = n_blocks * block_size;
-  std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);  // its lists are the memory of op.index
-  std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
+  const std::vector<Groups> groups;  // of each view
 
   const float* query(int64_t s, int64_t i) const {
     return (op.is_self ? op.points : op.queries) + (s * op.Q + i) * op.D;
   }
-  int64_t size_of(int64_t block) const { return std::min(block_size, op.Q - block * block_size); }
 
-  void begin(int64_t s, int64_t i) {
-    Neighbour* list = op.index + (s * op.Q + i) * op.k;
+  // Of query i, as answer a of its set; the list is the memory of op.index.
+  Nearest nearest(int64_t s, int64_t i, int64_t a) const {
+    Neighbour* list = op.index + (s * op.A + a) * op.k;
     std::fill_n(list, op.k, NO_NEIGHBOUR);
     const Neighbour bound = op.within ? bound_of(op.within[s * op.Q + i]) : NO_NEIGHBOUR;
-    nearest[s * stride + i] = Nearest(list, op.k, points.unit[s], bound);
+    return Nearest(list, op.k, points.unit[s], bound);
   }
 
-  void bar(int64_t i, int64_t first, int64_t n, float* dist2) const {
-    if (op.is_self && first <= i && i < first + n) dist2[i - first] = INF;
-    if (op.query_group) groups.for_members(op.query_group[i], first, n, [&](int64_t c) { dist2[c - first] = INF; });
+  // Calls bar(point) for points first, ..., first + n - 1 that query i may not find as answer r of view v.
+  template <class Bar>
+  void for_barred(int v, int64_t i, int64_t r, int64_t first, int64_t n, const Bar& bar) const {
+    if (op.is_self && first <= i && i < first + n) bar(i);
+    if (op.view[v].query_group) groups[v].for_members(op.view[v].query_group[r], first, n, bar);
   }
 
   // Query i looks at a row of numbers.
   template <class Found>
-  void look_at(int64_t s, int64_t i, int64_t first, int64_t n, float* dist2, const float* column_limit,
-               const Found& found) {
-    bar(i, first, n, dist2);
-    Nearest& own = nearest[s * stride + i];
+  void look_at(int64_t s, int64_t i, int64_t first, int64_t n, const float* dist2, const float* column_limit,
+               Nearest& own, const Found& found) const {
     const float* all = op.points + s * op.N * op.D;
     look({dist2, first, n, queries.rest_of(s)[i], points.rest_of(s) + first, column_limit, query(s, i), all, op.D},
          op.k, own, found);
-    limit[s * stride + i] = own.limit();
   }
 
-  // The queries of a block look at all points, alone.
-  void search(int64_t s, int64_t block) {
-    const int64_t at = block * block_size;
-    for (int64_t i = at; i < at + size_of(block); ++i) begin(s, i);
-    sweep(grid_rows(queries, s, at, size_of(block)), points, 0, n_panels(op.N),
-          [&](int64_t r, int64_t first, int64_t n, float* dist2) {
-            look_at(s, at + r, first, n, dist2, nullptr, nobody_else);
+  // Lists to answers.
+  void write(int64_t s, int64_t first, int64_t n) const {
+    for (int64_t e = (s * op.A + first) * op.k; e < (s * op.A + first + n) * op.k; ++e) {
+      const Neighbour found = op.index[e];
+      op.dist2[e] = found == NO_NEIGHBOUR ? INF : dist2_of(found);
+      op.index[e] = found == NO_NEIGHBOUR ? -1 : index_of(found);
+    }
+  }
+};
+
+// ---- queries that meet all points
+
+// Queries at, ..., at + n - 1 of a set.
+void search_queries(const Search& search, int64_t s, int64_t at, int64_t n) {
+  const Knn& op = search.op;
+  // What query i asks in view v is answer r of the view.
+  auto for_views = [&](int64_t i, const auto& visit) {
+    for (int v = 0; v < op.n_views; ++v)
+      if (const int64_t r = i - (op.Q - op.view[v].Q); r >= 0) visit(v, r);
+  };
+  std::vector<Nearest> nearest(n * op.n_views);
+  int64_t first_of[MOST_VIEWS] = {};  // answer of a view
+  for (int v = 1; v < op.n_views; ++v) first_of[v] = first_of[v - 1] + op.view[v - 1].Q;
+  for (int64_t i = at; i < at + n; ++i)
+    for_views(i, [&](int v, int64_t r) {
+      nearest[(i - at) * op.n_views + v] = search.nearest(s, i, first_of[v] + r);
+    });
+  std::vector<std::pair<int64_t, float>> barred;  // column, and what stood there
+  sweep(grid_rows(search.queries, s, at, n), search.points, 0, n_panels(op.N),
+        [&](int64_t row, int64_t first, int64_t n_columns, float* dist2) {
+          for_views(at + row, [&](int v, int64_t r) {
+            search.for_barred(v, at + row, r, first, n_columns, [&](int64_t point) {
+              barred.emplace_back(point - first, dist2[point - first]);
+              dist2[point - first] = INF;
+            });
+            search.look_at(s, at + row, first, n_columns, dist2, nullptr, nearest[row * op.n_views + v],
+                           nobody_else);
+            for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
           });
+        });
+  for (int64_t i = at; i < at + n; ++i)
+    for_views(i, [&](int v, int64_t r) { search.write(s, first_of[v] + r, 1); });
+}
+
+// ---- points that meet each other
+
+struct Meetings {
+  const Search& search;
+  const Knn& op = search.op;
+  const Grid& points = search.points;
+  const int64_t block_size = point_block(op.S, op.N);
+  const int64_t n_blocks = (op.N + block_size - 1) / block_size, stride = n_blocks * block_size;
+  std::vector<Nearest> nearest = std::vector<Nearest>(op.S * stride);
+  std::vector<float> limit = std::vector<float>(op.S * stride, -INF);
+
+  int64_t size_of(int64_t block) const { return std::min(block_size, op.N - block * block_size); }
+
+  // Point i looks at a row of numbers.
+  template <class Found>
+  void look_at(int64_t s, int64_t i, int64_t first, int64_t n, float* dist2, const float* column_limit,
+               const Found& found) {
+    search.for_barred(0, i, i, first, n, [&](int64_t point) { dist2[point - first] = INF; });
+    Nearest& own = nearest[s * stride + i];
+    search.look_at(s, i, first, n, dist2, column_limit, own, found);
+    limit[s * stride + i] = own.limit();
   }
 
   // The points of a block look at each other: each at all others at once, so that its limit is low when it meets other
@@ -108,7 +160,7 @@ struct Searches {
       r += rows.size();
     }
     for (r = 0; r < size_of(block); ++r) {
-      begin(s, at + r);
+      nearest[s * stride + at + r] = search.nearest(s, at + r, at + r);
       look_at(s, at + r, at, n * PANEL, &dist2[r * row_stride], nullptr, nobody_else);
     }
   }
@@ -125,15 +177,6 @@ struct Searches {
               return is_taken;
             });
           });
-  }
-
-  void write(int64_t s, int64_t block) const {
-    const int64_t first = (s * op.Q + block * block_size) * op.k;
-    for (int64_t e = first; e < first + size_of(block) * op.k; ++e) {
-      const Neighbour found = op.index[e];
-      op.dist2[e] = found == NO_NEIGHBOUR ? INF : dist2_of(found);
-      op.index[e] = found == NO_NEIGHBOUR ? -1 : index_of(found);
-    }
   }
 };
 
@@ -158,24 +201,32 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
   move_to_grid(points, op.points, op.N, parallel_for);
   const GridMemory queries(op.S, op.is_self ? 0 : op.Q, op.D, &points);
   if (!op.is_self) move_to_grid(queries, op.queries, op.Q, parallel_for);
-  Searches searches{op, points, op.is_self ? points : static_cast<const Grid&>(queries),
-                    op.query_group ? Groups(op.point_group, op.N) : Groups()};
-  const int64_t n_blocks = searches.n_blocks;
-  if (searches.is_mutual) {
-    for_each(parallel_for, op.S * n_blocks,
-             [&](int64_t task) { searches.meet_itself(task / n_blocks, task % n_blocks); });
-    for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
-      const auto pairs = pairs_of(n_blocks, round);
-      const int64_t n_pairs = static_cast<int64_t>(pairs.size());
-      for_each(parallel_for, op.S * n_pairs, [&](int64_t task) {
-        searches.meet(task / n_pairs, pairs[task % n_pairs].first, pairs[task % n_pairs].second);
-      });
-    }
-  } else {
-    for_each(parallel_for, op.S * n_blocks,
-             [&](int64_t task) { searches.search(task / n_blocks, task % n_blocks); });
+  std::vector<Groups> groups;
+  for (int v = 0; v < op.n_views; ++v)
+    groups.push_back(op.view[v].point_group ? Groups(op.view[v].point_group, op.N) : Groups());
+  const Search search{op, points, op.is_self ? points : static_cast<const Grid&>(queries), std::move(groups)};
+  if (!is_mutual(op)) {
+    const int64_t n_blocks = (op.Q + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
+      const int64_t at = task % n_blocks * QUERY_BLOCK;
+      search_queries(search, task / n_blocks, at, std::min(QUERY_BLOCK, op.Q - at));
+    });
+    return;
   }
-  for_each(parallel_for, op.S * n_blocks, [&](int64_t task) { searches.write(task / n_blocks, task % n_blocks); });
+  Meetings meetings{search};
+  const int64_t n_blocks = meetings.n_blocks;
+  for_each(parallel_for, op.S * n_blocks,
+           [&](int64_t task) { meetings.meet_itself(task / n_blocks, task % n_blocks); });
+  for (int64_t round = 0; n_blocks > 1 && round < n_rounds(n_blocks); ++round) {
+    const auto pairs = pairs_of(n_blocks, round);
+    const int64_t n_pairs = static_cast<int64_t>(pairs.size());
+    for_each(parallel_for, op.S * n_pairs, [&](int64_t task) {
+      meetings.meet(task / n_pairs, pairs[task % n_pairs].first, pairs[task % n_pairs].second);
+    });
+  }
+  for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
+    search.write(task / n_blocks, task % n_blocks * meetings.block_size, meetings.size_of(task % n_blocks));
+  });
 }
 
 }  // namespace clmfast

@@ -75,7 +75,7 @@ def _train(arguments: list[str], n_steps: int, samples_at: Path) -> int:
 
     def update_and_look(progress: Progress, step) -> None:  # type: ignore[no-untyped-def]
         update(progress, step)
-        ms.append(step.timing["step_ms"] + step.timing["window_ms"] + step.timing["ride_along_ms"])
+        ms.append(step.timing["step_ms"] + step.timing["window_ms"])
         if step.step and step.step % every == 0:
             n_pages = int(Path("/proc/self/statm").read_text().split()[1])
             n_threads = len(os.listdir("/proc/self/task"))

@@ -1,0 +1,50 @@
+// kmeans_search: k-means partitions of low inertia, for S point sets at once: the best one and what came close to it.
+//
+//   points   [S, N, D] float32
+//   known    [P, S, N] int64, or null: partitions to go on from, labels in [0, K); any other value: a point that belongs
+//            to no cluster yet
+//   n_cold   [S] int64: how many partitions of each set begin with k-means++
+//   label    [keep, S, N] int64: the partitions found, of lowest inertia first; -1 for points that are not finite, and
+//            for all where fewer were found
+//   inertia  [keep, S] float64: sum over points of dist2 to the mean of their cluster; infinity where fewer were found
+//   centroid [S, K, D] float32, n_iter [S] int64: of the first partition, which is what kmeans.h says of a run of
+//            Lloyd's algorithm that begins with the best partition found, and max_iter and tol
+//   origin   [S] int64: the start that the first partition comes from: p of known [p], P + i for the i-th cold one
+//
+// Search     takes place in a projection onto about K + 4 main directions of the points, where an iteration costs a
+//            fraction and hardly a partition changes its rank. Known partitions first go on by Lloyd's algorithm; the
+//            best of them, and one other (number `seed` of them, round and round), try moves. So does every cold start.
+// Moves      A round splits every cluster by 2-means of its own points, from the point farthest from the centroid and the
+//            one farthest from that. The split of largest worth n_a n_b / (n_a + n_b) |a - b|^2 is made, the pair whose
+//            union costs least by the same measure (Ward 1963), without the split cluster, is merged, and a few
+//            iterations of Lloyd's algorithm follow. What lowers the inertia stands, and a new round begins; the first
+//            move that does not is the last. At most `moves` rounds.
+// Inertia    is that of all D dimensions: of the partitions within MARGIN of the best as the projection sees them it is
+//            computed, of others it is estimated. Partitions whose inertia differs by less than SAME of it count as one.
+// Result     the same bits for any number of threads. Between instruction sets rounding may lead the search elsewhere.
+// Limits     those of kmeans.h; P <= keep < 2^20.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace clmfast {
+
+struct KmeansSearch {
+  const float* points;
+  const int64_t* known;
+  const int64_t* n_cold;
+  int64_t S, N, D, K, P, keep, moves, max_iter;
+  double tol;
+  int64_t seed;
+  int64_t* label;
+  double* inertia;
+  float* centroid;
+  int64_t* n_iter;
+  int64_t* origin;
+};
+
+void kmeans_search_cpu(const KmeansSearch& op, ParallelFor parallel_for);
+
+}  // namespace clmfast
