@@ -245,6 +245,14 @@ def test_threads_do_not_matter(init):
     assert_threads_do_not_matter(lambda: ops.kmeans(points, 7, init=init, n_init=3))
 
 
+def test_plus_plus_tells_near_points_apart_from_a_far_one():
+    """Their squared distances are far below the rounding of their squared norms, seen from the far point."""
+    sites = torch.cat([normal(1, 6, 20)[0] * 1e-2, torch.full((1, 20), 1e4)])
+    points = sites.repeat(1, 3, 1)
+    for seed in range(40):
+        assert len(ops.kmeans(points, 7, seed=seed, max_iter=1).label.unique()) == 7
+
+
 def test_seed():
     points = blobs(2, 300, 9, 12, spread=1)
     assert_same_bits(ops.kmeans(points, 12, seed=3), ops.kmeans(points, 12, seed=3))
