@@ -6,6 +6,7 @@ one of each setting, so it does one run at a time.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -35,6 +36,25 @@ def share_the_cores() -> str:
     return "short: a process beside this one must not stall every step"
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_FROM_HEAP = 32 * 2**20  # bytes; glibc takes no larger limit
+
+
+def keep_memory(n_bytes: int = 2**30) -> tuple[bool, str]:
+    """Let the process keep up to n_bytes of freed memory at the end of its heap; returns (is it kept?, the reason).
+
+    Every step frees what its forward pass saved, 40 MB in the default run. Where glibc gives that back to the system,
+    which depends on how the heap lies, 1000 to 6000 pages of the next step are new: 2.6 us each on a virtual machine,
+    2 to 14 % of a step.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False, "the environment has limits of its own"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if not (mallopt and mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP) and mallopt(M_TRIM_THRESHOLD, n_bytes)):
+        return False, "the C library has no such limits"
+    return True, "the next step needs as much"
+
+
 def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Threads and determinism; returns the automatic choices with their reasons for the header."""
     import torch
@@ -50,6 +70,7 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     is_graph, why = replays_graph(config)
     is_inside, why_there = rides_inside(config)
+    is_kept, why_kept = keep_memory()
     reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
     return {
         "threads": {"value": threads, "reason": reason},
@@ -59,6 +80,7 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
         "attention": {"value": "clmfast, fused C++", "reason": "float32 on a CPU: packed sequences, no padding"}
         if is_cpu
         else {"value": "clmfast, Triton", "reason": "a GPU: packed sequences, no padding"},
+        "freed_memory": {"value": "kept" if is_kept else "as the C library does", "reason": why_kept},
         "dtype": {"value": "float32", "reason": "the only one that training offers in this version"},
     }
 
@@ -73,7 +95,7 @@ class Surroundings:
         if not _at_work.acquire(blocking=False):
             raise ConfigError("a process does one run at a time, this one is at work on another: start a second one")
         self._variables = {name: os.environ.get(name) for name in VARIABLES}
-        self._put_back: list[Callable[[], None]] = []
+        self._put_back: list[Callable[[], object]] = []
         self._waiting = share_the_cores()
         return self
 
@@ -98,7 +120,8 @@ class Surroundings:
                 "threads must be 1 in a process that was forked after torch's threads had begun (multiprocessing's "
                 f"spawn and forkserver know no such limit), got {config.threads or 'all'}"
             )
-        self._put_back.append(put_back)
+        # glibc's limits would have adapted up to about this.
+        self._put_back += [put_back, lambda: keep_memory(2 * LARGEST_FROM_HEAP)]
         value = os.environ.get("GOMP_SPINCOUNT", "")
         return set_up_torch(config) | {"openmp_waiting": {"value": value, "reason": self._waiting}}
 

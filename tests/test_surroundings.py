@@ -100,6 +100,32 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert "clmfast: threads must be 1 in a process that was forked after" in done.stderr
 
 
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch
+from clmfast.surroundings import keep_memory
+def n_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    before = n_faults()
+    buffers = [torch.zeros(2**18) for _ in range(64)]  # a MB each
+    return n_faults() - before
+torch.set_num_threads(1)
+told = keep_memory()
+first, *later = [step() for _ in range(5)]
+print(told, first, max(later[1:]))
+assert told == (True, "the next step needs as much") and first > 16000 and max(later[1:]) < 1000
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"MALLOC_TRIM_THRESHOLD_": "1"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert "limits of its own" in done.stdout
+
+
 def test_signals_are_for_the_main_thread():
     before = signal.getsignal(signal.SIGUSR1)
     seen = []
