@@ -100,7 +100,8 @@ CLMFAST_AVX512 int64_t close_ones_avx512 CLMFAST_CLOSE_PARAMETERS {
     reach = _mm512_maskz_max_ps(ALL, reach, zero);
     const __m512 x = _mm512_loadu_ps(dist2 + c);
     const __mmask16 is_close = _mm512_cmp_ps_mask(x, _mm512_mul_ps(reach, reach), _CMP_LT_OQ);
-    end = write_mask(_mm512_mask_cmp_ps_mask(is_close, x, _mm512_set1_ps(above), _CMP_GT_OQ), c, end);
+    const __mmask16 mask = _mm512_mask_cmp_ps_mask(is_close, x, _mm512_set1_ps(above), _CMP_GT_OQ);
+    if (mask) end = write_mask(mask, c, end);  // rare
   }
   return end - column;
 }
@@ -197,6 +198,17 @@ CLMFAST_AVX512 float kth_of_avx512(const float* x, int64_t n, int64_t k) {
   return kth_of_body<count_avx512>(x, n, k);
 }
 
+// x [n], all different, in order: how many are smaller says where each belongs.
+CLMFAST_BODY void sort_few_body(const Neighbour* x, int64_t n, Neighbour* sorted) {
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t place = 0;
+    for (int64_t j = 0; j < n; ++j) place += x[j] < x[i];
+    sorted[place] = x[i];
+  }
+}
+
+CLMFAST_PER_ISA(void, sort_few, (const Neighbour* x, int64_t n, Neighbour* sorted), (x, n, sorted))
+
 // Every place gets its neighbour to the left if that is above x, or else x if x is below it: nothing to predict.
 CLMFAST_BODY void insert_chunk_body(Neighbour* list, int64_t n, Neighbour x, Neighbour* scratch) {
   for (int64_t e = 0; e < n; ++e) scratch[e] = list[e - 1] > x ? list[e - 1] : x < list[e] ? x : list[e];
@@ -207,6 +219,14 @@ CLMFAST_PER_ISA(void, insert_chunk, (Neighbour* list, int64_t n, Neighbour x, Ne
                 (list, n, x, scratch))
 
 }  // namespace
+
+void Nearest::begin_with(const Neighbour* x, int64_t n) {
+  Neighbour sorted[FEW];
+  sort_few(x, n, sorted);
+  n = std::lower_bound(sorted, sorted + n, bound_) - sorted;
+  std::copy_n(sorted, std::min(n, k_), list_);
+  if (n >= k_) bound_ = list_[k_ - 1], is_late_ = true;
+}
 
 void insert(Neighbour* list, int64_t k, Neighbour x) {
   constexpr int64_t CHUNK = 64;

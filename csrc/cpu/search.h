@@ -62,6 +62,12 @@ class Nearest {
     return limit_;
   }
 
+  bool is_empty() const { return k_ > 0 && list_[0] == NO_NEIGHBOUR; }
+
+  // Takes the first n <= FEW at once, into an empty list.
+  static constexpr int64_t FEW = 32;
+  void begin_with(const Neighbour* x, int64_t n);
+
   // Returns whether it belongs to them.
   bool take(Neighbour x) {
     if (x >= bound_) return false;
@@ -120,13 +126,15 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
   if (row.rest < 0) return 0;
   int64_t n_wasted = 0;
   int32_t column[Row::MOST + SLACK];
-  auto measure = [&](int64_t i, int64_t n) {
+  auto measured = [&](int64_t i, int64_t n) {
     const int64_t c = column[i];
     if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
+    return static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+  };
+  auto measure = [&](int64_t i, int64_t n) {
+    const int64_t c = column[i];
     const bool is_known = row.known && row.known[c] >= 0;
-    const float dist2 = is_known ? row.known[c]
-                                 : static_cast<float>(
-                                       pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
+    const float dist2 = is_known ? row.known[c] : measured(i, n);
     if (row.known) row.known[c] = dist2;
     const bool is_taken = nearest.take(neighbour(dist2, row.first + c)), is_found = found(c, dist2);
     n_wasted += !(is_known || is_taken || is_found);
@@ -137,7 +145,17 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
     if (kth < static_cast<float>(NOBODY)) {
       done = kth;
       const int64_t n = small_ones(row.dist2, row.n, kth, column);
-      for (int64_t i = 0; i < n; ++i) measure(i, n);
+      if (n <= Nearest::FEW && nearest.is_empty() && !row.known) {
+        Neighbour first[Nearest::FEW];
+        for (int64_t i = 0; i < n; ++i) {
+          const float dist2 = measured(i, n);
+          found(column[i], dist2);
+          first[i] = neighbour(dist2, row.first + column[i]);
+        }
+        nearest.begin_with(first, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) measure(i, n);
+      }
     }
   }
   const int64_t n =
