@@ -205,10 +205,11 @@ def flops(case: dict[str, Any]) -> float:
     ("what", "case", "must", "aim"),
     [
         ("exact kNN at S, self", shape(), 2.0, 4.0),
-        ("exact kNN, 512 queries against 4096 points, D = 128", shape(S=1, N=4096, D=128, Q=512), 1.5, 3.0),
+        ("exact kNN, 512 queries against 4096 points, D = 128", shape(N=4096, D=128, Q=512), 1.5, 3.0),
+        ("exact kNN, 144 queries against 1024 points, D = 128", shape(S=14, N=1024, D=128, Q=144), 1.5, 3.0),
         ("exact kNN, N = 8192, D = 768", shape(S=1, N=8192, D=768), 1.5, 2.5),
     ],
-    ids=["self", "queries", "wide"],
+    ids=["self", "queries", "window", "wide"],
 )
 def test_knn(compete: Any, claim: Any, what: str, case: dict[str, Any], must: float, aim: float) -> None:
     rivals = (*RIVALS, PYKEOPS) if case["Q"] else RIVALS  # many times slower: the larger cases would wait for it alone

@@ -170,6 +170,27 @@ def test_points_of_few_directions(name, k):
     assert_exact(points, k, points[:, :20] * 1.5)
 
 
+@pytest.mark.parametrize("n_kinds", [1, 7, 56, 130])
+@pytest.mark.parametrize("k", [1, 10, 400])
+def test_points_of_few_kinds(n_kinds, k):
+    """As the states of a first layer: equal points are measured once, and come by index."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = normal(2, n_kinds, 24)
+    kinds[:, n_kinds // 2] = -kinds[:, 0]  # as far from the origin
+    kinds[1, n_kinds // 3, 2] = NAN
+    points = kinds[:, torch.randint(n_kinds, (1040,), generator=generator)]
+    queries = torch.cat([points[:, :70], torch.zeros(2, 2, 24), normal(2, 3, 24, seed=2)], dim=1)
+    views = [
+        (torch.randint(v, (n,), generator=generator), torch.randint(v, (1040,), generator=generator))
+        for v, n in ((30, 75), (4, 9))
+    ]
+    within = reference.knn(points, min(k, 5), queries).dist2[..., -1].nan_to_num(0)
+    assert_exact(points, k, queries)
+    assert_exact(points, k, queries, views)
+    assert_exact(points, k, queries, views, within=within)
+    assert_exact(points[:, :300], k if k < 300 else 10, barred=(views[0][1][:300], views[1][1][:300]))
+
+
 @pytest.mark.parametrize("N", [256, 257, 512, 700, 1100])
 def test_blocks_meet_once(N):
     group = torch.arange(N) % 5
@@ -209,9 +230,22 @@ def test_views_are_read_as_they_are():
     assert_exact(wide, 5, wide[:, ::3], (group[::3] // 9, group // 9))
 
 
-def test_threads_do_not_matter():
-    points = normal(3, 333, 40)
+@pytest.mark.parametrize("S", [3, 13])  # threads share queries out, and sets
+def test_threads_do_not_matter(S):
+    points, queries = normal(S, 333, 40), normal(S, 100, 40, seed=1)
+    points[1] = points[1, torch.arange(333) % 8]
+    group = torch.arange(333) % 9
     assert_threads_do_not_matter(lambda: ops.knn(points, 7))
+    assert_threads_do_not_matter(
+        lambda: [x for view in ops.knn(points, 7, queries, [(group[:100], group), (group[:9], group)]) for x in view]
+    )
+
+
+@pytest.mark.parametrize("Q", [144, 700])  # the latter are worth turning points for
+def test_queries_among_points_of_few_directions(Q):
+    for make in TURNED.values():
+        x = make(few_directions(1, 1300, 130))
+        assert_exact(x[:, Q:], 10, x[:, :Q])
 
 
 def answers():
@@ -226,6 +260,9 @@ def answers():
         ]
     for make in TURNED.values():
         found += ops.knn(make(few_directions(1, 330, 130)), 10)
+    few = few_directions(13, 1500, 200)
+    found += [*ops.knn(few[:, 150:], 10, few[:, :150]), *ops.knn(few[:2, 700:], 10, few[:2, :700])]
+    found += ops.knn(normal(2, 600, 30)[:, torch.arange(600) % 20], 9, normal(2, 14, 30))
     found += ops.knn(normal(12, 1050, 30), 9)  # blocks of the larger kind
     return found
 

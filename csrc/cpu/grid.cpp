@@ -180,12 +180,14 @@ CLMFAST_BODY VectorI to_cell(const float* row, const float* centre, int64_t n, f
 // beside the second. `pairs` [LANES, grid_depth(D) + LANES] is scratch.
 CLMFAST_BODY void to_cells_body(const float* const* row, const float* centre, float unit, int64_t D, float reach,
                                 int32_t* pairs, int16_t* cells, Placed* placed) {
+  constexpr int64_t AHEAD = 2048;  // bytes: points come from the third cache, row by row
   const int64_t depth = grid_depth(D), stride = depth + LANES;
   for (int64_t r = 0; r < LANES; ++r) {
     Vector<float> rest2 = {};
     VectorI norm2 = {};
     for (int64_t g = 0; g < depth; g += LANES) {
       const int64_t first = 2 * g, half = std::min(LANES, depth - g), n_second = std::min(half, D - first - half);
+      for (int64_t line : {0, 64}) __builtin_prefetch(reinterpret_cast<const char*>(row[r] + first) + AHEAD + line);
       const VectorI low = to_cell(row[r] + first, centre + first, half, unit, reach, rest2, norm2);
       const VectorI high = to_cell(row[r] + first + half, centre + first + half, n_second, unit, reach, rest2, norm2);
       *reinterpret_cast<VectorI*>(pairs + r * stride + g) = (low & 0xffff) | (high << 16);

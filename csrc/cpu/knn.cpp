@@ -9,13 +9,16 @@
 #include <vector>
 
 #include "groups.h"
+#include "kinds.h"
+#include "pair.h"
 #include "search.h"
 
 namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t QUERY_BLOCK = 64;  // queries that meet all points: many enough to reuse panels, few for many threads
+// Queries of a task that meet all points: whole GridRows, many enough to reuse panels, few enough for many threads.
+constexpr int64_t QUERY_BLOCK = 4 * GridRows::MOST;
 
 // Points of a block in the self form. The more a query sees at once, the fewer it measures in vain; but threads share
 // the blocks out.
@@ -39,7 +42,7 @@ void mirror(const float* from, int64_t n_rows, float* to, int64_t stride) {
 // Turning a row costs TURNED D products in float32, about twice as many in whole numbers.
 bool pays_to_turn(const Knn& op) {
   const int64_t of_turning = 2 * TURNED * op.D * (op.N + op.Q + 512);
-  return op.is_self || op.Q * op.N * (op.D - TURNED) > 2 * of_turning;
+  return op.Q * op.N * (op.D - TURNED) > 2 * of_turning;
 }
 
 bool nobody_else(int64_t, float) { return false; }
@@ -53,7 +56,7 @@ bool is_mutual(const Knn& op) {
 struct Search {
   const Knn& op;
   const Grid &points, &queries;
-  const std::vector<Groups> groups;  // of each view
+  const std::vector<Groups>& groups;  // of each view
 
   const float* query(int64_t s, int64_t i) const {
     return (op.is_self ? op.points : op.queries) + (s * op.Q + i) * op.D;
@@ -72,6 +75,11 @@ struct Search {
   void for_barred(int v, int64_t i, int64_t r, int64_t first, int64_t n, const Bar& bar) const {
     if (op.is_self && first <= i && i < first + n) bar(i);
     if (op.view[v].query_group) groups[v].for_members(op.view[v].query_group[r], first, n, bar);
+  }
+
+  bool is_barred(int v, int64_t i, int64_t r, int64_t point) const {
+    const KnnView& view = op.view[v];
+    return (op.is_self && i == point) || (view.query_group && view.query_group[r] == view.point_group[point]);
   }
 
   // Query i looks at a row of numbers.
@@ -95,36 +103,118 @@ struct Search {
 
 // ---- queries that meet all points
 
-// Queries at, ..., at + n - 1 of a set.
-void search_queries(const Search& search, int64_t s, int64_t at, int64_t n) {
+// What query i asks in view v is answer r of the view: visit(v, r, answer of the set).
+template <class Visit>
+void for_views(const Knn& op, int64_t i, const Visit& visit) {
+  int64_t first = 0;  // answer of the view
+  for (int v = 0; v < op.n_views; first += op.view[v++].Q)
+    if (const int64_t r = i - (op.Q - op.view[v].Q); r >= 0) visit(v, r, first + r);
+}
+
+// Queries at, ..., at + n - 1 of the only set.
+void search_queries(const Search& search, int64_t at, int64_t n) {
   const Knn& op = search.op;
-  // What query i asks in view v is answer r of the view.
-  auto for_views = [&](int64_t i, const auto& visit) {
-    for (int v = 0; v < op.n_views; ++v)
-      if (const int64_t r = i - (op.Q - op.view[v].Q); r >= 0) visit(v, r);
-  };
   std::vector<Nearest> nearest(n * op.n_views);
-  int64_t first_of[MOST_VIEWS] = {};  // answer of a view
-  for (int v = 1; v < op.n_views; ++v) first_of[v] = first_of[v - 1] + op.view[v - 1].Q;
   for (int64_t i = at; i < at + n; ++i)
-    for_views(i, [&](int v, int64_t r) {
-      nearest[(i - at) * op.n_views + v] = search.nearest(s, i, first_of[v] + r);
+    for_views(op, i, [&](int v, int64_t, int64_t answer) {
+      nearest[(i - at) * op.n_views + v] = search.nearest(0, i, answer);
     });
   std::vector<std::pair<int64_t, float>> barred;  // column, and what stood there
-  sweep(grid_rows(search.queries, s, at, n), search.points, 0, n_panels(op.N),
+  sweep(grid_rows(search.queries, 0, at, n), search.points, 0, n_panels(op.N),
         [&](int64_t row, int64_t first, int64_t n_columns, float* dist2) {
-          for_views(at + row, [&](int v, int64_t r) {
+          for_views(op, at + row, [&](int v, int64_t r, int64_t) {
             search.for_barred(v, at + row, r, first, n_columns, [&](int64_t point) {
               barred.emplace_back(point - first, dist2[point - first]);
               dist2[point - first] = INF;
             });
-            search.look_at(s, at + row, first, n_columns, dist2, nullptr, nearest[row * op.n_views + v],
-                           nobody_else);
+            search.look_at(0, at + row, first, n_columns, dist2, nullptr, nearest[row * op.n_views + v], nobody_else);
             for (; !barred.empty(); barred.pop_back()) dist2[barred.back().first] = barred.back().second;
           });
         });
   for (int64_t i = at; i < at + n; ++i)
-    for_views(i, [&](int v, int64_t r) { search.write(s, first_of[v] + r, 1); });
+    for_views(op, i, [&](int, int64_t, int64_t answer) { search.write(0, answer, 1); });
+}
+
+using Kinds = std::vector<std::vector<int64_t>>;
+
+// The same among points of a few kinds: each is measured once for all queries that are equal.
+void search_kinds(const Search& search, const Kinds& kinds, int64_t at, int64_t n) {
+  const Knn& op = search.op;
+  std::vector<Neighbour> near;  // dist2 and kind
+  std::vector<int64_t> tied, n_found;
+  for (const std::vector<int64_t>& equal : kinds_of(search.query(0, at), n, op.D, n)) {
+    const float* query = search.query(0, at + equal[0]);
+    near.clear();
+    for (const std::vector<int64_t>& kind : kinds) {
+      const float* point = op.points + kind[0] * op.D;
+      if (!is_finite_row(point, op.D) || !is_finite_row(query, op.D)) continue;
+      near.push_back(neighbour(static_cast<float>(pair_dist2(query, point, op.D)), &kind - kinds.data()));
+    }
+    std::sort(near.begin(), near.end());
+    n_found.assign(op.A, 0);
+    bool is_full = false;
+    for (size_t begin = 0, end = 0; begin < near.size() && !is_full; begin = end) {
+      // Kinds at the same distance are one, in order of index.
+      const float dist2 = dist2_of(near[begin]);
+      tied.clear();
+      for (; end < near.size() && dist2_of(near[end]) == dist2; ++end) {
+        const std::vector<int64_t>& kind = kinds[index_of(near[end])];
+        tied.insert(tied.end(), kind.begin(), kind.end());
+      }
+      std::sort(tied.begin(), tied.end());
+      is_full = true;
+      for (int64_t place : equal) {
+        const int64_t i = at + place;
+        if (op.within && !(dist2 <= op.within[i])) continue;
+        for_views(op, i, [&](int v, int64_t r, int64_t answer) {
+          int64_t& e = n_found[answer];
+          for (size_t m = 0; m < tied.size() && e < op.k; ++m) {
+            if (search.is_barred(v, i, r, tied[m])) continue;
+            op.dist2[answer * op.k + e] = dist2;
+            op.index[answer * op.k + e++] = tied[m];
+          }
+          is_full &= e == op.k;
+        });
+      }
+    }
+    for (int64_t place : equal)
+      for_views(op, at + place, [&](int, int64_t, int64_t answer) {
+        for (int64_t e = n_found[answer]; e < op.k; ++e) {
+          op.dist2[answer * op.k + e] = INF;
+          op.index[answer * op.k + e] = -1;
+        }
+      });
+  }
+}
+
+Knn one_set(Knn op, int64_t s) {
+  op.S = 1;
+  op.points += s * op.N * op.D;
+  if (op.queries) op.queries += s * op.Q * op.D;
+  if (op.within) op.within += s * op.Q;
+  op.dist2 += s * op.A * op.k;
+  op.index += s * op.A * op.k;
+  return op;
+}
+
+void search_set(const Knn& op, const std::vector<Groups>& groups, ParallelFor parallel_for) {
+  auto for_blocks = [&](const auto& task) {
+    for_each(parallel_for, (op.Q + QUERY_BLOCK - 1) / QUERY_BLOCK, [&](int64_t block) {
+      task(block * QUERY_BLOCK, std::min(QUERY_BLOCK, op.Q - block * QUERY_BLOCK));
+    });
+  };
+  // A point that is measured costs about as much as eight that are screened.
+  if (const Kinds kinds = kinds_of(op.points, op.N, op.D, op.N / 8); !kinds.empty()) {
+    const Grid none = {};
+    const Search search{op, none, none, groups};
+    return for_blocks([&](int64_t at, int64_t n) { search_kinds(search, kinds, at, n); });
+  }
+  const GridMemory points(1, op.N, op.D), queries(1, op.is_self ? 0 : op.Q, op.D, &points);
+  make_grid(points, 0, op.points, op.N, pays_to_turn(op));
+  move_to_grid(points, op.points, op.N, parallel_for);
+  if (!op.is_self) move_to_grid(queries, op.queries, op.Q, parallel_for);
+  const Search search{op, points, op.is_self ? points : queries, groups};
+  for_blocks([&](int64_t at, int64_t n) { search_queries(search, at, n); });
 }
 
 // ---- points that meet each other
@@ -202,23 +292,20 @@ std::vector<std::pair<int64_t, int64_t>> pairs_of(int64_t n, int64_t round) {
 }  // namespace
 
 void knn_cpu(const Knn& op, ParallelFor parallel_for) {
-  const GridMemory points(op.S, op.N, op.D);
-  for_each(parallel_for, op.S, [&](int64_t s) { make_grid(points, s, op.points, op.N, pays_to_turn(op)); });
-  move_to_grid(points, op.points, op.N, parallel_for);
-  const GridMemory queries(op.S, op.is_self ? 0 : op.Q, op.D, &points);
-  if (!op.is_self) move_to_grid(queries, op.queries, op.Q, parallel_for);
   std::vector<Groups> groups;
   for (int v = 0; v < op.n_views; ++v)
     groups.push_back(op.view[v].point_group ? Groups(op.view[v].point_group, op.N) : Groups());
-  const Search search{op, points, op.is_self ? points : static_cast<const Grid&>(queries), std::move(groups)};
   if (!is_mutual(op)) {
-    const int64_t n_blocks = (op.Q + QUERY_BLOCK - 1) / QUERY_BLOCK;
-    for_each(parallel_for, op.S * n_blocks, [&](int64_t task) {
-      const int64_t at = task % n_blocks * QUERY_BLOCK;
-      search_queries(search, task / n_blocks, at, std::min(QUERY_BLOCK, op.Q - at));
-    });
+    constexpr int64_t ENOUGH = 12;  // sets to share out among threads, each of which then stays in its second cache
+    auto search = [&](int64_t s, ParallelFor within) { search_set(one_set(op, s), groups, within); };
+    if (op.S >= ENOUGH) for_each(parallel_for, op.S, [&](int64_t s) { search(s, in_line); });
+    else for (int64_t s = 0; s < op.S; ++s) search(s, parallel_for);
     return;
   }
+  const GridMemory points(op.S, op.N, op.D);
+  for_each(parallel_for, op.S, [&](int64_t s) { make_grid(points, s, op.points, op.N, true); });
+  move_to_grid(points, op.points, op.N, parallel_for);
+  const Search search{op, points, points, groups};
   Meetings meetings{search};
   const int64_t n_blocks = meetings.n_blocks;
   for_each(parallel_for, op.S * n_blocks,

@@ -62,6 +62,12 @@ class Nearest {
     return limit_;
   }
 
+  bool is_empty() const { return k_ > 0 && list_[0] == NO_NEIGHBOUR; }
+
+  // Takes the first n <= FEW at once, into an empty list.
+  static constexpr int64_t FEW = 32;
+  void begin_with(const Neighbour* x, int64_t n);
+
   // Returns whether it belongs to them.
   bool take(Neighbour x) {
     if (x >= bound_) return false;
@@ -81,13 +87,14 @@ class Nearest {
 
 // ---- rows of squared distances of cells
 
-// Bit c % PANEL of bits[c / PANEL] is set where dist2[c] lets column c be closer than the larger of the limits (the
-// column's own: null for none) plus both rests. n is a multiple of PANEL.
-void close_ones(const float* dist2, int64_t n, float limit, float rest, const float* column_limit,
-                const float* column_rest, uint32_t* bits);
+// Columns c whose dist2[c] > above lets them be closer than the larger of the limits (the column's own: null for none)
+// plus both rests, ascending, to `column` [n + SLACK]; returns how many. n is a multiple of PANEL.
+constexpr int64_t SLACK = 16;
+int64_t close_ones(const float* dist2, int64_t n, float above, float limit, float rest, const float* column_limit,
+                   const float* column_rest, int32_t* column);
 
 // The same where dist2[c] <= most.
-void small_ones(const float* dist2, int64_t n, float most, uint32_t* bits);
+int64_t small_ones(const float* dist2, int64_t n, float most, int32_t* column);
 
 // A little more than the k-th smallest of the numbers, or infinity: at least k of them, if not all, are at most this.
 float about_kth(const float* dist2, int64_t n, int64_t k);
@@ -118,43 +125,49 @@ template <class Found>
 int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
   if (row.rest < 0) return 0;
   int64_t n_wasted = 0;
-  uint32_t bits[Row::MOST / PANEL];
-  int32_t column[Row::MOST];
-  float done = -1;  // whose dist2 is at most this has been measured
-  auto measure = [&](float up_to) {
-    int64_t n = 0;
-    for (int64_t p = 0; p < row.n / PANEL; ++p)
-      for (uint32_t left = bits[p]; left; left &= left - 1)
-        column[n++] = static_cast<int32_t>(p * PANEL + __builtin_ctz(left));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = column[i];
-      if (i + 2 < n && !(row.known && row.known[column[i + 2]] >= 0))
-        fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
-      if (row.dist2[c] <= done) continue;
-      // The limit may have come down since the bits were made.
-      float reach = nearest.may_take(row.first + c) ? nearest.limit() : -std::numeric_limits<float>::infinity();
-      if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
-      reach += row.rest + row.column_rest[c];
-      if (!(reach > 0 && row.dist2[c] < reach * reach) && !(row.dist2[c] <= up_to)) continue;
-      const bool is_known = row.known && row.known[c] >= 0;
-      const float dist2 = is_known ? row.known[c]
-                                   : static_cast<float>(
-                                         pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
-      if (row.known) row.known[c] = dist2;
-      const bool is_taken = nearest.take(neighbour(dist2, row.first + c)), is_found = found(c, dist2);
-      n_wasted += !(is_known || is_taken || is_found);
-    }
-    done = up_to;
+  int32_t column[Row::MOST + SLACK];
+  auto measured = [&](int64_t i, int64_t n) {
+    const int64_t c = column[i];
+    if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
+    return static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
   };
+  auto measure = [&](int64_t i, int64_t n) {
+    const int64_t c = column[i];
+    const bool is_known = row.known && row.known[c] >= 0;
+    const float dist2 = is_known ? row.known[c] : measured(i, n);
+    if (row.known) row.known[c] = dist2;
+    const bool is_taken = nearest.take(neighbour(dist2, row.first + c)), is_found = found(c, dist2);
+    n_wasted += !(is_known || is_taken || is_found);
+  };
+  float done = -1;  // whose dist2 is at most this has been measured
   if (!nearest.is_full()) {
     const float kth = about_kth(row.dist2, row.n, k);
     if (kth < static_cast<float>(NOBODY)) {
-      small_ones(row.dist2, row.n, kth, bits);
-      measure(kth);
+      done = kth;
+      const int64_t n = small_ones(row.dist2, row.n, kth, column);
+      if (n <= Nearest::FEW && nearest.is_empty() && !row.known) {
+        Neighbour first[Nearest::FEW];
+        for (int64_t i = 0; i < n; ++i) {
+          const float dist2 = measured(i, n);
+          found(column[i], dist2);
+          first[i] = neighbour(dist2, row.first + column[i]);
+        }
+        nearest.begin_with(first, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) measure(i, n);
+      }
     }
   }
-  close_ones(row.dist2, row.n, nearest.limit(), row.rest, row.column_limit, row.column_rest, bits);
-  measure(done);
+  const int64_t n =
+      close_ones(row.dist2, row.n, done, nearest.limit(), row.rest, row.column_limit, row.column_rest, column);
+  for (int64_t i = 0; i < n; ++i) {
+    // The limit may have come down since.
+    const int64_t c = column[i];
+    float reach = nearest.may_take(row.first + c) ? nearest.limit() : -std::numeric_limits<float>::infinity();
+    if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
+    reach += row.rest + row.column_rest[c];
+    if (reach > 0 && row.dist2[c] < reach * reach) measure(i, n);
+  }
   return n_wasted;
 }
 
