@@ -25,6 +25,7 @@ from clmfast.files import (
     remove_parts,
     write_json,
 )
+from clmfast.measure.catalogue import MEASUREMENT_VERSION
 from clmfast.schema import check_header
 from clmfast.untrusted import is_there, read_json, read_table, refusing
 
@@ -142,7 +143,12 @@ def header_of(path: Path) -> dict[str, Any]:
     with refusing(ConfigError, f"--resume: {path} must have the header of its run"):
         meta = read_json(path / "meta.json")
         check_header(meta)
-        return meta
+    if meta["measurement_version"] != MEASUREMENT_VERSION:
+        raise ConfigError(
+            f"--resume: {path} must be a run of measurement version {MEASUREMENT_VERSION}, as numbers of two versions "
+            f"are never mixed, got {meta['measurement_version']}"
+        )
+    return meta
 
 
 def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

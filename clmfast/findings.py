@@ -20,6 +20,7 @@ HEADLINE_SPLIT = "unseen_instruction"
 SMOOTHING_STEPS = 25
 PLATEAU_SHARE = 0.95
 CLOSE_SHARE_OF_RUN = 0.2
+AMBIGUOUS = 0.05  # width of the band from which on a number is not certain
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def findings(run: Run) -> list[Finding]:
     found.append(
         Finding(
             "Hidden states cluster by task (1)",
-            f"ARI {ari[top]:.2f} in layer {top}" + _control_text(run, "ari_task", ""),
+            f"ARI {ari[top]:.2f} in layer {top}" + _band_text(run, top) + _control_text(run, "ari_task", ""),
             "≥ 0.80",
             bool(ari[top] >= 0.8),
         )
@@ -190,6 +191,23 @@ def control(run: Run, kind: str, readout: str, measure: str, split: str = "", la
         ) and (entry["layer"] == layer):
             return entry
     return None
+
+
+def band_width(run: Run, readout: str = HEADLINE_READOUT) -> NDArray[np.float64]:
+    """[layers] of the last probe: how far the ARI of partitions that fit equally well lie apart. Zero where a run does
+    not tell."""
+    if run.measurement_version == 1:
+        return np.zeros(len(run.layers))
+    low, high = (final_by_layer(run, f"ari_task_{end}", "", readout) for end in ("low", "high"))
+    return high - low
+
+
+def _band_text(run: Run, layer: int) -> str:
+    """Says where the number is read from a step at which no single partition is the best."""
+    if not band_width(run)[layer] > AMBIGUOUS:
+        return ""
+    low, high = (final_by_layer(run, f"ari_task_{end}")[layer] for end in ("low", "high"))
+    return f", ambiguous: {low:.2f} to {high:.2f} among partitions that fit equally well"
 
 
 def _control_text(run: Run, measure: str, split: str) -> str:

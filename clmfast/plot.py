@@ -50,11 +50,19 @@ def layout(figure: go.Figure, height: int) -> go.Figure:
 
 
 def _add_layer_lines(
-    figure: go.Figure, run: Run, values: NDArray[np.float64], row: int, col: int, show_legend: bool
-) -> None:
+    figure: go.Figure, run: Run, values: NDArray[np.float64], row: int, col: int, show_legend: bool,
+    band: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+) -> None:  # fmt: skip
+    """A line for each layer, over its band [rows, layers] from low to high."""
     is_measured = np.isfinite(values).any(1)
     for layer, colour in zip(run.layers, layer_colours(len(run.layers)), strict=True):
         name = "layer 0 (embedding)" if layer == 0 else f"layer {layer}"
+        if band is not None:
+            x, (low, high) = run.step[is_measured], (edge[is_measured, layer].astype(np.float32) for edge in band)
+            figure.add_scatter(
+                x=np.concatenate([x, x[::-1]]), y=np.concatenate([low, high[::-1]]), mode="none", fill="toself",
+                fillcolor=colour, opacity=0.3, legendgroup=name, showlegend=False, hoverinfo="skip", row=row, col=col,
+            )  # fmt: skip
         figure.add_scatter(
             x=run.step[is_measured], y=values[is_measured, layer].astype(np.float32), mode="lines", name=name,
             legendgroup=name, showlegend=show_legend, line={"color": colour, "width": 1.6}, row=row, col=col,
@@ -103,7 +111,11 @@ def curves_by_layer(run: Run, measures: list[tuple[str, str, str]]) -> go.Figure
         for col, readout in enumerate(run.readouts, start=1):
             first = row == col == 1
             _add_controls(figure, run, readout, measure, split, row, col, first)
-            _add_layer_lines(figure, run, run.by_layer("window", readout, measure, split), row, col, first)
+            band = None
+            if measure == "ari_task" and run.measurement_version > 1:
+                low, high = (run.by_layer("window", readout, f"ari_task_{end}") for end in ("low", "high"))
+                band = low, high
+            _add_layer_lines(figure, run, run.by_layer("window", readout, measure, split), row, col, first, band)
         figure.update_yaxes(title_text=title, row=row, col=1)
     figure.update_yaxes(range=[-0.05, 1.05])
     figure.update_xaxes(title_text="training step", row=len(measures))

@@ -73,7 +73,9 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
                 "Clusters by task form layer by layer",
                 "k-means with as many clusters as tasks, compared with the true tasks by the adjusted Rand index "
                 "(1 = the same partition, 0 = chance), at every step. Labels are never shown to the model or to "
-                "k-means. The dashed line is what letter counts alone give; the grey band what shuffled labels give.",
+                "k-means. Where several partitions fit the states equally well (within half a percent of the lowest "
+                "inertia), a coloured band spans their ARI: a jump inside it is k-means changing its mind, not the model. "
+                "The dashed line is what letter counts alone give; the grey band what shuffled labels give.",
                 plot.curves_by_layer(run, [("ari_task", "", "ARI (task)")]),
             )
         )

@@ -29,6 +29,7 @@ from clmfast import files
 from clmfast.config import ConfigError, RunConfig, from_file, to_dict
 from clmfast.directory import is_empty
 from clmfast.files import write_json
+from clmfast.measure.catalogue import MEASUREMENT_VERSION
 from clmfast.record import NotARun, Run
 from clmfast.study.base import Revisit, StudyError, changed
 from clmfast.study.summary import Summary, beside, kept_at, revisited, write_summary
@@ -100,6 +101,7 @@ def state_of(path: Path, config: RunConfig) -> str:
         except NotARun as error:
             raise StudyError(str(error)) from None
         _need_same(beside(path, ".npz"), summary.config, config)
+        _need_version(beside(path, ".npz"), summary)
         return "diverged" if _has(summary, "anomaly") else "finished"
     if not path.exists() or (path.is_dir() and is_empty(path)):
         return "missing"
@@ -110,6 +112,7 @@ def state_of(path: Path, config: RunConfig) -> str:
     _need_same(path / "config.json", found, config)
     try:
         run = Run(path)
+        _need_version(path, run)
         if _has(run, "anomaly"):
             return "diverged"
         if _has(run, "extended"):
@@ -121,6 +124,14 @@ def state_of(path: Path, config: RunConfig) -> str:
         if (path / "meta.json").exists():
             raise StudyError(f"records must be those of a run: {error}") from None
     return "started"
+
+
+def _need_version(file: Path, run: Run) -> None:
+    if run.measurement_version != MEASUREMENT_VERSION:
+        raise StudyError(
+            f"{file} must be of measurement version {MEASUREMENT_VERSION}, as numbers of two versions are never "
+            f"compared, got {run.measurement_version}: move it away"
+        )
 
 
 def _need_same(file: Path, found: RunConfig, config: RunConfig) -> None:
