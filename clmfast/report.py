@@ -74,8 +74,8 @@ def sections(run: Run) -> list[tuple[str, str, go.Figure]]:
                 "k-means with as many clusters as tasks, compared with the true tasks by the adjusted Rand index "
                 "(1 = the same partition, 0 = chance), at every step. Labels are never shown to the model or to "
                 "k-means. Where several partitions fit the states equally well (within half a percent of the lowest "
-                "inertia), a coloured band spans their ARI: a jump inside it is k-means changing its mind, not the model. "
-                "The dashed line is what letter counts alone give; the grey band what shuffled labels give.",
+                "inertia), a coloured band spans their ARI: a jump inside it is k-means changing its mind, not the "
+                "model. The dashed line is what letter counts alone give; the grey band what shuffled labels give.",
                 plot.curves_by_layer(run, [("ari_task", "", "ARI (task)")]),
             )
         )
