@@ -348,7 +348,8 @@ void Centroids::nearest(const float* points, const int64_t* row, int64_t n, cons
       least_others(v, K_, n_groups, verdict.label, others);
       for (int64_t r = 0; r < ROWS; ++r) offset[r] = norm2[r] - 2 * verdict.slack[r];
       for (int64_t g = 0; g < n_groups; ++g)
-        to_distances(others + g * ROWS, offset, in_points * (1 - 0x1p-20f), n_rows, found.beyond + g * found.stride + e);
+        to_distances(others + g * ROWS, offset, in_points * (1 - 0x1p-20f), n_rows,
+                     found.beyond + g * found.stride + e);
     }
     // Points that are out of the screen's range, or not finite.
     for (int64_t r = 0; r < n_rows; ++r) {

@@ -35,7 +35,9 @@ struct Found {
   float* beyond;          // [groups, stride]: at most that to any other of the group
   int64_t stride;
 
-  Found from(int64_t i) const { return {label + i, within ? within + i : nullptr, beyond ? beyond + i : nullptr, stride}; }
+  Found from(int64_t i) const {
+    return {label + i, within ? within + i : nullptr, beyond ? beyond + i : nullptr, stride};
+  }
 };
 
 class Centroids {

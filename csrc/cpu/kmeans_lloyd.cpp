@@ -139,7 +139,8 @@ class Lloyd {
   void label_anew(const int64_t* row, int64_t n, bool is_last) {
     int32_t label[CHUNK];
     float within[CHUNK], beyond[GROUPS * CHUNK];
-    packed_.nearest(run_.points, row, n, nullptr, {label, is_last ? nullptr : within, is_last ? nullptr : beyond, CHUNK});
+    packed_.nearest(run_.points, row, n, nullptr,
+                    {label, is_last ? nullptr : within, is_last ? nullptr : beyond, CHUNK});
     for (int64_t e = 0; e < n; ++e) label_[row[e]] = label[e];
     if (is_last) return;
     for (int64_t e = 0; e < n; ++e) within_[row[e]] = within[e];

@@ -64,9 +64,10 @@ void start_plus_plus(const Kmeans& op, const std::vector<int64_t>& finite, Kmean
       for (int64_t t = 0; t < TRIALS; ++t) {
         together[t] = trial[std::min(first + t, n_trials - 1)];
         // Half the way to the trial, less what float32 may have got wrong.
-        for (size_t k = 0; k < chosen.size(); ++k)
-          limit[k] = std::min(limit[k], static_cast<float>(pair_dist2(points + chosen[k] * D, points + together[t] * D, D) *
-                                                           (0.25 - 0x1p-5)));
+        for (size_t k = 0; k < chosen.size(); ++k) {
+          const double dist2 = pair_dist2(points + chosen[k] * D, points + together[t] * D, D);
+          limit[k] = std::min(limit[k], static_cast<float>(dist2 * (0.25 - 0x1p-5)));
+        }
       }
       panels.least_dist2(together, closest.data(), nearest.data(), limit.data(), least.data() + first * stride);
     }
