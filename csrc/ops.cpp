@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& points, int64_t k, const MaybeTenso
     require(1 <= k && k < N, "knn: k must be in [1, N), got k=", k, " with N=", N);
   }
   const int64_t Q = queries ? queries->size(1) : N;
-  Knn op;
+  Knn op = {};
   op.n_views = std::max(static_cast<int>(query_groups.size()), 1);
   require(query_groups.size() == point_groups.size(), "knn: barred must give the groups of both queries and points");
   require(query_groups.size() <= (queries ? MOST_VIEWS : 1), "knn: barred must be at most ", queries ? MOST_VIEWS : 1,

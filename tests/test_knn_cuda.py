@@ -15,29 +15,38 @@ INF, NAN = float("inf"), float("nan")
 SOURCE = """
 #include "knn.cu"
 using namespace clmfast;
-static Knn op_of(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
-                 const float* within, const int64_t* size, float* dist2, int64_t* index) {
-  return {points,  queries, size[5] != 0, query_group, point_group, within, size[0],
-          size[1], size[2], size[3],      size[4],     dist2,       index};
+// size: S, N, Q, D, k, is_self, n_views, and Q of each view; groups: pointers, of queries and points, view by view.
+static Knn op_of(const float* points, const float* queries, const int64_t* groups, const float* within,
+                 const int64_t* size, float* dist2, int64_t* index) {
+  Knn op = {};
+  op.points = points, op.queries = queries, op.is_self = size[5] != 0, op.within = within;
+  op.S = size[0], op.N = size[1], op.Q = size[2], op.D = size[3], op.k = size[4];
+  op.dist2 = dist2, op.index = index;
+  op.n_views = static_cast<int>(size[6]);
+  for (int v = 0; v < op.n_views; ++v) {
+    op.view[v].Q = size[7 + v], op.A += size[7 + v];
+    if (!groups) continue;
+    op.view[v].query_group = reinterpret_cast<const int64_t*>(groups[2 * v]);
+    op.view[v].point_group = reinterpret_cast<const int64_t*>(groups[2 * v + 1]);
+  }
+  return op;
 }
 extern "C" void scratch(const int64_t* size, int64_t* n) {
-  *n = knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr));
+  *n = knn_cuda_scratch(op_of(nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr));
 }
-extern "C" void knn(const float* points, const float* queries, const int64_t* query_group, const int64_t* point_group,
-                    const float* within, const int64_t* size, int64_t element, float* dist2, int64_t* index,
-                    void* scratch) {
-  knn_cuda(op_of(points, queries, query_group, point_group, within, size, dist2, index), static_cast<Element>(element),
-           scratch, nullptr);
+extern "C" void knn(const float* points, const float* queries, const int64_t* groups, const float* within,
+                    const int64_t* size, int64_t element, float* dist2, int64_t* index, void* scratch) {
+  knn_cuda(op_of(points, queries, groups, within, size, dist2, index), static_cast<Element>(element), scratch, nullptr);
 }
 // How many queries the exact kernel had to answer, and how often a warp of the screen thinned out what it had kept, on
 // average.
 extern "C" void counted(const int64_t* size, void* scratch, int64_t* n_listed, double* n_thinned) {
-  const Knn op = op_of(nullptr, nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr);
+  const Knn op = op_of(nullptr, nullptr, nullptr, nullptr, size, nullptr, nullptr);
   Scratch memory{static_cast<unsigned char*>(scratch)};
   const Plan plan = plan_of(op);
   const Prepared prepared = prepared_in(memory, op, plan);
   *n_listed = *prepared.n_listed;
-  const int64_t n_warps = op.S * ((op.Q + 15) / 16) * plan.n_splits;
+  const int64_t n_warps = op.S * ((op.A + 15) / 16) * plan.n_splits;
   *n_thinned = static_cast<double>(*prepared.n_thinned) / static_cast<double>(n_warps);
 }
 """
@@ -59,16 +68,19 @@ class Emulated:
         Q = N if queries is None else queries.shape[1]
         points = points.contiguous()
         queries = None if queries is None else queries.contiguous()
-        size = torch.tensor([S, N, Q, D, k, queries is None])
-        groups = (None, None) if barred is None else tuple(x.contiguous() for x in barred)
+        views = [] if barred is None else barred if isinstance(barred, list) else [barred]
+        groups = [x.contiguous() for pair in views for x in pair]
+        sizes = [len(x) for x in groups[::2]] or [Q]
+        size = torch.tensor([S, N, Q, D, k, queries is None, len(sizes), *sizes])
+        pointers = torch.tensor([x.data_ptr() for x in groups]) if groups else None
         within = None if within is None else within.contiguous()
-        dist2, index = torch.full((S, Q, k), NAN), torch.full((S, Q, k), -7)
+        dist2, index = torch.full((S, sum(sizes), k), NAN), torch.full((S, sum(sizes), k), -7)
         n = torch.zeros(1, dtype=torch.int64)
         self.library.scratch(size, n)
         scratch = torch.full((int(n) + 256,), 0xCD, dtype=torch.uint8)
         scratch = scratch[-scratch.data_ptr() % 256 :]
-        self.library.knn(points, queries, *groups, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch)
-        if S * Q and int(n):
+        self.library.knn(points, queries, pointers, within, size, ELEMENTS.index(points.dtype), dist2, index, scratch)
+        if S * sum(sizes) and int(n):
             n_thinned = torch.zeros(1, dtype=torch.float64)
             self.library.counted(size, scratch, n, n_thinned)
             self.n_listed, self.n_thinned = int(n), float(n_thinned)
@@ -90,8 +102,13 @@ def knn(request: pytest.FixtureRequest) -> Iterator[Any]:
             def move(x: Any) -> Any:
                 return None if x is None else x.cuda()
 
-            barred = None if barred is None else tuple(map(move, barred))
-            return [x.cpu() for x in ops.knn(move(points), k, move(queries), barred, within=move(within))]
+            is_list = isinstance(barred, list)
+            views = [] if barred is None else [tuple(map(move, pair)) for pair in (barred if is_list else [barred])]
+            given = views if is_list else views[0] if views else None
+            found = ops.knn(move(points), k, move(queries), given, within=move(within))
+            return [
+                x.cpu() for x in ((torch.cat(parts, 1) for parts in zip(*found, strict=True)) if is_list else found)
+            ]
 
         yield on_gpu
     else:
@@ -106,6 +123,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_exact(knn: Any, *arguments: Any, **options: Any) -> None:
     found, expected = knn(*arguments, **options), ops.knn(*arguments, **options)
+    if isinstance(expected, list):
+        expected = ops.KNN(*(torch.cat(parts, 1) for parts in zip(*expected, strict=True)))
     assert torch.equal(found[1], expected.index)
     assert_same_bits([found[0]], [expected.dist2])
 
@@ -179,6 +198,23 @@ def test_barred(knn: Any, k: int) -> None:
     assert_exact(knn, points, k, queries, (torch.arange(40) % 5, group))
     alone = torch.zeros(90, dtype=torch.int64)
     assert_exact(knn, points, k, barred=(alone, alone))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "k"), [((150, 16), 10), ((40,), 1), ((40, 0, 30), 10), ((3, 40, 1, 33), 10), ((9, 4), 110)]
+)
+def test_views(knn: Any, sizes: tuple[int, ...], k: int) -> None:
+    points, queries, i = normal(2, 300, 6), normal(2, max(sizes), 6, seed=1), torch.arange(300)
+    queries[0, -1, 2], points[1, 5, 1] = NAN, INF
+    views = [(torch.arange(n) % (3 + v), i % (11 + v)) for v, n in enumerate(sizes)]
+    views[0][0][0] = 2**40  # the exact kernel's
+    assert_exact(knn, points, k, queries, views)
+    if k < 100:
+        assert_screened(knn, 2)
+    within = ops.knn(points, 5, queries).dist2[..., 4]
+    assert_exact(knn, points, k, queries, views, within=within)
+    points[:] = points[:, i % 7]
+    assert_exact(knn, points, k, queries, views)
 
 
 @pytest.mark.parametrize("k", [1, 8, 80])

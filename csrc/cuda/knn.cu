@@ -63,10 +63,12 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
   const Knn& op = asked.op;
   const int lane = lane_id();
   const int64_t task = static_cast<int64_t>(blockIdx.x) * (RESCORE_THREADS / 32) + warp_id();
-  if (task >= op.S * op.Q) return;
-  const int64_t s = task / op.Q, i = task % op.Q, at = s * prepared.queries.n + i;
+  if (task >= op.S * op.A) return;
+  const int64_t s = task / op.A, i = task % op.A;
+  const Asker asker = asker_of_answer(op, i);
+  const int64_t query = asker.query, row = asker.row, at = s * prepared.queries.n + row;
   const float base = prepared.queries.base[at], rest = prepared.queries.rest[at], limit = prepared.queries.limit[at];
-  const float within = within_of(op, s, i);
+  const float within = within_of(op, s, query);
   const double unit = prepared.unit[s];
   const bool is_aligned = asked.is_in_fours();
   if (prepared.is_few(op, s)) return;
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
 #pragma unroll
   for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
   for (int64_t split = 0; split < prepared.n_splits; ++split) {
-    const int64_t from = (s * prepared.n_splits + split) * prepared.queries.n + i;
+    const int64_t from = (s * prepared.n_splits + split) * prepared.queries.n + row;
     cut = fminf(cut, prepared.cut[from]);
     const Entry* const kept = prepared.kept + from * RowSlots<R>::CAPACITY;
     const int n_kept = prepared.n_kept[from];
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
       const int other = e + PAIRS / 2;
       const int32_t j = index_of(measured[min(e, to - 1)]), j_other = index_of(measured[min(other, to - 1)]);
       double dist2[2];
-      two_pairs_dist2(asked.query(s, i), asked.point(s, j), asked.point(s, j_other), op.D, is_aligned, dist2);
+      two_pairs_dist2(asked.query(s, query), asked.point(s, j), asked.point(s, j_other), op.D, is_aligned, dist2);
       __syncwarp();
       auto write = [&](int place, int32_t of, float found) {
         if (place < to && lane % QUAD == 0) measured[place] = found <= within ? make_entry(found, of) : NO_ENTRY;
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     measured[32 * r + lane] = list[r];
-    if (32 * r + lane < k) write_neighbour(op, (s * op.Q + i) * k + 32 * r + lane, list[r]);
+    if (32 * r + lane < k) write_neighbour(op, (s * op.A + i) * k + 32 * r + lane, list[r]);
   }
   __syncwarp();
   const float kth = measured[k - 1] == NO_ENTRY ? within : number_of(measured[k - 1]);
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(RESCORE_THREADS, 4) knn_rescore_kernel(Asked<T
     prepared.listed[atomicAdd(reinterpret_cast<unsigned long long*>(prepared.n_listed), 1ull)] = s << 32 | i;
 }
 
-// ---- few: blocks of a set take one kind of query after the other; queries that are not points are each a kind
+// ---- few: blocks of a set take one kind of query after the other; every answer that no point asks for is a kind
 
 constexpr int FEW_THREADS = 256;
 constexpr int QUERIES = 2048;  // that are looked through at a time
@@ -155,7 +157,8 @@ struct Few {
 template <int R>
 __device__ void choose_few(const Knn& op, const Few& few, const int32_t* kind, int64_t s, int64_t i) {
   const int lane = lane_id(), last = static_cast<int>(op.k) - 1;
-  const float within = within_of(op, s, i);
+  const Asker asker = asker_of_answer(op, i);
+  const float within = within_of(op, s, asker.query);
   Entry list[R], bound = NO_ENTRY;
 #pragma unroll
   for (int r = 0; r < R; ++r) list[r] = NO_ENTRY;
@@ -165,7 +168,7 @@ __device__ void choose_few(const Knn& op, const Few& few, const int32_t* kind, i
     const int32_t of_point = j < op.N ? kind[j] : -1;
     const float dist2 = of_point < 0 ? NAN : few.dist2[of_point];
     Entry entry = dist2 <= within ? make_entry(dist2, static_cast<int32_t>(j)) : NO_ENTRY;
-    if (entry >= bound || is_barred(op, i, j)) entry = NO_ENTRY;
+    if (entry >= bound || is_barred(op, asker, j)) entry = NO_ENTRY;
     if (!warp_any(entry != NO_ENTRY)) continue;
     take_32(list, entry, lane);
 #pragma unroll
@@ -174,7 +177,7 @@ __device__ void choose_few(const Knn& op, const Few& few, const int32_t* kind, i
   }
 #pragma unroll
   for (int r = 0; r < R; ++r)
-    if (32 * r + lane < op.k) write_neighbour(op, (s * op.Q + i) * op.k + 32 * r + lane, list[r]);
+    if (32 * r + lane < op.k) write_neighbour(op, (s * op.A + i) * op.k + 32 * r + lane, list[r]);
 }
 
 template <class T, int R>
@@ -186,11 +189,11 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) knn_few_kernel(Asked<T> asked,
   const int thread = threadIdx.x, n = prepared.n_different[s];
   const int32_t *different = prepared.different + s * MOST_DIFFERENT, *kind = prepared.kind + s * op.N;
   const bool is_aligned = asked.is_in_fours();
-  const int64_t n_kinds = op.is_self ? n + 1 : op.Q;  // the last kind of points are those that are not finite
+  const int64_t n_kinds = op.is_self ? n + 1 : op.A;  // the last kind of points are those that are not finite
 #pragma unroll 1
   for (int64_t a = blockIdx.x % n_blocks; a < n_kinds; a += n_blocks) {
     const bool is_finite = !op.is_self || a < n;
-    const int64_t of_kind = op.is_self ? (is_finite ? different[a] : 0) : a;
+    const int64_t of_kind = op.is_self ? (is_finite ? different[a] : 0) : asker_of_answer(op, a).query;
     __syncthreads();
 #pragma unroll 1
     for (int e = thread / QUAD; e - lane_id() / QUAD < n; e += FEW_THREADS / QUAD) {
@@ -263,15 +266,16 @@ __global__ void __launch_bounds__(EXACT_THREADS, 1) knn_exact_kernel(Asked<T> as
                                                                   const int64_t* listed) {
   const Knn& op = asked.op;
   Pool& pool = static_shared<Pool>();
-  const int64_t n = listed ? *n_listed : op.S * op.Q;
+  const int64_t n = listed ? *n_listed : op.S * op.A;
   int64_t next_s = 0, next_i = blockIdx.x;  // without a list: a division would cost the registers of a call
   const int64_t quad = threadIdx.x / QUAD;
   const bool is_aligned = asked.is_in_fours();
   for (int64_t task = blockIdx.x; task < n; task += gridDim.x) {
-    for (; next_i >= op.Q && !listed; next_i -= op.Q) ++next_s;
+    for (; next_i >= op.A && !listed; next_i -= op.A) ++next_s;
     const int64_t s = listed ? listed[task] >> 32 : next_s, i = listed ? listed[task] & 0xffffffff : next_i;
     next_i += gridDim.x;
-    const float within = within_of(op, s, i);
+    const Asker asker = asker_of_answer(op, i);
+    const float within = within_of(op, s, asker.query);
     Entry least = 0;  // of what this round looks for
     for (int64_t done = 0; done < op.k; done += ROUND) {
       const int most = static_cast<int>(min(op.k - done, static_cast<int64_t>(ROUND)));
@@ -286,11 +290,11 @@ __global__ void __launch_bounds__(EXACT_THREADS, 1) knn_exact_kernel(Asked<T> as
           const bool is_known =
               is_same_row(point, has_before ? point - op.D : point, is_one ? op.D : 0, is_aligned) && has_before;
           const double found =
-              pair_dist2(asked.query(s, i), point, is_one && !is_known ? op.D : 0, is_aligned);
+              pair_dist2(asked.query(s, asker.query), point, is_one && !is_known ? op.D : 0, is_aligned);
           if (!is_known) dist2 = found;
           const Entry entry = make_entry(static_cast<float>(dist2), static_cast<int32_t>(j));
           if (threadIdx.x % QUAD == 0 && is_one && isfinite(dist2) && static_cast<float>(dist2) <= within &&
-              least <= entry && entry < pool.bound && !is_barred(op, i, j))
+              least <= entry && entry < pool.bound && !is_barred(op, asker, j))
             pool.entry[atomicAdd(&pool.n, 1)] = entry;
           __syncthreads();
           if (pool.n > POOL - N_QUADS) sort_pool(pool, most);
@@ -299,7 +303,7 @@ __global__ void __launch_bounds__(EXACT_THREADS, 1) knn_exact_kernel(Asked<T> as
       }
       sort_pool(pool, most);
       for (int e = threadIdx.x; e < most; e += EXACT_THREADS)
-        write_neighbour(op, (s * op.Q + i) * op.k + done + e, e < pool.n ? pool.entry[e] : NO_ENTRY);
+        write_neighbour(op, (s * op.A + i) * op.k + done + e, e < pool.n ? pool.entry[e] : NO_ENTRY);
       least = pool.n == most ? pool.entry[most - 1] + 1 : NO_ENTRY;
     }
     __syncthreads();
@@ -356,7 +360,7 @@ Plan plan_of(const Knn& op) {
   if (!fit()) return Plan{};
   // Blocks for every multiprocessor, as long as each has a few tiles to go through.
   const int64_t rows = plan.is_wgmma ? WgmmaEngine::ROWS : MmaEngine::ROWS, n_points = round_up(op.N, ROUND_UP);
-  const int64_t n_blocks = std::max<int64_t>(op.S * (round_up(op.Q, ROUND_UP) / rows), 1);
+  const int64_t n_blocks = std::max<int64_t>(op.S * (n_query_rows(op) / rows), 1);
   plan.n_splits = std::clamp<int64_t>(n_multiprocessors() / n_blocks, 1, std::max<int64_t>(n_points / 512, 1));
   return plan;
 }
@@ -379,9 +383,9 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
   prepared.depth = std::max<int64_t>(round_up(op.D, PIECE), PIECE);
   auto rows = [&](int64_t n, bool is_point, bool is_query) {
     Rows taken = {};
-    taken.n = round_up(n, ROUND_UP);
+    taken.n = n;
     taken.cell = scratch.take<__half>(op.S * taken.n * prepared.depth);
-    if (is_point) taken.column = scratch.take<Column>(op.S * taken.n);
+    if (is_point) taken.column = scratch.take<Column>(op.n_views * op.S * taken.n);
     if (is_point) taken.hash = scratch.take<uint64_t>(op.S * taken.n);
     if (is_query)
       for (float** x : {&taken.base, &taken.rest, &taken.limit}) *x = scratch.take<float>(op.S * taken.n);
@@ -389,8 +393,8 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
   };
   prepared.centre = scratch.take<float>(op.S * op.D);
   prepared.unit = scratch.take<double>(op.S);
-  prepared.points = rows(op.N, true, op.is_self);
-  prepared.queries = op.is_self ? prepared.points : rows(op.Q, false, true);
+  prepared.points = rows(round_up(op.N, ROUND_UP), true, op.is_self);
+  prepared.queries = op.is_self ? prepared.points : rows(n_query_rows(op), false, true);
   prepared.n_splits = plan.n_splits;
   const int64_t n_rows = op.S * plan.n_splits * prepared.queries.n;
   with_screen(plan, [&](auto, auto length) {
@@ -400,7 +404,7 @@ Prepared prepared_in(Scratch& scratch, const Knn& op, const Plan& plan) {
   prepared.cut = scratch.take<float>(n_rows);
   prepared.n_listed = scratch.take<int64_t>(1);
   prepared.n_thinned = scratch.take<int64_t>(1);
-  prepared.listed = scratch.take<int64_t>(op.S * op.Q);
+  prepared.listed = scratch.take<int64_t>(op.S * op.A);
   prepared.n_different = scratch.take<int32_t>(op.S);
   prepared.different = scratch.take<int32_t>(op.S * MOST_DIFFERENT);
   prepared.kind = scratch.take<int32_t>(op.S * op.N);
@@ -419,11 +423,11 @@ size_t knn_cuda_scratch(const Knn& op) {
 }
 
 void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) {
-  if (op.S * op.Q == 0) return;
+  if (op.S * op.A == 0) return;
   const Plan plan = plan_of(op);
   Scratch memory{static_cast<unsigned char*>(scratch)};
   const Prepared prepared = plan.R > 0 ? prepared_in(memory, op, plan) : Prepared{};
-  const auto n_exact = static_cast<unsigned>(std::min<int64_t>(op.S * op.Q, 4 * n_multiprocessors()));
+  const auto n_exact = static_cast<unsigned>(std::min<int64_t>(op.S * op.A, 4 * n_multiprocessors()));
   with_element(element, [&](auto zero) {
     using T = decltype(zero);
     const Asked<T> asked{reinterpret_cast<const T*>(op.points), reinterpret_cast<const T*>(op.queries), op};
@@ -435,7 +439,7 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
       if (const auto half = static_cast<unsigned>(round_up(std::min<int64_t>(op.N, REPEAT_ROWS), 64) / 2))
         launch(knn_repeats_kernel<T>, n_blocks_for(op.S * n_blocks_for(op.N, REPEAT_ROWS), 1), half, 0, stream, asked,
                prepared);
-      const int64_t most_kinds = op.is_self ? std::min<int64_t>(op.N / 2, MOST_DIFFERENT) + 1 : op.Q;
+      const int64_t most_kinds = op.is_self ? std::min<int64_t>(op.N / 2, MOST_DIFFERENT) + 1 : op.A;
       const int64_t few_blocks = std::min<int64_t>((most_kinds + 1) / 2, 64);  // of a set: two kinds each, or more
       with_screen(plan, [&](auto engine, auto length) {
         using Engine = decltype(engine);
@@ -443,7 +447,7 @@ void knn_cuda(const Knn& op, Element element, void* scratch, CudaStream stream) 
         launch(knn_screen_kernel<Engine, R>,
                n_blocks_for(op.S * plan.n_splits * prepared.queries.n, Engine::ROWS), Engine::THREADS,
                plan.shared_bytes, stream, op, prepared, plan.is_resident);
-        launch(knn_rescore_kernel<T, R>, n_blocks_for(op.S * op.Q, RESCORE_THREADS / 32), RESCORE_THREADS, 0, stream,
+        launch(knn_rescore_kernel<T, R>, n_blocks_for(op.S * op.A, RESCORE_THREADS / 32), RESCORE_THREADS, 0, stream,
                asked, prepared);
         launch(knn_few_kernel<T, R>, n_blocks_for(op.S * few_blocks, 1), FEW_THREADS, 0, stream, asked, prepared);
       });

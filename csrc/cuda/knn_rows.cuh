@@ -25,7 +25,7 @@ constexpr int MOST_DIFFERENT = 1024;  // points of a set that each query may mea
 constexpr float ROUNDING = 0x1p-12f;  // |y - h| over |y|, or a little more than it usually is: the root mean square is
                                       // three quarters of it
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // gamma above. A tensor core aligns a few products at a time with the sum so far and cuts off what sticks out below the
 // largest one's last place: of V100's kind, four products and no place to spare, at most 1.25 D such losses of 2^-23;
@@ -52,12 +52,12 @@ __device__ int32_t short_group(int64_t group) {
 
 struct Rows {
   __half* cell;     // [S, n, depth]: h, zeros behind the coordinates and behind the rows
-  Column* column;   // [S, n]
+  Column* column;   // [n_views, S, n]
   uint64_t* hash;   // [S, n]  of the row's bits
   float* base;      // [S, n]
   float* rest;      // [S, n]  r_q; infinity: the exact kernel's
   float* limit;     // [S, n]  points of this key or more are farther than `within`; -infinity: has no neighbours here
-  int64_t n;        // a multiple of ROUND_UP
+  int64_t n;        // a multiple of ROUND_UP; of queries, each view begins at one
 };
 
 struct Prepared {
@@ -78,7 +78,7 @@ struct Prepared {
   __device__ bool is_few(const Knn& op, int64_t s) const {
     return n_different[s] <= MOST_DIFFERENT && 2 * int64_t{n_different[s]} <= op.N;
   }
-  int64_t* listed;    // [S Q]  s << 32 | i
+  int64_t* listed;    // [S A]  s << 32 | i
 };
 
 // Who is answered, and where.
@@ -96,11 +96,47 @@ struct Asked {
   }
 };
 
-__device__ bool is_barred(const Knn& op, int64_t i, int64_t j) {
-  return (op.is_self && i == j) || (op.query_group && op.query_group[i] == op.point_group[j]);
+int64_t n_query_rows(const Knn& op) {
+  int64_t n = 0;
+  for (int v = 0; v < op.n_views; ++v) n += round_up(op.view[v].Q, ROUND_UP);
+  return n;
 }
 
-__device__ float within_of(const Knn& op, int64_t s, int64_t i) { return op.within ? op.within[s * op.Q + i] : INF; }
+// Who asks for an answer of a set.
+struct Asker {
+  int64_t query, row;  // row: among the prepared ones
+  int v;
+  const int64_t *query_group, *point_group;  // its own, and all; or null
+  bool is_there;                             // false: a row behind those of its view
+};
+
+// By place, among the answers or, padded to multiples of ROUND_UP by view, among the rows.
+__device__ Asker asker_of(const Knn& op, int64_t place, int64_t padded_to) {
+  int64_t first = 0, first_row = 0;
+  Asker asker = {};
+#pragma unroll
+  for (int v = 0; v < MOST_VIEWS; ++v) {
+    const KnnView& view = op.view[v];
+    if (v < op.n_views && place >= first) {
+      const int64_t r = place - first;
+      const bool is_there = r < view.Q;
+      asker = {op.Q - view.Q + r, first_row + r, v,
+               view.query_group && is_there ? view.query_group + r : nullptr, view.point_group, is_there};
+    }
+    first += round_up(view.Q, padded_to), first_row += round_up(view.Q, ROUND_UP);
+  }
+  return asker;
+}
+__device__ Asker asker_of_answer(const Knn& op, int64_t i) { return asker_of(op, i, 1); }
+__device__ Asker asker_of_row(const Knn& op, int64_t row) { return asker_of(op, row, ROUND_UP); }
+
+__device__ bool is_barred(const Knn& op, const Asker& asker, int64_t j) {
+  return (op.is_self && asker.query == j) || (asker.query_group && *asker.query_group == asker.point_group[j]);
+}
+
+__device__ float within_of(const Knn& op, int64_t s, int64_t query) {
+  return op.within ? op.within[s * op.Q + query] : INF;
+}
 
 __device__ void write_neighbour(const Knn& op, int64_t place, Entry found) {
   op.dist2[place] = found == NO_ENTRY ? INF : number_of(found);
@@ -184,8 +220,9 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   const int64_t i = is_point ? in_set : in_set - prepared.points.n;
   const Rows& rows = is_point ? prepared.points : prepared.queries;
   const int64_t at = s * rows.n + i;
-  const bool is_there = i < (is_point ? op.N : op.Q);
-  const T* row = !is_there ? nullptr : is_point ? asked.point(s, i) : asked.query(s, i);
+  const Asker asker = is_query ? asker_of_row(op, i) : Asker{};
+  const bool is_there = is_query ? asker.is_there : i < op.N;
+  const T* row = !is_there ? nullptr : is_point ? asked.point(s, i) : asked.query(s, asker.query);
   const float* centre = prepared.centre + s * D;
   const double unit = prepared.unit[s];
 
@@ -224,17 +261,22 @@ __global__ void __launch_bounds__(PREPARE_THREADS) knn_prepare_kernel(Asked<T> a
   const double base = norm2 * (1 - product_error(D));
   if (is_point) {
     const bool is_neighbour = is_there && is_finite;
-    const int32_t group = is_neighbour && op.point_group ? short_group(op.point_group[i]) : 0;
-    rows.column[at] = {is_neighbour ? float_below(base - rest2 / SHARE) : INF, group};
+    const float floor = is_neighbour ? float_below(base - rest2 / SHARE) : INF;
+#pragma unroll
+    for (int v = 0; v < MOST_VIEWS; ++v) {
+      const int64_t* const of_view = op.view[v].point_group;
+      const int32_t group = is_neighbour && of_view && v < op.n_views ? short_group(of_view[i]) : 0;
+      if (v < op.n_views) rows.column[v * op.S * rows.n + at] = {floor, group};
+    }
     rows.hash[at] = hash;
   }
   if (!is_query) return;
   rows.base[at] = float_below(base);
   const float rest = float_above(sqrt(rest2) + sqrt(norm2) * 0x1p-40);  // y itself is rounded, to float64
-  const bool has_group = is_there && op.query_group && short_group(op.query_group[i]) == OTHER_GROUP;
+  const bool has_group = asker.query_group && short_group(*asker.query_group) == OTHER_GROUP;
   const bool is_exact = is_there && is_finite && (!is_inside || has_group);
   rows.rest[at] = is_exact ? INF : rest;
-  const float within = is_there ? within_of(op, s, i) : -1;
+  const float within = is_there ? within_of(op, s, asker.query) : -1;
   const bool may_ask = is_there && is_finite && !is_exact && within >= 0;
   rows.limit[at] = may_ask ? limit_of(within, base, rest, unit) : -INF;
 }

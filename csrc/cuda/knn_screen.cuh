@@ -54,7 +54,8 @@ struct RowSlots {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row_of_warp + half * 8 + lane_id() / 4;
-      group[half] = !op.query_group ? 1 : row < op.Q ? short_group(op.query_group[row]) : 0;
+      const Asker asker = asker_of_row(op, row);
+      group[half] = !asker.point_group ? 1 : asker.is_there ? short_group(*asker.query_group) : 0;
       next[half] = place(half, 0, lane_id());
     }
   }
@@ -202,6 +203,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
   unsigned char* const rows = columns + N_STAGES * Memory::COLUMN_BYTES;
   unsigned char* const slots = rows + (is_resident ? n_pieces : N_STAGES) * Memory::QUERY_BYTES;
   const __half* const row_cells = queries.cell + (s * queries.n + row) * prepared.depth;
+  const Column* const column_of = points.column + (asker_of_row(op, row).v * op.S + s) * points.n;
   const __half* const column_cells = points.cell + s * points.n * prepared.depth;
 
   RowSlots<R> nearest(slots + warp_id() * 16 * RowSlots<R>::BYTES_PER_ROW, op, row + warp_id() * 16);
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(Engine::THREADS, 1) knn_screen_kernel(Knn op, 
     struct alignas(16) Two {
       Column column[2];
     };
-    const Two* twos = reinterpret_cast<const Two*>(points.column + s * points.n + first);
+    const Two* twos = reinterpret_cast<const Two*>(column_of + first);
     const int n_seen = tile - begin + 1;
     while (true) {
 #pragma unroll
