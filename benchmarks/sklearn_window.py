@@ -1,8 +1,9 @@
 """The rival of the measurement tax: what the window estimator measures, by forward hooks, `.cpu()` and scikit-learn.
 
-The same rings, the same unseen examples in a forward pass of their own, the same neighbours barred, k-means continued
-from the last centroids and, every `cold_every` measurements, from k-means++ too. One layer and readout at a time, as
-the library works.
+The same ring, the same unseen examples in a forward pass of their own, neighbours of the states that arrived with the
+same ones barred, k-means continued from the last centroids and, every `cold_every` measurements, from k-means++ too:
+less than the window's search, which goes on from several partitions and tries moves. One layer and readout at a time,
+as the library works.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from clmfast.config import LABEL_KINDS
 from clmfast.data.tasks import draw
 
 SPLIT = "unseen_instruction"
-# scikit-learn cannot bar points from being neighbours, so more are asked for: in a ring of 2048 an instruction comes at
-# most a few times, a grammar (80 of them) some 26 times.
-MORE_FOR_INSTRUCTION, MORE_FOR_GRAMMAR = 10, 60
+# scikit-learn cannot bar points from being neighbours, so more are asked for: in a ring of 1024 an instruction comes at
+# most a few times, a grammar (80 of them) some 13 times.
+MORE_FOR_INSTRUCTION, MORE_FOR_GRAMMAR = 10, 40
 
 
 class Ring:
@@ -53,7 +54,7 @@ class SklearnWindow:
         self.config, self.tasks = config.measure, tasks
         n_layers, width = config.model.n_layers + 1, config.model.width
         self.train = Ring(n_layers, len(self.config.readouts), self.config.window, width)
-        self.unseen = Ring(n_layers, len(self.config.readouts), self.config.unseen_window, width)
+        self.unseen = Ring(n_layers, len(self.config.readouts), self.config.unseen_per_step, width)
         self.ring, self.batch = self.train, padded(tasks.pack(train_examples(config, tasks, 0)))
         self.centroid: dict[tuple[int, int], NDArray[np.float32]] = {}
         self.n_measured = 0
@@ -86,16 +87,20 @@ class SklearnWindow:
         return loss
 
     def measure(self) -> dict[str, float]:
-        """All measures of all layers and readouts; of these, neighbour purity and kNN accuracies are returned, as the
-        others depend on how k-means started."""
+        """All measures of all layers and readouts; of these, what the neighbours of this step's states say is returned,
+        as the others depend on how k-means started."""
         labels, of_unseen = (self.tasks.labels(ring.example) for ring in (self.train, self.unseen))
+        n, n_batch = len(self.train.example), self.training.config.train.batch
+        arrived = (self.train.n_written - n_batch + np.arange(n_batch)) % n
+        of_arrived = {kind: label[arrived] for kind, label in labels.items()}
         found = {}
         for layer, by_readout in enumerate(self.train.points):
             for r, readout in enumerate(self.config.readouts):
                 points, queries = by_readout[r], self.unseen.points[layer, r]
                 self.partition((layer, r), points, labels)
                 where = f"window/{readout}/layer{layer}"
-                for name, value in self.neighbours(points, queries, labels, of_unseen).items():
+                asked = (points[arrived], of_arrived), (queries, of_unseen)
+                for name, value in self.neighbours(points, labels, *asked).items():
                     found[f"{where}/{name}"] = value
         self.n_measured += 1
         return found
@@ -135,19 +140,21 @@ class SklearnWindow:
         return best.labels_, best.inertia_
 
     def neighbours(
-        self, points: NDArray[np.float32], queries: NDArray[np.float32], labels: Any, of_unseen: Any
+        self, points: NDArray[np.float32], labels: Any, arrived: tuple[Any, Any], unseen: tuple[Any, Any]
     ) -> dict[str, float]:
+        """Of what arrived and of what is unseen: (states, labels)."""
         k, task = self.config.k, labels["task"]
+        (of_batch, batch_labels), (queries, of_unseen) = arrived, unseen
         library = NearestNeighbors(algorithm="brute").fit(points)
-        near = library.kneighbors(n_neighbors=k + MORE_FOR_INSTRUCTION, return_distance=False)
-        near = _allowed(near, labels["instruction"], labels["instruction"], k)
+        near = library.kneighbors(of_batch, k + MORE_FOR_INSTRUCTION, return_distance=False)
+        near = _allowed(near, labels["instruction"], batch_labels["instruction"], k)
         near_unseen = library.kneighbors(queries, k + MORE_FOR_GRAMMAR, return_distance=False)
         accuracy = [
             (_vote(task[_allowed(near_unseen, labels[kind], of_unseen[kind], k)]) == of_unseen["task"]).mean()
             for kind in ("instruction", "grammar")
         ]
         return {
-            "neighbour_purity": float((task[near] == task[:, None]).mean()),
+            "neighbour_purity": float((task[near] == batch_labels["task"][:, None]).mean()),
             f"{SPLIT}/knn_accuracy": float(accuracy[0]),
             f"{SPLIT}/cross_grammar_knn_accuracy": float(accuracy[1]),
         }

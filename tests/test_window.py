@@ -157,7 +157,7 @@ def test_too_few_states_are_not_measured(small, small_tasks):
 
 @pytest.mark.parametrize("kind", ["nan", "equal"])
 def test_states_that_collapsed(small, small_tasks, run_window, kind):
-    """NaN states are in no cluster and ask nobody, equal ones are one cluster: values are defined, measuring goes on."""
+    """NaN states are in no cluster and ask nobody, equal ones are one cluster; values are defined."""
     window, _, _ = run_window(6)
     window.train.bank[1] = torch.nan if kind == "nan" else 0.5
     window.unseen.bank[1] = torch.nan if kind == "nan" else 0.5
