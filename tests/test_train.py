@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import changed
 
-from clmfast.config import PRESETS
+from clmfast.config import PRESETS, rides_inside
 from clmfast.data.tasks import make_tasks
+from clmfast.surroundings import Surroundings
 from clmfast.train import EarlyStopping, Training, TrainingDiverged, snapshot_steps, train
 
 
@@ -72,6 +73,16 @@ def test_riders_change_no_bit_of_the_paper_preset(two_threads):
     for (values, tensors), (values_without, tensors_without) in pairs:
         assert np.array_equal(values[:4], values_without[:4])
         assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_without, strict=True))
+
+
+def test_where_riders_ride_is_told_and_timed(small, small_tasks):
+    assert rides_inside(small)[0] and not rides_inside(dataclasses.replace(small, device="cuda"))[0]
+    with Surroundings() as surroundings:
+        told = surroundings.set_up_torch(small)["riders"]
+    assert told == {"value": "in the training pass", "reason": rides_inside(small)[1]}
+    training = Training(small, small_tasks)
+    assert "ride_along_ms" not in training.timing_columns
+    assert tuple(next(iter(training)).timing) == training.timing_columns
 
 
 def test_riders_with_a_gradient_would_be_seen(small, small_tasks, monkeypatch):
