@@ -4,8 +4,8 @@
 
 Window estimator with its unseen examples, all layers, both readouts. Layers and readouts take turns in beginning a
 partition anew: times are medians at each place of that cycle, averaged over it. The rival measures the same on the
-plain model with forward hooks, `.cpu()` and scikit-learn. The probe is told per probe and per step; its forward pass has a
-contest of its own.
+plain model with forward hooks, `.cpu()` and scikit-learn. The probe is told per probe and per step; its forward pass
+has a contest of its own.
 """
 
 from __future__ import annotations
