@@ -19,6 +19,7 @@ import pytest
 
 from clmfast.config import RunConfig, to_dict
 from clmfast.files import write_json
+from clmfast.measure.catalogue import MEASUREMENT_VERSION
 from clmfast.record import Run
 from clmfast.study import runs as runs_module
 from clmfast.study.__main__ import drawable, main, plan, seeds_of, studies
@@ -28,7 +29,7 @@ from clmfast.study.clusters_by import NOTHING, winner_of
 from clmfast.study.early_stopping import leader, ranks_within
 from clmfast.study.emergence import milestones, rank_correlation
 from clmfast.study.pages import wall_seconds
-from clmfast.study.runs import Wanted, choose_processes, hold, load_run, run_path, state_of, train_missing
+from clmfast.study.runs import Wanted, choose_processes, hold, load_run, run_path, state_of, train_missing, version_in
 from clmfast.study.summary import KEPT, Summary, beside, kept_at, pack, revisited, unpack
 from clmfast.study.unseen import MISTAKES, log_odds_ratio
 
@@ -217,7 +218,29 @@ def test_committed_summaries_are_all_that_a_page_is_drawn_from(name, tmp_path):
     (tmp_path / "runs").mkdir()
     for file in (COMMITTED / "runs").glob("*.npz"):
         shutil.copy(file, tmp_path / "runs")
-    assert drawable({name: plan(tmp_path, study, seeds, base_config())}) == [name]
+    version = version_in(tmp_path / "runs")
+    assert drawable({name: plan(tmp_path, study, seeds, base_config(version), version)}) == [name]
+
+
+def test_versions_are_never_mixed(tmp_path):
+    """Of a pool with runs of two versions nothing is drawn, and none of another version is taken for what is wanted."""
+    assert version_in(tmp_path / "runs") == MEASUREMENT_VERSION
+    (tmp_path / "runs").mkdir()
+    first, second = sorted((COMMITTED / "runs").glob("base-seed[01]-??????????.npz"))
+    shutil.copy(first, tmp_path / "runs")
+    before = Summary(first.with_suffix("")).measurement_version
+    assert version_in(tmp_path / "runs") == before
+    with np.load(second) as archive:
+        arrays = dict(archive)
+    facts = json.loads(arrays["facts"].tobytes())
+    facts["meta"]["measurement_version"] = 3 - before
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    np.savez(tmp_path / "runs" / second.name, **arrays)
+    with pytest.raises(StudyError, match="must hold runs of one measurement version, got 1 and 2"):
+        version_in(tmp_path / "runs")
+    summary = Summary(tmp_path / "runs" / second.stem)
+    with pytest.raises(StudyError, match=f"must be of measurement version {before}"):
+        state_of(summary.path, summary.config, before)
 
 
 def test_a_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clmfast.config import ConfigError, RunConfig, check, closest
+from clmfast.measure.catalogue import MEASUREMENT_VERSION
 from clmfast.paths import expanded
 from clmfast.screen import complain, forgiving
 from clmfast.study.base import Runs, Study, StudyError, base_config, quick_config
@@ -77,7 +78,9 @@ def seeds_of(text: str | None, study: Study, is_quick: bool) -> list[int]:
     return seeds
 
 
-def plan(folder: Path, study: Study, seeds: list[int], base: RunConfig) -> dict[tuple[str, int], Wanted]:
+def plan(
+    folder: Path, study: Study, seeds: list[int], base: RunConfig, version: int = MEASUREMENT_VERSION
+) -> dict[tuple[str, int], Wanted]:
     """(label, seed) -> the run that is wanted there."""
     from clmfast.study.runs import Wanted, run_path
 
@@ -85,7 +88,7 @@ def plan(folder: Path, study: Study, seeds: list[int], base: RunConfig) -> dict[
     for seed in seeds:
         for label, config in study.configs(dataclasses.replace(base, seed=seed)).items():
             check(config)
-            found[label, seed] = Wanted(run_path(folder / "runs", label, config), config, study.revisits)
+            found[label, seed] = Wanted(run_path(folder / "runs", label, config), config, study.revisits, version)
     return found
 
 
@@ -140,7 +143,7 @@ def read(planned: dict[tuple[str, int], Wanted]) -> tuple[Runs, list[str]]:
     runs: dict[str, dict[int, Any]] = {}
     diverged = []
     for (label, seed), wanted in planned.items():
-        run = load_run(wanted.path, wanted.config)
+        run = load_run(wanted.path, wanted.config, wanted.version)
         of_label = runs.setdefault(label, {})
         if run is None:
             diverged.append(wanted.path.name)
@@ -166,10 +169,14 @@ def work(asked: argparse.Namespace) -> None:
     if not 0 <= asked.processes <= n_cores:
         raise StudyError(f"--processes must be at most the {n_cores} cores of this process, got {asked.processes}")
     folder = expanded(asked.out) if asked.out else Path("studies-quick" if asked.quick else "studies")
-    base = quick_config() if asked.quick else base_config()
+    from clmfast.study.runs import version_in
+
+    version = version_in(folder / "runs") if asked.draw else MEASUREMENT_VERSION
+    base = quick_config() if asked.quick else base_config(version)
     chosen = known if asked.name == "all" else {asked.name: known[asked.name]}
     plans = {
-        name: plan(folder, study, seeds_of(asked.seeds, study, asked.quick), base) for name, study in chosen.items()
+        name: plan(folder, study, seeds_of(asked.seeds, study, asked.quick), base, version)
+        for name, study in chosen.items()
     }
     if not asked.draw:
         train(folder, [one for planned in plans.values() for one in planned.values()], base, asked)
@@ -187,7 +194,7 @@ def work(asked: argparse.Namespace) -> None:
         ]
     )
     for name, study in chosen.items():
-        planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base)
+        planned = plan(folder, study, sorted({seed for _, seed in plans[name]}), base, version)
         runs, diverged = read(planned)
         with computing(StudyError, f"{name}: the records of its runs must hold what it reads"):
             others = others_in(folder, name)  # before the work, as one that is damaged ends it

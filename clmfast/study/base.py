@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from clmfast.config import UNSEEN_SPLITS, MeasureConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
+from clmfast.measure.catalogue import MEASUREMENT_VERSION
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -67,10 +68,16 @@ def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def base_config() -> RunConfig:
+# Defaults of the measures of version 1, for who draws what was measured with them.
+MEASURE_1 = {"window": 2048, "unseen_per_step": 8, "unseen_window": 128, "n_init": 40, "cold_every": 16}
+
+
+def base_config(version: int = MEASUREMENT_VERSION) -> RunConfig:
     """The default run, validated more often (with the patience of as many steps), with every unseen split probed, half
     as often: curves come from the window."""
     config = RunConfig()
+    if version == 1:
+        config = changed(config, "measure", **MEASURE_1)
     patience = max(1, config.train.patience * config.train.validate_every // VALIDATE_EVERY)
     config = changed(config, "train", validate_every=VALIDATE_EVERY, patience=patience)
     return changed(config, "measure", probe_splits=UNSEEN_SPLITS, probe_every=2 * config.measure.probe_every)

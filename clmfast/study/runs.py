@@ -47,16 +47,17 @@ class Wanted:
     path: Path
     config: RunConfig
     revisits: tuple[Revisit, ...] = ()
+    version: int = MEASUREMENT_VERSION
 
     def is_there(self) -> bool:
         """Has it ended, with all that is asked for still to be had?"""
-        state = state_of(self.path, self.config)
+        state = state_of(self.path, self.config, self.version)
         has_all = all(kept_at(self.path, what).exists() for what in self.revisits)
         return state == "diverged" or (state == "finished" and (has_all or (self.path / "checkpoints").exists()))
 
     def keep(self) -> None:
         """Write beside the directory of a run that has ended what is to outlive it."""
-        run = load_run(self.path, self.config)
+        run = load_run(self.path, self.config, self.version)
         if run is not None:
             for what in self.revisits:
                 revisited(run, what)
@@ -92,7 +93,7 @@ def run_path(pool: Path, label: str, config: RunConfig) -> Path:
     return pool / f"{label.replace(' ', '_')}-seed{config.seed}-{digest}"
 
 
-def state_of(path: Path, config: RunConfig) -> str:
+def state_of(path: Path, config: RunConfig, version: int = MEASUREMENT_VERSION) -> str:
     """finished, diverged, started (can be resumed) or missing (nothing, or an empty directory, is there); StudyError
     for something else."""
     if beside(path, ".npz").exists():
@@ -101,7 +102,7 @@ def state_of(path: Path, config: RunConfig) -> str:
         except NotARun as error:
             raise StudyError(str(error)) from None
         _need_same(beside(path, ".npz"), summary.config, config)
-        _need_version(beside(path, ".npz"), summary)
+        _need_version(beside(path, ".npz"), summary, version)
         return "diverged" if _has(summary, "anomaly") else "finished"
     if not path.exists() or (path.is_dir() and is_empty(path)):
         return "missing"
@@ -112,7 +113,7 @@ def state_of(path: Path, config: RunConfig) -> str:
     _need_same(path / "config.json", found, config)
     try:
         run = Run(path)
-        _need_version(path, run)
+        _need_version(path, run, version)
         if _has(run, "anomaly"):
             return "diverged"
         if _has(run, "extended"):
@@ -126,10 +127,28 @@ def state_of(path: Path, config: RunConfig) -> str:
     return "started"
 
 
-def _need_version(file: Path, run: Run) -> None:
-    if run.measurement_version != MEASUREMENT_VERSION:
+def version_in(pool: Path) -> int:
+    """The measurement version of the summaries of a pool; the current one where there are none. StudyError where
+    there are several: numbers of two versions are never compared."""
+    files = sorted(pool.glob("*.npz")) if pool.is_dir() else []
+    versions = set()
+    for file in files:
+        if RUN_NAME.fullmatch(file.name.removesuffix(".npz")):
+            try:
+                versions.add(Summary(file.with_name(file.name.removesuffix(".npz"))).measurement_version)
+            except NotARun as error:
+                raise StudyError(str(error)) from None
+    if len(versions) > 1:
         raise StudyError(
-            f"{file} must be of measurement version {MEASUREMENT_VERSION}, as numbers of two versions are never "
+            f"{pool} must hold runs of one measurement version, got {' and '.join(map(str, sorted(versions)))}"
+        )
+    return versions.pop() if versions else MEASUREMENT_VERSION
+
+
+def _need_version(file: Path, run: Run, version: int) -> None:
+    if run.measurement_version != version:
+        raise StudyError(
+            f"{file} must be of measurement version {version}, as numbers of two versions are never "
             f"compared, got {run.measurement_version}: move it away"
         )
 
@@ -143,10 +162,10 @@ def _has(run: Run, event: str) -> bool:
     return any(one["event"] == event for one in run.events)
 
 
-def load_run(path: Path, config: RunConfig) -> Run | None:
+def load_run(path: Path, config: RunConfig, version: int = MEASUREMENT_VERSION) -> Run | None:
     """The summary of a finished run, None for one that diverged, written if it is not there yet; StudyError if the run
     has not ended."""
-    state = state_of(path, config)
+    state = state_of(path, config, version)
     if state not in ENDED:
         raise StudyError(f"{path} must be a finished run, it is {state}: run the study without --draw")
     if not beside(path, ".npz").exists():

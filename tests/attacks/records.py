@@ -21,7 +21,7 @@ from clmfast.study.unseen import MISTAKES
 
 STUDY = "emergence"
 N_TASKS, N_POINTS = 4, 24
-OF_TRAINING = (*(f"ari_{kind}" for kind in LABEL_KINDS), "neighbour_purity")
+OF_TRAINING = (*(f"ari_{kind}" for kind in LABEL_KINDS), "ari_task_low", "ari_task_high", "neighbour_purity")
 OF_QUERIES = ("knn_accuracy", "cross_grammar_knn_accuracy")
 TIMING = ("step_ms", "capture_ms", "ride_along_ms", "window_ms", "probe_ms", "validation_ms")
 
@@ -74,7 +74,7 @@ def write_run(path: Path) -> None:
     for name, n_columns in (("steps", len(columns(settings))), ("timing", len(TIMING))):
         np.save(path / f"{name}.npy", np.hstack([number, random.uniform(0, 1, (n_rows, n_columns))]))
     shape = (n_rows, 3, 2, n_layers, len(settings.measure.readouts), settings.task.n_tasks)
-    np.save(path / "neighbours.npy", random.uniform(0, 1, shape))
+    np.save(path / "neighbours.npy", random.uniform(1, 2, shape))
     events = [{"event": name, "unix_time_s": 1e9 + i, "step": step}
               for i, (name, step) in enumerate([("start", 0), ("checkpoint", 1), ("end", settings.steps)])]  # fmt: skip
     (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

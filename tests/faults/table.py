@@ -24,7 +24,7 @@ Arguments = dict[str, Any]
 
 EXCLUDED = {
     "ring_knn", "ring_to_grid",  # on their way out
-    "KNN", "KMeans", "PartitionScores", "BlockWeights",  # what ops return or take
+    "KNN", "KMeans", "Partitions", "PartitionScores", "BlockWeights",  # what ops return or take
     "composed",  # a context, within which the blocks are compared
 }  # fmt: skip
 
@@ -464,6 +464,30 @@ def check_composed(call: Callable[..., Any]) -> Callable[[Arguments, Any], None]
     return check
 
 
+def draw_kmeans_search(rng: Random) -> Arguments:
+    S, D, P = few(rng), few(rng), rng.choice((0, 1, 3))
+    N = many(rng, 1)
+    K = rng.randrange(1, min(N, rng.choice((4, 30, 300))) + 1)
+    return {
+        "points": points(rng, (S, N, D), point_type(rng)),
+        "n_clusters": K,
+        "known": labels(rng, (P, S, N), -1, K + 1) if P else None,
+        "n_cold": whole_numbers([rng.choice((1, 2)) for _ in range(S)]),
+        "keep": P + rng.choice((0, 2)) or 1,
+        "moves": rng.choice((0, 1, 7)),
+        "max_iter": rng.choice((1, 2, 100)),
+        "tol": rng.choice((0.0, 1e-4, 0.1)),
+        "seed": rng.choice((0, 1, -1, 2**63 - 1)),
+    }
+
+
+def check_kmeans_search(given: Arguments, found: Any) -> None:
+    is_finite = given["points"].isfinite().all(2)
+    assert torch.equal(found.label[0] >= 0, is_finite), "label -1 must mean not finite"
+    assert (found.label < given["n_clusters"]).all(), "label out of range"
+    assert not found.inertia.isnan().logical_and(given["points"].abs().nan_to_num(0, 0, 0).amax((1, 2)) < 1e15).any()
+
+
 def public(name: str, draw: Any, call: Any = None, **more: Any) -> Op:
     return Op(name, draw, call or getattr(ops, name), **more)
 
@@ -473,6 +497,10 @@ PUBLIC = [
     public(
         "kmeans", draw_kmeans, check=check_kmeans,
         counts={"n_init": (0, -1, 2, 5, INT := -(2**63)), "max_iter": (0, -1, 1, 50, INT), "moves": (0, -1, 3, INT)},
+    ),
+    public(
+        "kmeans_search", draw_kmeans_search, check=check_kmeans_search,
+        counts={"keep": (0, -1, 5, INT), "moves": (-1, 3, INT), "max_iter": (0, -1, 50, INT)},
     ),
     public("separation", draw_separation),
     public("majority_vote", draw_majority_vote, check=check_majority_vote),
@@ -512,6 +540,7 @@ def raw_knn(rng: Random) -> Arguments:
 def raw_kmeans(rng: Random) -> Arguments:
     given = draw_kmeans(rng)
     init = given.pop("init")
+    del given["moves"]
     return {**given, "init": init if isinstance(init, Spec) else None, "is_random": init == "random"}
 
 
@@ -647,7 +676,8 @@ def raw(name: str, draw: Callable[[Random], Arguments], **more: Any) -> Op:
 
 RAW = [
     raw("knn", raw_knn),
-    raw("kmeans", raw_kmeans, counts=PUBLIC[1].counts),
+    raw("kmeans", raw_kmeans, counts={name: PUBLIC[1].counts[name] for name in ("n_init", "max_iter")}),
+    raw("kmeans_search", draw_kmeans_search, counts=PUBLIC[2].counts),
     raw("separation", draw_separation),
     raw("majority_vote", draw_majority_vote),
     raw("label_shares", draw_label_shares),
