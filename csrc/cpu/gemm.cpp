@@ -145,15 +145,7 @@ CLMFAST_PER_ISA(void, pack_columns,
                 (const float* from, int64_t stride, int64_t n_rows, int64_t N, float* to, int64_t panel_size),
                 (from, stride, n_rows, N, to, panel_size))
 
-// The numbers of a and b in turns, begun in their middle if `high`.
-template <int W, int... I>
-CLMFAST_BODY Lanes<W> interleaved(Lanes<W> a, Lanes<W> b, bool high, std::integer_sequence<int, I...>) {
-  return high ? __builtin_shufflevector(a, b, (W / 2 + I / 2 + I % 2 * W)...)
-              : __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...);
-}
-
-// The transpose of n <= PANEL rows of K numbers: to [K, PANEL], padded with zeros. W x W of them become their transpose
-// by log2 W rounds that interleave the first half of the rows with the second.
+// The transpose of n <= PANEL rows of K numbers: to [K, PANEL], padded with zeros.
 template <int W>
 CLMFAST_BODY void pack_rows_body(const float* from, int64_t stride, int64_t K, int64_t n, float* to) {
   const int64_t whole = n == PANEL ? K / W * W : 0;
@@ -161,12 +153,7 @@ CLMFAST_BODY void pack_rows_body(const float* from, int64_t stride, int64_t K, i
     for (int64_t first = 0; first < PANEL; first += W) {
       Lanes<W> row[W];
       for (int i = 0; i < W; ++i) row[i] = lanes<W>(from + (first + i) * stride + k);
-      for (int round = 1; round < W; round *= 2) {
-        Lanes<W> mixed[W];
-        for (int i = 0; i < W; ++i)
-          mixed[i] = interleaved<W>(row[i / 2], row[i / 2 + W / 2], i % 2, std::make_integer_sequence<int, W>());
-        for (int i = 0; i < W; ++i) row[i] = mixed[i];
-      }
+      transpose<W>(row);
       for (int i = 0; i < W; ++i) lanes<W>(to + (k + i) * PANEL + first) = row[i];
     }
   }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "isa.h"
+#include "lanes.h"
 #include "pair.h"
 #include "tile.h"
 #include "turn.h"
@@ -127,143 +128,160 @@ void choose(const Grid& grid, int64_t s, const float* points, int64_t n, bool ma
 
 // ---- the move
 
-// A number as a cell: whole, within the reach.
-CLMFAST_BODY Vector<float> cell_of(Vector<float> z, float reach) {
-  constexpr float WHOLE = 0x1.8p23f;  // adding it leaves no digits behind the point
-  const Vector<float> zero = {}, least = zero - reach, most = zero + reach;
-  Vector<float> cell = z > least ? z : least;  // also where it is NaN
-  cell = cell < most ? cell : most;
-  return (cell + WHOLE) - WHOLE;
-}
-
-CLMFAST_BODY Vector<float> load_some(const float* from, int64_t n) {
-  if (n >= LANES) return load<float>(from);
-  float some[LANES] = {};
-  for (int64_t l = 0; l < n; ++l) some[l] = from[l];
-  return load<float>(some);
-}
-
-// What a point becomes, beside its cells.
+// What a panel of points becomes, beside its cells.
 struct Placed {
-  float rest2, length2;  // |y - cell|^2 where there is no turn, and |z|^2
-  int32_t norm2;         // of the cells
+  float rest2[PANEL];    // |y - cell|^2
+  float length2[PANEL];  // |z|^2; only where there is a turn
+  int32_t norm2[PANEL];  // of the cells
 };
 
-// (row - centre) unit, to z [D, PANEL].
-CLMFAST_BODY void place_body(const float* const* row, const float* centre, float unit, int64_t D, float* z,
-                             Placed* placed) {
-  Vector<float> square[LANES] = {};
-  for (int64_t d = 0; d < D; d += LANES) {
-    const int64_t n = std::min(LANES, D - d);
-    const Vector<float> middle = load_some(centre + d, n);
-    Vector<float> of_row[LANES];
-    for (int64_t r = 0; r < LANES; ++r) {
-      of_row[r] = (load_some(row[r] + d, n) - middle) * unit;
-      square[r] += of_row[r] * of_row[r];
-    }
-    transpose_square<float>(of_row);
-    for (int64_t l = 0; l < n; ++l) store<float>(z + (d + l) * PANEL, of_row[l]);
-  }
-  for (int64_t r = 0; r < LANES; ++r) placed[r].length2 = sum_of<float>(square[r]);
+template <int W>
+CLMFAST_BODY Lanes<W> load_some(const float* from, int64_t n) {
+  if (n >= W) return lanes<W>(from);
+  float some[W] = {};
+  for (int64_t l = 0; l < n; ++l) some[l] = from[l];
+  return lanes<W>(some);
 }
 
-CLMFAST_BODY VectorI to_cell(const float* row, const float* centre, int64_t n, float unit, float reach,
-                             Vector<float>& rest2, VectorI& norm2) {
-  const Vector<float> z = (load_some(row, n) - load_some(centre, n)) * unit, whole = cell_of(z, reach);
+// Adds z to what was seen of a row, and returns its cells.
+template <int W>
+CLMFAST_BODY typename LanesOf<W>::Int to_cell(Lanes<W> z, float reach, Lanes<W>& rest2,
+                                              typename LanesOf<W>::Int& norm2) {
+  constexpr float WHOLE = 0x1.8p23f;  // adding it leaves no digits behind the point
+  const Lanes<W> zero = {}, least = zero - reach, most = zero + reach;
+  Lanes<W> whole = z > least ? z : least;  // also where it is NaN
+  whole = whole < most ? whole : most;
+  whole = (whole + WHOLE) - WHOLE;
   rest2 += (z - whole) * (z - whole);
-  const VectorI cell = __builtin_convertvector(whole, VectorI);
+  const auto cell = __builtin_convertvector(whole, typename LanesOf<W>::Int);
   norm2 += cell * cell;
   return cell;
 }
 
-// The cells of LANES points that are not turned. Of 2 LANES coordinates, or what is left of them, the first half lies
-// beside the second. `pairs` [LANES, grid_depth(D) + LANES] is scratch.
+// The sums of W rows of numbers, as Sum adds them.
+template <class Sum, int W>
+CLMFAST_BODY Sum sums_of(Lanes<W>* row) {
+  transpose<W>(row);
+  Sum sum = {};
+  for (int i = 0; i < W; ++i) sum += reinterpret_cast<Sum&>(row[i]);
+  return sum;
+}
+
+// z [D, PANEL] = (row - centre) unit.
+template <int W>
+CLMFAST_BODY void place_body(const float* const* row, const float* centre, float unit, int64_t D, float* z,
+                             Placed* placed) {
+  for (int64_t c = 0; c < PANEL; c += W) {
+    Lanes<W> square[W] = {};
+    for (int64_t d = 0; d < D; d += W) {
+      Lanes<W> of_row[W];
+      for (int r = 0; r < W; ++r) {
+        of_row[r] = (load_some<W>(row[c + r] + d, D - d) - load_some<W>(centre + d, D - d)) * unit;
+        square[r] += of_row[r] * of_row[r];
+      }
+      transpose<W>(of_row);
+      for (int l = 0; l < W && d + l < D; ++l) lanes<W>(z + (d + l) * PANEL + c) = of_row[l];
+    }
+    lanes<W>(placed->length2 + c) = sums_of<Lanes<W>, W>(square);
+  }
+}
+
+// The cells of a panel that is not turned. Of 2 W coordinates, or what is left of them, the first half lies beside the
+// second. `pairs` [W, grid_depth(D) + W] is scratch.
+template <int W>
 CLMFAST_BODY void to_cells_body(const float* const* row, const float* centre, float unit, int64_t D, float reach,
-                                int32_t* pairs, int16_t* cells, Placed* placed) {
+                                float* pairs, int16_t* cells, Placed* placed) {
+  using Int = typename LanesOf<W>::Int;
   constexpr int64_t AHEAD = 2048;  // bytes: points come from the third cache, row by row
-  const int64_t depth = grid_depth(D), stride = depth + LANES;
-  for (int64_t r = 0; r < LANES; ++r) {
-    Vector<float> rest2 = {};
-    VectorI norm2 = {};
-    for (int64_t g = 0; g < depth; g += LANES) {
-      const int64_t first = 2 * g, half = std::min(LANES, depth - g), n_second = std::min(half, D - first - half);
-      for (int64_t line : {0, 64}) __builtin_prefetch(reinterpret_cast<const char*>(row[r] + first) + AHEAD + line);
-      const VectorI low = to_cell(row[r] + first, centre + first, half, unit, reach, rest2, norm2);
-      const VectorI high = to_cell(row[r] + first + half, centre + first + half, n_second, unit, reach, rest2, norm2);
-      *reinterpret_cast<VectorI*>(pairs + r * stride + g) = (low & 0xffff) | (high << 16);
+  const int64_t depth = grid_depth(D), stride = depth + W;
+  for (int64_t c = 0; c < PANEL; c += W) {
+    Lanes<W> rest2[W], norm2[W];
+    for (int r = 0; r < W; ++r) {
+      Lanes<W> rests = {};
+      Int norms = {};
+      for (int64_t g = 0; g < depth; g += W) {
+        const int64_t half = std::min<int64_t>(W, depth - g), n_second = std::min(half, D - 2 * g - half);
+        const float *first = row[c + r] + 2 * g, *centre_first = centre + 2 * g;
+        for (int64_t line : {0, 64}) __builtin_prefetch(reinterpret_cast<const char*>(first) + AHEAD + line);
+        const Int low = to_cell<W>((load_some<W>(first, half) - load_some<W>(centre_first, half)) * unit, reach, rests,
+                                   norms);
+        const Int high = to_cell<W>(
+            (load_some<W>(first + half, n_second) - load_some<W>(centre_first + half, n_second)) * unit, reach, rests,
+            norms);
+        reinterpret_cast<Int&>(lanes<W>(pairs + r * stride + g)) = (low & 0xffff) | (high << 16);
+      }
+      rest2[r] = rests;
+      std::memcpy(&norm2[r], &norms, sizeof norms);
     }
-    placed[r].rest2 = sum_of<float>(rest2);
-    placed[r].norm2 = sum_of<int32_t>(norm2);
-  }
-  for (int64_t g = 0; g < depth; g += LANES) {
-    Vector<float> square[LANES];  // of bits
-    for (int64_t r = 0; r < LANES; ++r) square[r] = load<float>(reinterpret_cast<const float*>(pairs + r * stride + g));
-    transpose_square<float>(square);
-    for (int64_t l = 0; l < std::min(LANES, depth - g); ++l)
-      store<float>(reinterpret_cast<float*>(cells + (g + l) * PANEL * PAIR), square[l]);
+    lanes<W>(placed->rest2 + c) = sums_of<Lanes<W>, W>(rest2);
+    reinterpret_cast<Int&>(placed->norm2[c]) = sums_of<Int, W>(norm2);
+    for (int64_t g = 0; g < depth; g += W) {
+      Lanes<W> square[W];  // of bits
+      for (int r = 0; r < W; ++r) square[r] = lanes<W>(pairs + r * stride + g);
+      transpose<W>(square);
+      for (int l = 0; l < W && g + l < depth; ++l)
+        lanes<W>(reinterpret_cast<float*>(cells + ((g + l) * PANEL + c) * PAIR)) = square[l];
+    }
   }
 }
 
-// The cells of LANES columns of y [M, PANEL].
+// The cells of y [M, PANEL].
+template <int W>
 CLMFAST_BODY void turned_to_cells_body(const float* y, int64_t M, float reach, int16_t* cells, Placed* placed) {
-  Vector<float> rest2 = {};
-  VectorI norm2 = {};
-  for (int64_t m = 0; m < M; m += PAIR) {
-    VectorI pair[PAIR];
-    for (int64_t e = 0; e < PAIR; ++e) {
-      const Vector<float> at = load<float>(y + (m + e) * PANEL), whole = cell_of(at, reach);
-      rest2 += (at - whole) * (at - whole);
-      pair[e] = __builtin_convertvector(whole, VectorI);
-      norm2 += pair[e] * pair[e];
+  using Int = typename LanesOf<W>::Int;
+  for (int64_t c = 0; c < PANEL; c += W) {
+    Lanes<W> rest2 = {};
+    Int norm2 = {};
+    for (int64_t m = 0; m < M; m += PAIR) {
+      const Int low = to_cell<W>(lanes<W>(y + m * PANEL + c), reach, rest2, norm2);
+      const Int high = to_cell<W>(lanes<W>(y + (m + 1) * PANEL + c), reach, rest2, norm2);
+      reinterpret_cast<Int&>(cells[m * PANEL + c * PAIR]) = (low & 0xffff) | (high << 16);
     }
-    *reinterpret_cast<VectorI*>(cells + m * PANEL) = (pair[0] & 0xffff) | (pair[1] << 16);
+    lanes<W>(placed->rest2 + c) = rest2;
+    reinterpret_cast<Int&>(placed->norm2[c]) = norm2;
   }
-  for (int64_t r = 0; r < LANES; ++r) placed[r].rest2 = rest2[r], placed[r].norm2 = norm2[r];
 }
 
-CLMFAST_PER_ISA(void, place,
-                (const float* const* row, const float* centre, float unit, int64_t D, float* z, Placed* placed),
-                (row, centre, unit, D, z, placed))
-CLMFAST_PER_ISA(void, to_cells,
-                (const float* const* row, const float* centre, float unit, int64_t D, float reach, int32_t* pairs,
-                 int16_t* cells, Placed* placed),
-                (row, centre, unit, D, reach, pairs, cells, placed))
-CLMFAST_PER_ISA(void, turned_to_cells, (const float* y, int64_t M, float reach, int16_t* cells, Placed* placed),
-                (y, M, reach, cells, placed))
+CLMFAST_PER_WIDTH(place,
+                  (const float* const* row, const float* centre, float unit, int64_t D, float* z, Placed* placed),
+                  (row, centre, unit, D, z, placed))
+CLMFAST_PER_WIDTH(to_cells,
+                  (const float* const* row, const float* centre, float unit, int64_t D, float reach, float* pairs,
+                   int16_t* cells, Placed* placed),
+                  (row, centre, unit, D, reach, pairs, cells, placed))
+CLMFAST_PER_WIDTH(turned_to_cells, (const float* y, int64_t M, float reach, int16_t* cells, Placed* placed),
+                  (y, M, reach, cells, placed))
 
-// Moves one panel of points, of which those from n on are none. `scratch` [D + TURNED, PANEL].
+// Moves one panel of points, of which those from n on are none. `scratch` [D + TURNED, PANEL] and room for a square.
 void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* scratch) {
   const int64_t D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
   const bool is_turned = grid.n_turned[s] > 0;
-  const float *centre = grid.centre + s * D, unit = static_cast<float>(grid.unit[s]);
-  const float reach = static_cast<float>(reach_of(M));
+  const float *centre = grid.centre + s * D, unit = static_cast<float>(grid.unit[s]), reach = static_cast<float>(reach_of(M));
   const float* row[PANEL];
   for (int64_t c = 0; c < PANEL; ++c) row[c] = first + c < n ? points + (first + c) * D : centre;
-  Placed placed[PANEL];
+  Placed placed;
   int16_t* cells = grid.panel(s, i_panel);
   if (is_turned) {
     float *z = scratch, *y = scratch + D * PANEL;
-    for (int64_t c = 0; c < PANEL; c += LANES) place(row + c, centre, unit, D, z + c, placed + c);
+    place(row, centre, unit, D, z, &placed);
     for (int64_t m = 0; m < M; m += TILE_ROWS)
       dot_tile(grid.turn + (s * TURNED + m) * D, TILE_ROWS, z, D, y + m * PANEL);
-    for (int64_t c = 0; c < PANEL; c += LANES) turned_to_cells(y + c, M, reach, cells + c * PAIR, placed + c);
+    turned_to_cells(y, M, reach, cells, &placed);
   } else {
-    for (int64_t c = 0; c < PANEL; c += LANES)
-      to_cells(row + c, centre, unit, D, reach, reinterpret_cast<int32_t*>(scratch), cells + c * PAIR, placed + c);
+    to_cells(row, centre, unit, D, reach, scratch, cells, &placed);
   }
   for (int64_t c = 0; c < PANEL; ++c) {
     // What z loses by rounding, 2^-23 of it, and y in every product with a row of the turn, (D + 2) 2^-24 of z. Without
     // a turn |z| <= |cell| + |z - cell|. The sums, of D squares, are rounded as well.
-    const Placed& point = placed[c];
-    const float slack = 1 + 0x1p-10f + static_cast<float>(D) * 0x1p-22f, off = std::sqrt(point.rest2) * slack;
-    const float length = is_turned ? std::sqrt(point.length2) * slack
-                                   : std::sqrt(static_cast<float>(point.norm2)) * slack + off;
+    const float slack = 1 + 0x1p-10f + static_cast<float>(D) * 0x1p-22f, off = std::sqrt(placed.rest2[c]) * slack;
+    const float length = is_turned ? std::sqrt(placed.length2[c]) * slack
+                                   : std::sqrt(static_cast<float>(placed.norm2[c])) * slack + off;
     const float lost = is_turned ? static_cast<float>(D + 5) * 0x1p-24f * std::sqrt(static_cast<float>(M)) : 0x1.1p-23f;
     float rest = off + lost * length + 0x1p-8f;
     if (!(rest < INF)) rest = INF;  // so far away that float32 does not hold it
     const bool is_point = first + c < n && (rest < INF || is_finite_row(row[c], D));
     grid.rest_of(s)[first + c] = is_point ? rest : -INF;
-    grid.norm2_of(s)[first + c] = is_point ? point.norm2 : NOBODY;
+    grid.norm2_of(s)[first + c] = is_point ? placed.norm2[c] : NOBODY;
   }
 }
 

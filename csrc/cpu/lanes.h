@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "isa.h"
 
@@ -23,6 +24,25 @@ CLMFAST_BODY Lanes<W>& lanes(float* at) {
 template <int W>
 CLMFAST_BODY const Lanes<W>& lanes(const float* at) {
   return *reinterpret_cast<const Lanes<W>*>(at);
+}
+
+// The numbers of a and b in turns, begun in their middle if `high`.
+template <int W, int... I>
+CLMFAST_BODY Lanes<W> interleaved(Lanes<W> a, Lanes<W> b, bool high, std::integer_sequence<int, I...>) {
+  return high ? __builtin_shufflevector(a, b, (W / 2 + I / 2 + I % 2 * W)...)
+              : __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...);
+}
+
+// W rows of W numbers become their transpose, by log2 W rounds that interleave the first half of the rows with the
+// second.
+template <int W>
+CLMFAST_BODY void transpose(Lanes<W>* row) {
+  for (int round = 1; round < W; round *= 2) {
+    Lanes<W> mixed[W];
+    for (int i = 0; i < W; ++i)
+      mixed[i] = interleaved<W>(row[i / 2], row[i / 2 + W / 2], i % 2, std::make_integer_sequence<int, W>());
+    for (int i = 0; i < W; ++i) row[i] = mixed[i];
+  }
 }
 
 // Defines `void name parameters` as name_body<W>, compiled for every instruction set with its own W.
