@@ -221,7 +221,7 @@ def test_smoke_calls_every_op():
     gpu_smoke.attention(report)
     assert report.outcome(True) == "ok"
     called = {entry["what"].split()[0] for entry in report.found["checked"]}
-    of_a_cpu = {"transformer_blocks", "attention_block", "mlp_block", "kmeans_search", "ring_knn", "ring_to_grid"}
+    of_a_cpu = {"transformer_blocks", "attention_block", "mlp_block", "kmeans_search"}
     # in the step, on a CPU alone, and the switch that is no op
     functions = {name for name in ops.__all__ if name.islower()} - of_a_cpu - {"composed"}
     assert functions - called == {"packed_attention"} and "packed" in called

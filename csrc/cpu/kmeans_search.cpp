@@ -8,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../grid.h"
+#include "grid.h"
 #include "../kmeans.h"
 #include "isa.h"
 #include "pair.h"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../grid.h"
+#include "grid.h"
 #include "isa.h"
 #include "pair.h"
 #include "vector.h"
