@@ -22,12 +22,10 @@
 #include "block.h"
 #include "capture.h"
 #include "cpu/isa.h"
-#include "grid.h"
 #include "guard.h"
 #include "kmeans.h"
 #include "knn.h"
 #include "partition.h"
-#include "ring.h"
 #include "separation.h"
 #include "stream.h"
 #include "votes.h"
@@ -70,21 +68,6 @@ bool is_on_gpu(const Tensor& x) { return HAS_CUDA && x.is_cuda(); }
 
 void copy_strides(const Tensor& x, int64_t* strides) {
   for (int64_t i = 0; i < x.dim(); ++i) strides[i] = x.stride(i);
-}
-
-// The grid of points [S, N, D].
-Grid grid(const char* op, const Tensor& points, const Tensor& centre, const Tensor& unit, const Tensor& n_turned,
-          const Tensor& wasted, const Tensor& turn, const Tensor& cells, const Tensor& norm2, const Tensor& rest) {
-  const int64_t S = points.size(0), N = points.size(1), D = points.size(2);
-  require(has_shape(centre, {S, D}) && has_shape(unit, {S}) && has_shape(n_turned, {S}) &&
-              has_shape(wasted, {S, 2}) &&
-              has_shape(turn, {S, TURNED, D}) &&
-              has_shape(cells, {S, n_panels(N), grid_depth(D), PANEL, PAIR}) &&
-              has_shape(norm2, {S, n_panels(N) * PANEL}) && has_shape(rest, {S, n_panels(N) * PANEL}),
-          op, ": the grid must be made for points ", shape(points));
-  return {S, N, D, mutable_data<float>(centre), mutable_data<double>(unit), mutable_data<int64_t>(n_turned),
-          mutable_data<int64_t>(wasted), mutable_data<float>(turn), mutable_data<int16_t>(cells),
-          mutable_data<int32_t>(norm2), mutable_data<float>(rest)};
 }
 
 // ---- what the CUDA launchers are given
@@ -281,73 +264,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
     kmeans_cpu(op, moves, parallel_for);
   }
   return {label, centroid, inertia, n_iter};
-}
-
-// ---- rings: clmfast/ops/ring.py documents the arguments and keeps the tensors
-
-Ring ring(const char* op, const Tensor& points, int64_t n, int64_t first, int64_t count) {
-  require_points(op, "points", points);
-  require(points.scalar_type() == ScalarType::Float && points.is_contiguous(), op,
-          ": points must be float32 and contiguous");
-  const int64_t N = points.size(1);
-  require(0 <= n && n <= N && 0 <= first && first < std::max<int64_t>(N, 1) && 0 <= count && count <= N, op,
-          ": a ring of N=", N, " must have 0 <= n <= N, 0 <= first < N and 0 <= count <= N, got n=", n,
-          " first=", first, " count=", count);
-  return {data<float>(points), n, first, count};
-}
-
-void ring_to_grid(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
-                  int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                  const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn,
-                  const Tensor& cells, const Tensor& norm2, const Tensor& rest,
-                  const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_new) {
-  const char* name = "ring_to_grid";
-  const Ring of_points = ring(name, points, n, first, count);
-  const Ring of_queries = ring(name, queries, n_queries, first_query, count_queries);
-  ring_to_grid_cpu(of_points, grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest), of_queries,
-                   grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest), is_new,
-                   parallel_for);
-}
-
-int64_t ring_knn(const Tensor& points, int64_t n, int64_t first, int64_t count, const Tensor& queries,
-                 int64_t n_queries, int64_t first_query, int64_t count_queries, const Tensor& centre,
-                 const Tensor& unit, const Tensor& n_turned, const Tensor& wasted, const Tensor& turn,
-                 const Tensor& cells, const Tensor& norm2, const Tensor& rest,
-                 const Tensor& query_cells, const Tensor& query_norm2, const Tensor& query_rest, bool is_self,
-                 const Tensor& query_group, const Tensor& point_group, const Tensor& key, const Tensor& bound,
-                 const Tensor& index) {
-  const char* name = "ring_knn";
-  RingKnn op;
-  op.points = ring(name, points, n, first, count);
-  op.queries = ring(name, queries, n_queries, first_query, count_queries);
-  const Grid grid_points = grid(name, points, centre, unit, n_turned, wasted, turn, cells, norm2, rest);
-  const Grid grid_queries =
-      grid(name, queries, centre, unit, n_turned, wasted, turn, query_cells, query_norm2, query_rest);
-  const std::pair<const char*, const Tensor*> integers[] = {{"query_group", &query_group},
-                                                            {"point_group", &point_group},
-                                                            {"key", &key},
-                                                            {"bound", &bound},
-                                                            {"index", &index}};
-  for (auto [what, x] : integers) {
-    require_int64(name, what, *x, points);
-    require(x->dim() >= 1 && x->is_contiguous(), name, ": ", what, " must be contiguous");
-  }
-  const int64_t S = grid_points.S, N = grid_points.N, Q = grid_queries.N, V = query_group.size(0);
-  op.is_self = is_self;
-  op.V = V, op.k = index.size(index.dim() - 1), op.length = key.size(key.dim() - 1);
-  require(has_shape(query_group, {V, Q}) && has_shape(point_group, {V, N}), name,
-          ": groups must be [V, Q] and [V, N] with Q=", Q, " and N=", N, ", got ", shape(query_group), " and ",
-          shape(point_group));
-  require(has_shape(key, {V, S, Q, op.length}) && has_shape(bound, {V, S, Q}) && has_shape(index, {V, S, Q, op.k}) &&
-              1 <= op.k && op.k <= op.length,
-          name, ": state must be [V, S, Q, length], [V, S, Q] and [V, S, Q, k] with 1 <= k <= length, got ", shape(key),
-          ", ", shape(bound), " and ", shape(index));
-  op.query_group = data<int64_t>(query_group);
-  op.point_group = data<int64_t>(point_group);
-  op.key = mutable_data<int64_t>(key);
-  op.bound = mutable_data<int64_t>(bound);
-  op.index = mutable_data<int64_t>(index);
-  return ring_knn_cpu(op, grid_points, grid_queries, parallel_for);
 }
 
 // ---- separation
@@ -1024,8 +940,6 @@ void implement_measures(Library& m) {
 // What a CPU alone has.
 template <class Library>
 void implement_on_cpu(Library& m) {
-  CLMFAST_IMPLEMENT(m, ring_to_grid);
-  CLMFAST_IMPLEMENT(m, ring_knn);
   CLMFAST_IMPLEMENT(m, attention);
   CLMFAST_IMPLEMENT(m, attention_backward);
   CLMFAST_IMPLEMENT(m, mlp_block);
@@ -1072,16 +986,6 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "seed, int moves, Tensor(a!)? known_label, Tensor(b!)? within, Tensor(c!)? beyond, Tensor(d!)? point, Tensor(e!)? reach, "
       "Tensor(f!)? sum)"
       " -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");
-  m.def(
-      "ring_to_grid(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor(a!) centre, Tensor(b!) unit, Tensor(c!) n_turned, Tensor(d!) wasted, Tensor(e!) turn, "
-      "Tensor(f!) cells, Tensor(g!) norm2, Tensor(h!) rest, Tensor(i!) query_cells, Tensor(j!) query_norm2, Tensor(k!) "
-      "query_rest, bool is_new) -> ()");
-  m.def(
-      "ring_knn(Tensor points, int n, int first, int count, Tensor queries, int n_queries, int first_query, int "
-      "count_queries, Tensor centre, Tensor unit, Tensor n_turned, Tensor(d!) wasted, Tensor turn, Tensor cells, Tensor norm2, Tensor rest, "
-      "Tensor query_cells, Tensor query_norm2, Tensor query_rest, bool is_self, Tensor query_group, Tensor point_group, Tensor(a!) key, Tensor(b!) "
-      "bound, Tensor(c!) index) -> int");
   m.def("separation(Tensor points, Tensor label, int n_labels) -> Tensor");
   m.def("majority_vote(Tensor index, Tensor label) -> Tensor");
   m.def("label_shares(Tensor index, Tensor label, Tensor truth, int n_labels) -> Tensor");

@@ -221,9 +221,9 @@ def test_smoke_calls_every_op():
     gpu_smoke.attention(report)
     assert report.outcome(True) == "ok"
     called = {entry["what"].split()[0] for entry in report.found["checked"]}
-    of_blocks_and_rings = {"transformer_blocks", "attention_block", "mlp_block", "ring_knn", "ring_to_grid"}
+    of_blocks = {"transformer_blocks", "attention_block", "mlp_block"}
     # in the step, on a CPU alone, and the switch that is no op
-    functions = {name for name in ops.__all__ if name.islower()} - of_blocks_and_rings - {"composed"}
+    functions = {name for name in ops.__all__ if name.islower()} - of_blocks - {"composed"}
     assert functions - called == {"packed_attention"} and "packed" in called
 
 

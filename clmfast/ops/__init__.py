@@ -26,7 +26,6 @@ from clmfast.ops.derivatives import composed  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, adjusted_rand, partition_scores  # noqa: E402
-from clmfast.ops.ring import ring_knn, ring_to_grid  # noqa: E402
 from clmfast.ops.separation import separation  # noqa: E402
 from clmfast.ops.votes import label_shares, majority_vote  # noqa: E402
 
@@ -47,8 +46,6 @@ __all__ = [
     "mlp_block",
     "packed_attention",
     "partition_scores",
-    "ring_knn",
-    "ring_to_grid",
     "separation",
     "transformer_blocks",
 ]

@@ -78,8 +78,8 @@ CLMFAST_PER_ISA(void, centre_row, (const float* row, const float* centre, float 
                 (row, centre, scale, D, to))
 CLMFAST_PER_ISA(void, scale_row, (float* row, int64_t n, float scale), (row, n, scale))
 
-void choose(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn) {
-  const int64_t D = grid.D, most = may_turn ? SAMPLE : SAMPLE / 4;
+void choose(const Grid& grid, int64_t s, const float* points, bool may_turn) {
+  const int64_t n = grid.N, D = grid.D, most = may_turn ? SAMPLE : SAMPLE / 4;
   const int64_t stride = std::max<int64_t>((n + most - 1) / most, 1);
   std::vector<double> mean(D);
   std::vector<const float*> sample;
@@ -122,8 +122,6 @@ void choose(const Grid& grid, int64_t s, const float* points, int64_t n, bool ma
   }
   const double unit = scale / (best_step(distance, grid.n_coordinates(s)) * widest * farthest);
   grid.unit[s] = static_cast<float>(std::min(unit, 0x1p106));
-  grid.wasted[2 * s] = -1;
-  grid.wasted[2 * s + 1] = 0;
 }
 
 // ---- the move
@@ -252,11 +250,11 @@ CLMFAST_PER_WIDTH(to_cells,
 CLMFAST_PER_WIDTH(turned_to_cells, (const float* y, int64_t M, float reach, int16_t* cells, Placed* placed),
                   (y, M, reach, cells, placed))
 
-// Moves one panel of points, of which those from n on are none. `scratch` [D + TURNED, PANEL] and room for a square.
-void move_panel(const Grid& grid, int64_t s, const float* points, int64_t n, int64_t i_panel, float* scratch) {
-  const int64_t D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
+// Moves one panel of points. `scratch` [D + TURNED, PANEL] and room for a square.
+void move_panel(const Grid& grid, int64_t s, const float* points, int64_t i_panel, float* scratch) {
+  const int64_t n = grid.N, D = grid.D, M = grid.n_coordinates(s), first = i_panel * PANEL;
   const bool is_turned = grid.n_turned[s] > 0;
-  const float *centre = grid.centre + s * D, unit = static_cast<float>(grid.unit[s]), reach = static_cast<float>(reach_of(M));
+  const float *centre = grid.centre + s * D, unit = grid.unit[s], reach = static_cast<float>(reach_of(M));
   const float* row[PANEL];
   for (int64_t c = 0; c < PANEL; ++c) row[c] = first + c < n ? points + (first + c) * D : centre;
   Placed placed;
@@ -412,60 +410,44 @@ void cell_dist2 CLMFAST_DIST2_PARAMETERS {
 }  // namespace
 
 GridMemory::GridMemory(int64_t S, int64_t N, int64_t D, const Grid* other)
-    : Grid{S, N, D, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-      floats_(new float[S * ((other ? 0 : D + TURNED * D) + n_panels(N) * PANEL)]),
-      doubles_(new double[S]),
+    : Grid{S, N, D, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+      floats_(new float[S * ((other ? 0 : D + TURNED * D + 1) + n_panels(N) * PANEL)]),
       integers_(new int32_t[S * n_panels(N) * PANEL]),
-      counts_(new int64_t[3 * S]),
+      counts_(new int64_t[S]),
       cells_(new int16_t[S * n_panels(N) * grid_depth(D) * PANEL * PAIR]) {
   rest = floats_.get();
   centre = other ? other->centre : rest + S * n_panels(N) * PANEL;
   turn = other ? other->turn : centre + S * D;
-  unit = other ? other->unit : doubles_.get();
+  unit = other ? other->unit : turn + S * TURNED * D;
   n_turned = other ? other->n_turned : counts_.get();
-  wasted = other ? other->wasted : counts_.get() + S;
   norm2 = integers_.get();
   cells = cells_.get();
 }
 
-void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn) {
-  choose(grid, s, points + s * grid.N * grid.D, n, may_turn);
+void make_grid(const Grid& grid, int64_t s, const float* points, bool may_turn) {
+  choose(grid, s, points + s * grid.N * grid.D, may_turn);
 }
 
-void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels) {
-  std::unique_ptr<float[]> scratch(new float[(grid.D + TURNED) * PANEL + LANES * LANES]);
-  for (int64_t i_panel : panels)
-    move_panel(grid, s, points + s * grid.N * grid.D, n, i_panel, scratch.get());
-}
-
-void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for) {
+void move_to_grid(const Grid& grid, const float* points, ParallelFor parallel_for) {
   constexpr int64_t TASK = 8;  // panels
   const int64_t n_tasks = (n_panels(grid.N) + TASK - 1) / TASK;
   for_each(parallel_for, grid.S * n_tasks, [&](int64_t task) {
-    std::vector<int64_t> panels;
-    for (int64_t i = task % n_tasks * TASK; i < std::min((task % n_tasks + 1) * TASK, n_panels(grid.N)); ++i)
-      panels.push_back(i);
-    move_to_grid(grid, task / n_tasks, points, n, panels);
+    const int64_t s = task / n_tasks, begin = task % n_tasks * TASK;
+    const std::unique_ptr<float[]> scratch(new float[(grid.D + TURNED) * PANEL + LANES * LANES]);
+    for (int64_t i_panel = begin; i_panel < std::min(begin + TASK, n_panels(grid.N)); ++i_panel)
+      move_panel(grid, s, points + s * grid.N * grid.D, i_panel, scratch.get());
   });
 }
 
-GridRows::GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n)
+GridRows::GridRows(const Grid& grid, int64_t s, int64_t first, int64_t n)
     : s_(s), n_(n), depth_(grid.depth(s)), cells_(depth_ * MOST * PAIR) {
-  bool is_copied = false;
-  for (int64_t r = 0; r < MOST; ++r) {
-    norm2_[r] = 0;
-    if (r >= n) continue;
-    const int64_t i_panel = row[r] / PANEL, c = row[r] % PANEL;
-    norm2_[r] = grid.norm2_of(s)[row[r]];
-    const int16_t* from = grid.panel(s, i_panel) + c * PAIR;
-    if (r == 0 && n == MOST && row[n - 1] == row[0] + n - 1 && row[n - 1] / PANEL == i_panel) {  // side by side
-      for (int64_t g = 0; g < depth_; ++g)
-        std::memcpy(&cells_[g * MOST * PAIR], from + g * PANEL * PAIR, MOST * PAIR * sizeof *from);
-      is_copied = true;
-    }
-    if (is_copied) continue;
-    for (int64_t g = 0; g < depth_; ++g)
-      std::memcpy(&cells_[(g * MOST + r) * PAIR], from + g * PANEL * PAIR, PAIR * sizeof *from);
+  std::fill_n(norm2_, MOST, 0);
+  for (int64_t r = 0, n_there; r < n; r += n_there) {
+    const int64_t row = first + r, c = row % PANEL;
+    n_there = std::min(n - r, PANEL - c);  // in one panel
+    const int16_t* from = grid.panel(s, row / PANEL) + c * PAIR;
+    std::copy_n(grid.norm2_of(s) + row, n_there, norm2_ + r);
+    for (int64_t g = 0; g < depth_; ++g) std::copy_n(from + g * PANEL * PAIR, n_there * PAIR, &cells_[(g * MOST + r) * PAIR]);
   }
 }
 

@@ -14,41 +14,70 @@
 // of themselves, far more than their arithmetic loses.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "../grid.h"
 #include "../parallel.h"
 
 namespace clmfast {
 
-// The memory of a Grid that lives as long as one call; with `other`, on its grid.
+constexpr int64_t PANEL = 32;  // points side by side
+
+constexpr int64_t n_panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
+// Coordinates that are left of many by turning. For states of width 128, 48 to 72 are equally fast (Zen 3).
+constexpr int64_t TURNED = 60;
+
+// Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
+constexpr int32_t NOBODY = 3 << 29;
+
+constexpr int64_t grid_depth(int64_t D) { return (D + PAIR - 1) / PAIR; }
+
+struct Grid {
+  int64_t S, N, D;
+  float* centre;      // [S, D]
+  float* unit;        // [S] steps per unit of the points
+  int64_t* n_turned;  // [S] rows of the turn; 0: the coordinates are the points' own
+  float* turn;        // [S, TURNED, D], interleaved as cpu/tile.h wants its rows
+  int16_t* cells;     // [S, n_panels(N), depth, PANEL, PAIR], with room for grid_depth(D): whole steps from the centre
+  int32_t* norm2;     // [S, n_panels(N) * PANEL] of the cells; or NOBODY
+  float* rest;        // [S, n_panels(N) * PANEL] at least the distance from the cell to the point, in steps; -infinity
+                      // where there is no finite point
+
+  // Side by side, whatever the depth: with gaps between them they would not share out the second cache.
+  int16_t* panel(int64_t s, int64_t i) const {
+    return cells + (s * n_panels(N) * grid_depth(D) + i * depth(s)) * PANEL * PAIR;
+  }
+  int32_t* norm2_of(int64_t s) const { return norm2 + s * n_panels(N) * PANEL; }
+  float* rest_of(int64_t s) const { return rest + s * n_panels(N) * PANEL; }
+  int64_t n_coordinates(int64_t s) const { return n_turned[s] ? n_turned[s] : D; }
+  int64_t depth(int64_t s) const { return grid_depth(n_coordinates(s)); }
+};
+
+// The memory of a Grid; with `other`, on its grid.
 struct GridMemory : Grid {
   GridMemory(int64_t S, int64_t N, int64_t D, const Grid* other = nullptr);
 
  private:
   std::unique_ptr<float[]> floats_;  // not vectors: to clear them first would cost as much as to fill them
-  std::unique_ptr<double[]> doubles_;
   std::unique_ptr<int32_t[]> integers_;
   std::unique_ptr<int64_t[]> counts_;
   std::unique_ptr<int16_t[]> cells_;
 };
 
-// Chooses centre, unit and turn of set s by a sample of the first n of its points [S, N, D].
-void make_grid(const Grid& grid, int64_t s, const float* points, int64_t n, bool may_turn);
+// Chooses centre, unit and turn of set s by a sample of the points [S, N, D].
+void make_grid(const Grid& grid, int64_t s, const float* points, bool may_turn);
 
-// Moves some panels of set s, or all of all, of points [S, N, D]; rows from n on are no points.
-void move_to_grid(const Grid& grid, int64_t s, const float* points, int64_t n, const std::vector<int64_t>& panels);
-void move_to_grid(const Grid& grid, const float* points, int64_t n, ParallelFor parallel_for);
+void move_to_grid(const Grid& grid, const float* points, ParallelFor parallel_for);
 
-// Some rows of a set, ascending, that meet its panels, or those of another set on the same grid.
+// Some rows of a set, side by side, that meet its panels, or those of another set on the same grid.
 class GridRows {
  public:
   static constexpr int64_t MOST = 12;  // of 32 columns, their sums are 24 of the 32 AVX-512 registers
 
-  GridRows(const Grid& grid, int64_t s, const int64_t* row, int64_t n);
+  GridRows(const Grid& grid, int64_t s, int64_t first, int64_t n);
 
   int64_t size() const { return n_; }
   int64_t panel_bytes() const { return depth_ * PANEL * PAIR * static_cast<int64_t>(sizeof(int16_t)); }

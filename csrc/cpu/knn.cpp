@@ -45,7 +45,7 @@ bool pays_to_turn(const Knn& op) {
   return op.Q * op.N * (op.D - TURNED) > 2 * of_turning;
 }
 
-bool nobody_else(int64_t, float) { return false; }
+void nobody_else(int64_t, float) {}
 
 // Are the numbers of two points for both of them? Not where the groups that points bar are not those that they are of.
 bool is_mutual(const Knn& op) {
@@ -210,9 +210,9 @@ void search_set(const Knn& op, const std::vector<Groups>& groups, ParallelFor pa
     return for_blocks([&](int64_t at, int64_t n) { search_kinds(search, kinds, at, n); });
   }
   const GridMemory points(1, op.N, op.D), queries(1, op.is_self ? 0 : op.Q, op.D, &points);
-  make_grid(points, 0, op.points, op.N, pays_to_turn(op));
-  move_to_grid(points, op.points, op.N, parallel_for);
-  if (!op.is_self) move_to_grid(queries, op.queries, op.Q, parallel_for);
+  make_grid(points, 0, op.points, pays_to_turn(op));
+  move_to_grid(points, op.points, parallel_for);
+  if (!op.is_self) move_to_grid(queries, op.queries, parallel_for);
   const Search search{op, points, op.is_self ? points : queries, groups};
   for_blocks([&](int64_t at, int64_t n) { search_queries(search, at, n); });
 }
@@ -268,9 +268,8 @@ struct Meetings {
           [&](int64_t r, int64_t first, int64_t n, float* dist2) {
             look_at(s, at + r, first, n, dist2, &limit[s * stride + first], [&](int64_t c, float measured) {
               Nearest& of_column = nearest[s * stride + first + c];
-              const bool is_taken = of_column.take(neighbour(measured, at + r));
+              of_column.take(neighbour(measured, at + r));
               limit[s * stride + first + c] = of_column.limit();
-              return is_taken;
             });
           });
   }
@@ -303,8 +302,8 @@ void knn_cpu(const Knn& op, ParallelFor parallel_for) {
     return;
   }
   const GridMemory points(op.S, op.N, op.D);
-  for_each(parallel_for, op.S, [&](int64_t s) { make_grid(points, s, op.points, op.N, true); });
-  move_to_grid(points, op.points, op.N, parallel_for);
+  for_each(parallel_for, op.S, [&](int64_t s) { make_grid(points, s, op.points, true); });
+  move_to_grid(points, op.points, parallel_for);
   const Search search{op, points, points, groups};
   Meetings meetings{search};
   const int64_t n_blocks = meetings.n_blocks;

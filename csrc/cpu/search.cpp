@@ -265,17 +265,12 @@ float limit_below(double unit, Neighbour bound) {
   return limit_for(unit, dist2_of(bound + (Neighbour{1} << 32) - (index_of(bound) == 0)));
 }
 
-std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, const int64_t* row, int64_t n) {
+std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, int64_t first, int64_t n) {
   std::vector<GridRows> rows;
   rows.reserve((n + GridRows::MOST - 1) / GridRows::MOST);
-  for (int64_t i = 0; i < n; i += GridRows::MOST) rows.emplace_back(grid, s, row + i, std::min(GridRows::MOST, n - i));
+  for (int64_t i = 0; i < n; i += GridRows::MOST)
+    rows.emplace_back(grid, s, first + i, std::min(GridRows::MOST, n - i));
   return rows;
-}
-
-std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, int64_t first, int64_t n) {
-  std::vector<int64_t> row(n);
-  for (int64_t i = 0; i < n; ++i) row[i] = first + i;
-  return grid_rows(grid, s, row.data(), n);
 }
 
 }  // namespace clmfast

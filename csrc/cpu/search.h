@@ -1,4 +1,4 @@
-// Search: the nearest points of a query, exactly. What knn and ring_knn are made of.
+// Search: the nearest points of a query, exactly. What knn is made of.
 //
 // Squared distances of cells (grid.h) come as rows of numbers, one for each column that a point is. Who is too far by
 // them is out; the rest is measured by pair_dist2 at once, which brings the limit down. So that it is low from the
@@ -51,7 +51,7 @@ class Nearest {
   Nearest(Neighbour* list, int64_t k, double unit, Neighbour bound)
       : list_(list), k_(k), unit_(unit), bound_(bound), limit_(limit_below(unit, bound)) {}
 
-  bool is_full() const { return k_ == 0 || list_[k_ - 1] != NO_NEIGHBOUR; }
+  bool is_full() const { return list_[k_ - 1] != NO_NEIGHBOUR; }
   // Can a point of this index still be taken?
   bool may_take(int64_t index) const { return neighbour(0, index) < bound_; }
 
@@ -62,18 +62,16 @@ class Nearest {
     return limit_;
   }
 
-  bool is_empty() const { return k_ > 0 && list_[0] == NO_NEIGHBOUR; }
+  bool is_empty() const { return list_[0] == NO_NEIGHBOUR; }
 
   // Takes the first n <= FEW at once, into an empty list.
   static constexpr int64_t FEW = 32;
   void begin_with(const Neighbour* x, int64_t n);
 
-  // Returns whether it belongs to them.
-  bool take(Neighbour x) {
-    if (x >= bound_) return false;
+  void take(Neighbour x) {
+    if (x >= bound_) return;
     insert(list_, k_, x);
     if (list_[k_ - 1] < bound_) bound_ = list_[k_ - 1], is_late_ = true;
-    return true;
   }
 
  private:
@@ -110,7 +108,6 @@ struct Row {
   const float* column_limit;  // [n] as the points, too, look for neighbours; null: they don't
   const float *query, *points;
   int64_t D;
-  float* known = nullptr;  // [n] the dist2 that were measured before, or -1; null: nobody asks again
 };
 
 // Rows that are measured lie anywhere: memory is asked for them ahead of time.
@@ -120,24 +117,17 @@ inline void fetch(const float* row, int64_t D) {
 }
 
 // Measures who is closer than the limit of `nearest`, which takes it, or than its column's. Of the latter,
-// found(column, dist2) hears of all, and maybe of others, and says whether it takes it. Returns how many nobody took.
+// found(column, dist2) hears of all, and maybe of others.
 template <class Found>
-int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
-  if (row.rest < 0) return 0;
-  int64_t n_wasted = 0;
+void look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
+  if (row.rest < 0) return;
   int32_t column[Row::MOST + SLACK];
   auto measured = [&](int64_t i, int64_t n) {
-    const int64_t c = column[i];
     if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
-    return static_cast<float>(pair_dist2(row.query, row.points + (row.first + c) * row.D, row.D));
-  };
-  auto measure = [&](int64_t i, int64_t n) {
-    const int64_t c = column[i];
-    const bool is_known = row.known && row.known[c] >= 0;
-    const float dist2 = is_known ? row.known[c] : measured(i, n);
-    if (row.known) row.known[c] = dist2;
-    const bool is_taken = nearest.take(neighbour(dist2, row.first + c)), is_found = found(c, dist2);
-    n_wasted += !(is_known || is_taken || is_found);
+    const int64_t point = row.first + column[i];
+    const float dist2 = static_cast<float>(pair_dist2(row.query, row.points + point * row.D, row.D));
+    found(column[i], dist2);
+    return neighbour(dist2, point);
   };
   float done = -1;  // whose dist2 is at most this has been measured
   if (!nearest.is_full()) {
@@ -145,16 +135,12 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
     if (kth < static_cast<float>(NOBODY)) {
       done = kth;
       const int64_t n = small_ones(row.dist2, row.n, kth, column);
-      if (n <= Nearest::FEW && nearest.is_empty() && !row.known) {
+      if (n <= Nearest::FEW && nearest.is_empty()) {
         Neighbour first[Nearest::FEW];
-        for (int64_t i = 0; i < n; ++i) {
-          const float dist2 = measured(i, n);
-          found(column[i], dist2);
-          first[i] = neighbour(dist2, row.first + column[i]);
-        }
+        for (int64_t i = 0; i < n; ++i) first[i] = measured(i, n);
         nearest.begin_with(first, n);
       } else {
-        for (int64_t i = 0; i < n; ++i) measure(i, n);
+        for (int64_t i = 0; i < n; ++i) nearest.take(measured(i, n));
       }
     }
   }
@@ -166,15 +152,12 @@ int64_t look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
     float reach = nearest.may_take(row.first + c) ? nearest.limit() : -std::numeric_limits<float>::infinity();
     if (row.column_limit) reach = std::max(reach, row.column_limit[c]);
     reach += row.rest + row.column_rest[c];
-    if (reach > 0 && row.dist2[c] < reach * reach) measure(i, n);
+    if (reach > 0 && row.dist2[c] < reach * reach) nearest.take(measured(i, n));
   }
-  return n_wasted;
 }
 
 // Rows first, ..., first + n - 1 of a set, as they meet panels.
 std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, int64_t first, int64_t n);
-// Rows that lie anywhere.
-std::vector<GridRows> grid_rows(const Grid& grid, int64_t s, const int64_t* row, int64_t n);
 
 // The rows meet panels begin, ..., end - 1 of set s of `columns`: visit(i_row, first column, n columns, dist2).
 template <class Visit>

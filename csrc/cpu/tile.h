@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "../grid.h"
+#include "grid.h"
 
 namespace clmfast {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../grid.h"
+#include "grid.h"
 #include "isa.h"
 #include "tile.h"
 

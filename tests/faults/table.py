@@ -23,7 +23,6 @@ from tests.faults.arguments import Spec
 Arguments = dict[str, Any]
 
 EXCLUDED = {
-    "ring_knn", "ring_to_grid",  # on their way out
     "KNN", "KMeans", "PartitionScores", "BlockWeights",  # what ops return or take
     "composed",  # a context, within which the blocks are compared
 }  # fmt: skip
