@@ -157,7 +157,7 @@ class Window:
                 keep=self.n_known + 1,
                 moves=config.moves,
                 max_iter=config.warm_iter,
-                seed=self.seed + step,
+                seed=(self.seed + step) % 2**63,
             )
             is_cold = found.origin >= (0 if is_first else self.n_known)
         self.known[:, :, :n] = found.label[: self.n_known]

@@ -230,7 +230,7 @@ Panels::Panels(const float* points, int64_t N, int64_t D, int64_t centre)
       point[r] = points + std::min(i * ROWS + r, N - 1) * D;
       next[r] = points + std::min((i + 1) * ROWS + r, N - 1) * D;
     }
-    place(point, next, D, 1, points + centre * D, &panel_[i * ROWS * D], &norm2_[i * ROWS], reach.data());
+    place(point, next, D, 1, points + centre * D, panel_.get() + i * ROWS * D, &norm2_[i * ROWS], reach.data());
   }
 }
 
@@ -241,7 +241,7 @@ void Panels::least_dist2(const int64_t* trial, const float* closest, const int32
   float of_trial[TRIALS], dot[TILE_ROWS * ROWS];
   for (int64_t t = 0; t < TRIALS; ++t) {
     of_trial[t] = norm2_[trial[t]];
-    const float* from = &panel_[trial[t] / ROWS * ROWS * D_ + trial[t] % ROWS];
+    const float* from = panel_.get() + trial[t] / ROWS * ROWS * D_ + trial[t] % ROWS;
     for (int64_t d = 0; d < D_; ++d) row[d * TILE_ROWS + t] = from[d * ROWS];
   }
   const int64_t stride = n_ * ROWS;
@@ -254,7 +254,7 @@ void Panels::least_dist2(const int64_t* trial, const float* closest, const int32
       for (int64_t t = 0; t < TRIALS; ++t) std::copy_n(closest + first, ROWS, least + t * stride + first);
       continue;
     }
-    dot_tile(row.data(), TRIALS, &panel_[first * D_], D_, dot);
+    dot_tile(row.data(), TRIALS, panel_.get() + first * D_, D_, dot);
     if (!least_of_panel(dot, &norm2_[first], of_trial, closest + first, least + first, stride)) continue;
     for (int64_t t = 0; t < TRIALS; ++t) {
       for (int64_t c = 0; c < n; ++c) {

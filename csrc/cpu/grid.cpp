@@ -101,7 +101,7 @@ void choose(const Grid& grid, int64_t s, const float* points, bool may_turn) {
   const double scale = std::ldexp(1.0, -exponent);
   std::vector<float> centred(sample.size() * D), turn, distance;
   for (size_t i = 0; i < sample.size(); ++i)
-    centre_row(sample[i], centre, static_cast<float>(scale), D, &centred[i * D]);
+    centre_row(sample[i], centre, static_cast<float>(scale), D, centred.data() + i * D);
   const int64_t n_centred = static_cast<int64_t>(centred.size());
   const float farthest = std::max({row_reach(centred.data(), n_centred), static_cast<float>(largest * scale) * 0x1p-24f, 0x1p-60f});
   scale_row(centred.data(), n_centred, 1 / farthest);
@@ -447,7 +447,7 @@ GridRows::GridRows(const Grid& grid, int64_t s, int64_t first, int64_t n)
     n_there = std::min(n - r, PANEL - c);  // in one panel
     const int16_t* from = grid.panel(s, row / PANEL) + c * PAIR;
     std::copy_n(grid.norm2_of(s) + row, n_there, norm2_ + r);
-    for (int64_t g = 0; g < depth_; ++g) std::copy_n(from + g * PANEL * PAIR, n_there * PAIR, &cells_[(g * MOST + r) * PAIR]);
+    for (int64_t g = 0; g < depth_; ++g) std::copy_n(from + g * PANEL * PAIR, n_there * PAIR, cells_.data() + (g * MOST + r) * PAIR);
   }
 }
 

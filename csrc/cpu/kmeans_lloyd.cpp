@@ -107,7 +107,7 @@ class Lloyd {
     std::iota(row, row + n, first);
     std::vector<int32_t> bits(D_);
     packed_.nearest(run_.points, row, n, nullptr, found_of(first), bits.data());
-    reach_of(point(first), n, D_, bits.data(), &reach_[chunk * D_]);
+    reach_of(point(first), n, D_, bits.data(), reach_.data() + chunk * D_);
   }
 
   // Labels the points of a chunk after the centroids moved. The last time, no bounds are needed any more.
@@ -120,7 +120,7 @@ class Lloyd {
     uint32_t near[CHUNK];
     int64_t row[CHUNK], one_by_one[CHUNK], n_rows = 0, n_one_by_one = 0;
     const int64_t first = chunk * CHUNK, n = std::min(CHUNK, N_ - first);
-    widen_bounds(&label_[first], n, n_groups_, move_.data(), group_move_.data(), &within_[first], &beyond_[first], N_,
+    widen_bounds(&label_[first], n, n_groups_, move_.data(), group_move_.data(), &within_[first], beyond_.data() + first, N_,
                  near);
     for (int64_t e = 0; e < n; ++e) {
       if (near[e] == 0) continue;
@@ -183,7 +183,7 @@ class Lloyd {
     return has_changed;
   }
 
-  void add(int64_t i, double sign, int64_t k) { add_point(point(i), magic_.data(), sign, D_, &sum_[k * D_]); }
+  void add(int64_t i, double sign, int64_t k) { add_point(point(i), magic_.data(), sign, D_, sum_.data() + k * D_); }
 
   // The points farthest from their centroids, one for each empty cluster.
   std::vector<Taken> take_over() const {
@@ -219,7 +219,7 @@ class Lloyd {
       const double n = static_cast<double>(count_[k]);
       for (int64_t d = 0; d < D_; ++d)
         next_[k * D_ + d] = n > 0 ? static_cast<float>(sum_[k * D_ + d] / n) : centroid_[k * D_ + d];
-      const double move2 = pair_dist2(&centroid_[k * D_], &next_[k * D_], D_);
+      const double move2 = pair_dist2(centroid_.data() + k * D_, next_.data() + k * D_, D_);
       moved2_ += move2;
       move_[k] = move2 > 0 ? static_cast<float>(std::sqrt(move2) * (1 + 0x1p-20) + 0x1p-120) : 0;
       group_move_[k % GROUPS] = std::max(group_move_[k % GROUPS], move_[k]);

@@ -77,7 +77,7 @@ CLMFAST_PER_ISA(void, add_point,
 void reach_of(const float* points, int64_t n, int64_t D, const int32_t* bits, float* reach) {
   // Of floats without their signs, the larger has the larger bits; NaN is above infinity.
   if (std::all_of(bits, bits + D, [](int32_t x) { return x < 0x7f800000; })) {
-    std::memcpy(reach, bits, D * sizeof(float));
+    if (D > 0) std::memcpy(reach, bits, D * sizeof(float));
     return;
   }
   std::fill_n(reach, D, 0.0f);
