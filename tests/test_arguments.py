@@ -125,7 +125,11 @@ LARGE = torch.tensor([2**63] * 9, dtype=torch.uint64)
         (lambda: ops.knn([[[1e39], [0.0]]], 1), ValueError, "points must fit float32, got a number that is too large"),
         (lambda: ops.knn(POINTS.to_sparse(), 2), ValueError, "points must be dense, got sparse_coo"),
         (lambda: ops.knn(POINTS, 2, POINTS.to("meta")), ValueError, "all tensors must be on one device"),
-        (lambda: ops.knn(POINTS, 2, barred=(LABEL,)), ValueError, "barred must be .query_group, point_group., or a list of such pairs"),
+        (
+            lambda: ops.knn(POINTS, 2, barred=(LABEL,)),
+            ValueError,
+            "barred must be .query_group, point_group., or a list of such pairs",
+        ),
         (lambda: ops.knn(POINTS, 2.0), TypeError, r"k must be an integer, got 2\.0"),
         (lambda: ops.knn(POINTS, True), TypeError, "k must be an integer, got True"),
         (lambda: ops.knn(POINTS, None), TypeError, "k must be an integer, got None"),
