@@ -193,21 +193,14 @@ def control(run: Run, kind: str, readout: str, measure: str, split: str = "", la
     return None
 
 
-def band_width(run: Run, readout: str = HEADLINE_READOUT) -> NDArray[np.float64]:
-    """[layers] of the last probe: how far the ARI of partitions that fit equally well lie apart. Zero where a run does
-    not tell."""
-    if run.measurement_version == 1:
-        return np.zeros(len(run.layers))
-    low, high = (final_by_layer(run, f"ari_task_{end}", "", readout) for end in ("low", "high"))
-    return high - low
-
-
 def _band_text(run: Run, layer: int) -> str:
-    """Says where the number is read from a step at which no single partition is the best."""
-    if not band_width(run)[layer] > AMBIGUOUS:
+    """Says where the number is read from a step at which no single partition is the best; a run of version 1 does not
+    tell."""
+    if run.measurement_version == 1:
         return ""
     low, high = (final_by_layer(run, f"ari_task_{end}")[layer] for end in ("low", "high"))
-    return f", ambiguous: {low:.2f} to {high:.2f} among partitions that fit equally well"
+    is_ambiguous = high - low > AMBIGUOUS
+    return f", ambiguous: {low:.2f} to {high:.2f} among partitions that fit equally well" if is_ambiguous else ""
 
 
 def _control_text(run: Run, measure: str, split: str) -> str:
