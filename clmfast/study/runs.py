@@ -32,7 +32,7 @@ from clmfast.files import write_json
 from clmfast.measure.catalogue import MEASUREMENT_VERSION
 from clmfast.record import NotARun, Run
 from clmfast.study.base import Revisit, StudyError, changed
-from clmfast.study.summary import Summary, beside, kept_at, revisited, write_summary
+from clmfast.study.summary import Summary, beside, kept_at, revisited, run_of, write_summary
 
 DIVERGED = 3  # exit code of clmfast.run
 ENDED = ("finished", "diverged")
@@ -74,7 +74,7 @@ def _config_in(file: Path, modified_ns: int) -> RunConfig | None:
     try:
         if file.suffix == ".json":
             return identity(from_file(file, RunConfig()))
-        return identity(Summary(file.with_name(file.name.removesuffix(".npz"))).config)
+        return identity(Summary(run_of(file)).config)
     except (ConfigError, NotARun):
         return None
 
@@ -130,14 +130,11 @@ def state_of(path: Path, config: RunConfig, version: int = MEASUREMENT_VERSION) 
 def version_in(pool: Path) -> int:
     """The measurement version of the summaries of a pool; the current one where there are none. StudyError where
     there are several: numbers of two versions are never compared."""
-    files = sorted(pool.glob("*.npz")) if pool.is_dir() else []
-    versions = set()
-    for file in files:
-        if RUN_NAME.fullmatch(file.name.removesuffix(".npz")):
-            try:
-                versions.add(Summary(file.with_name(file.name.removesuffix(".npz"))).measurement_version)
-            except NotARun as error:
-                raise StudyError(str(error)) from None
+    paths = [run_of(file) for file in pool.glob("*.npz")]
+    try:
+        versions = {Summary(path).measurement_version for path in paths if RUN_NAME.fullmatch(path.name)}
+    except NotARun as error:
+        raise StudyError(str(error)) from None
     if len(versions) > 1:
         raise StudyError(
             f"{pool} must hold runs of one measurement version, got {' and '.join(map(str, sorted(versions)))}"

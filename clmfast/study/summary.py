@@ -62,6 +62,11 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     write_file(path, content.getvalue())
 
 
+def run_of(file: Path) -> Path:
+    """The directory of the run that a summary is of, the inverse of `beside`."""
+    return file.with_name(file.name.removesuffix(".npz"))
+
+
 def write_summary(run: Run) -> None:
     """Write NAME.npz of a run that has ended, finished or diverged."""
     kept = [i for i, column in enumerate(run.columns) if column.measure in KEPT]

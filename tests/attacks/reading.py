@@ -36,7 +36,7 @@ from clmfast.config import RunConfig, check, from_file  # noqa: E402
 from clmfast.files import read_checkpoint  # noqa: E402
 from clmfast.study import __main__ as study  # noqa: E402
 from clmfast.study.revisit import checkpoint_steps, model_at, tasks_of  # noqa: E402
-from clmfast.study.summary import Summary, revisited  # noqa: E402
+from clmfast.study.summary import Summary, revisited, run_of  # noqa: E402
 from clmfast.study.unseen import MISTAKES  # noqa: E402
 
 TASKS = tasks_of(records.config())
@@ -56,7 +56,7 @@ def read_run(path: Path) -> str:
 
 
 def read_summary(path: Path) -> str:
-    summary = Summary(path.with_name(path.name.removesuffix(".npz")))
+    summary = Summary(run_of(path))
     assert summary.per_task is not None and summary.long()
     return ""
 
