@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "lanes.h"
 #include "pair.h"
+#include "sums.h"
 #include "tile.h"
 #include "turn.h"
 #include "vector.h"
@@ -61,10 +62,6 @@ double best_step(std::vector<float>& distance, int64_t n_coordinates) {
   return best / reach;
 }
 
-CLMFAST_BODY void add_row_body(const float* row, int64_t D, double* sum) {
-  for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
-}
-
 CLMFAST_BODY void centre_row_body(const float* row, const float* centre, float scale, int64_t D, float* to) {
   for (int64_t d = 0; d < D; ++d) to[d] = row[d] * scale - centre[d] * scale;
 }
@@ -73,7 +70,6 @@ CLMFAST_BODY void scale_row_body(float* row, int64_t n, float scale) {
   for (int64_t d = 0; d < n; ++d) row[d] *= scale;
 }
 
-CLMFAST_PER_ISA(void, add_row, (const float* row, int64_t D, double* sum), (row, D, sum))
 CLMFAST_PER_ISA(void, centre_row, (const float* row, const float* centre, float scale, int64_t D, float* to),
                 (row, centre, scale, D, to))
 CLMFAST_PER_ISA(void, scale_row, (float* row, int64_t n, float scale), (row, n, scale))
@@ -184,8 +180,8 @@ CLMFAST_BODY void place_body(const float* const* row, const float* centre, float
   }
 }
 
-// The cells of a panel that is not turned. Of 2 W coordinates, or what is left of them, the first half lies beside the
-// second. `pairs` [W, grid_depth(D) + W] is scratch.
+// The cells of a panel of points that are not projected. A step takes 2 W coordinates, or those that are left, and pairs
+// each of its first half with one of its second. `pairs` [W, grid_depth(D) + W] is scratch.
 template <int W>
 CLMFAST_BODY void to_cells_body(const float* const* row, const float* centre, float unit, int64_t D, float reach,
                                 float* pairs, int16_t* cells, Placed* placed) {

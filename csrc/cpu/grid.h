@@ -30,7 +30,8 @@ constexpr int64_t PAIR = 2;  // coordinates of a point that lie side by side
 // Coordinates that are left of many by turning. For states of width 128, 48 to 72 are equally fast (Zen 3).
 constexpr int64_t TURNED = 60;
 
-// Squared distances of cells are at most 2^30. Who is no point has this squared norm, and is farther from all.
+// The squared norm of a row that holds no finite point. Squared distances of cells are at most 2^30, so such a row is
+// farther away than any point.
 constexpr int32_t NOBODY = 3 << 29;
 
 constexpr int64_t grid_depth(int64_t D) { return (D + PAIR - 1) / PAIR; }

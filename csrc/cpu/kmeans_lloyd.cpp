@@ -23,10 +23,6 @@ constexpr int64_t AHEAD = 3;    // scattered rows come from a far cache: asking 
 
 int64_t n_chunks(int64_t N) { return (N + CHUNK - 1) / CHUNK; }
 
-void prefetch(const float* row, int64_t D) {
-  for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
-}
-
 // Widens the bounds of n points by how far the centroids moved; bit g of near[i]: group g may have come nearer than the
 // point's own centroid.
 //   beyond [n_groups, stride]
@@ -128,7 +124,7 @@ class Lloyd {
       else row[n_rows++] = first + e;
     }
     for (int64_t e = 0; e < n_one_by_one; ++e) {
-      if (e + AHEAD < n_one_by_one) prefetch(point(one_by_one[e + AHEAD]), D_);
+      if (e + AHEAD < n_one_by_one) prefetch_row(point(one_by_one[e + AHEAD]), D_);
       const int64_t i = one_by_one[e];
       packed_.renew(point(i), near[i - first], found_of(i));
     }

@@ -16,6 +16,12 @@ double pair_dist2(const float* a, const float* b, int64_t D);
 // The largest |coordinate|; infinity or NaN if the row holds one.
 float row_reach(const float* row, int64_t D);
 
+// Asks for a row that will be read soon: rows that lie anywhere come from a far cache.
+inline void prefetch_row(const float* row, int64_t D) {
+  constexpr int64_t LINE = 16;  // floats of a cache line
+  for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
+}
+
 inline bool is_finite_row(const float* row, int64_t D) {
   return row_reach(row, D) < std::numeric_limits<float>::infinity();
 }

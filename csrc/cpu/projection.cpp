@@ -8,18 +8,14 @@
 #include "grid.h"
 #include "isa.h"
 #include "pair.h"
+#include "sums.h"
+#include "turn.h"
 #include "vector.h"
 
 namespace clmfast {
 namespace {
 
 constexpr int64_t SAMPLE = 256, TILE = 4, POWER_STEPS = 1;
-
-CLMFAST_BODY void add_to_body(const float* row, int64_t D, double* sum) {
-  for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
-}
-
-CLMFAST_PER_ISA(void, add_to, (const float* row, int64_t D, double* sum), (row, D, sum))
 
 // z [width], zeros from D on; returns |z|^2.
 CLMFAST_BODY float centre_body(const float* row, const float* mean, float unit, int64_t D, int64_t width, float* z) {
@@ -105,14 +101,6 @@ CLMFAST_BODY void orthonormalise_body(float* rows, int64_t M, int64_t width) {
 
 CLMFAST_PER_ISA(void, orthonormalise, (float* rows, int64_t M, int64_t width), (rows, M, width))
 
-// out[n, m] = x[m, n]
-std::vector<float> transposed(const float* x, int64_t m, int64_t n, int64_t n_rows) {
-  std::vector<float> out(n * n_rows);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) out[j * n_rows + i] = x[i * n + j];
-  return out;
-}
-
 int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace
@@ -124,7 +112,7 @@ Projection::Projection(const float* points, int64_t N, int64_t D, int64_t n_dire
     if (!(of_row < std::numeric_limits<float>::infinity())) continue;
     reach = std::max(reach, of_row);
     source_.push_back(i);
-    add_to(points + i * D, D, mean_.data());
+    add_row(points + i * D, D, mean_.data());
   }
   for (double& x : mean_) x /= static_cast<double>(std::max<int64_t>(n(), 1));
   if (reach > 0) unit_ = std::ldexp(1.0, std::clamp(-std::ilogb(reach), -126, 126));
@@ -144,7 +132,7 @@ Projection::Projection(const float* points, int64_t N, int64_t D, int64_t n_dire
       sample.resize(sample.size() + width);
       centre(points + source_[i] * D, centre_of.data(), unit, D, width, &sample[sample.size() - width]);
     }
-    const std::vector<float> basis = directions(sample), columns = transposed(basis.data(), M_, width, M_);
+    const std::vector<float> basis = directions(sample), columns = interleaved(basis.data(), M_, width, M_);
     std::vector<float> z(TILE * width), out(TILE * M_);
     for (int64_t i = 0; i < n(); i += TILE) {
       const int64_t n_rows = std::min(TILE, n() - i);
@@ -184,10 +172,10 @@ std::vector<float> Projection::directions(const std::vector<float>& sample) cons
   padded.resize(n_padded * width);
   for (int64_t m = 0; m < M_; ++m) std::copy_n(&sample[m * n / M_ * width], width, &basis[m * width]);
   for (int64_t step = 0; step < POWER_STEPS; ++step) {
-    const std::vector<float> columns = transposed(basis.data(), M_, width, M_);
+    const std::vector<float> columns = interleaved(basis.data(), M_, width, M_);
     std::vector<float> product(n_padded * M_);  // [n, M]
     for (int64_t i = 0; i < n_padded; i += TILE) project(&padded[i * width], columns.data(), width, M_, &product[i * M_]);
-    const std::vector<float> coordinates = transposed(product.data(), n_padded, M_, n_padded);  // [M, n]
+    const std::vector<float> coordinates = interleaved(product.data(), n_padded, M_, n_padded);  // [M, n]
     for (int64_t m = 0; m < M_; m += TILE)
       project(&coordinates[m * n_padded], padded.data(), n_padded, width, &basis[m * width]);
     orthonormalise(basis.data(), M_, width);

@@ -35,7 +35,7 @@ int64_t close_ones_baseline CLMFAST_CLOSE_PARAMETERS {
   int32_t* end = column;
   for (int64_t c = 0; c < n; ++c) {
     float reach = (column_limit && column_limit[c] > limit ? column_limit[c] : limit) + (rest + column_rest[c]);
-    reach = reach > 0 ? reach : 0;  // also where it is NaN: who has no limit and who is no point
+    reach = reach > 0 ? reach : 0;  // also where it is NaN, as for a row that is no point or has no limit
     if (dist2[c] < reach * reach && dist2[c] > above) *end++ = static_cast<int32_t>(c);
   }
   return end - column;
@@ -55,7 +55,7 @@ CLMFAST_AVX2 int64_t close_ones_avx2 CLMFAST_CLOSE_PARAMETERS {
   for (int64_t p = 0; p < n; p += PANEL) {
     uint32_t word = 0;
     for (int64_t c = 0; c < PANEL; c += 8) {
-      // max takes its second argument where one is NaN: who has no limit and who is no point reach nothing
+      // max takes its second argument where one is NaN, as for a row that is no point or has no limit
       __m256 reach = column_limit ? _mm256_max_ps(row_limit, _mm256_loadu_ps(column_limit + p + c)) : row_limit;
       reach = _mm256_add_ps(reach, _mm256_add_ps(row_rest, _mm256_loadu_ps(column_rest + p + c)));
       reach = _mm256_max_ps(reach, zero);

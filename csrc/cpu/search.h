@@ -110,12 +110,6 @@ struct Row {
   int64_t D;
 };
 
-// Rows that are measured lie anywhere: memory is asked for them ahead of time.
-inline void fetch(const float* row, int64_t D) {
-  constexpr int64_t LINE = 16;
-  for (int64_t d = 0; d < D; d += LINE) __builtin_prefetch(row + d);
-}
-
 // Measures who is closer than the limit of `nearest`, which takes it, or than its column's. Of the latter,
 // found(column, dist2) hears of all, and maybe of others.
 template <class Found>
@@ -123,7 +117,7 @@ void look(const Row& row, int64_t k, Nearest& nearest, const Found& found) {
   if (row.rest < 0) return;
   int32_t column[Row::MOST + SLACK];
   auto measured = [&](int64_t i, int64_t n) {
-    if (i + 2 < n) fetch(row.points + (row.first + column[i + 2]) * row.D, row.D);
+    if (i + 2 < n) prefetch_row(row.points + (row.first + column[i + 2]) * row.D, row.D);
     const int64_t point = row.first + column[i];
     const float dist2 = static_cast<float>(pair_dist2(row.query, row.points + point * row.D, row.D));
     found(column[i], dist2);

@@ -53,6 +53,10 @@ CLMFAST_BODY void sum_groups_body(const float* points, int64_t N, int64_t D, con
   }
 }
 
+CLMFAST_BODY void add_row_body(const float* row, int64_t D, double* sum) {
+  for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
+}
+
 CLMFAST_BODY void add_point_body(const float* point, const double* magic, double sign, int64_t D,
                                  double* sum) {
   for (int64_t d = 0; d < D; ++d) {
@@ -70,6 +74,7 @@ CLMFAST_PER_ISA(void, dist2_to_groups,
 CLMFAST_PER_ISA(void, sum_groups,
                 (const float* points, int64_t N, int64_t D, const int32_t* group, double* sum),
                 (points, N, D, group, sum))
+CLMFAST_PER_ISA(void, add_row, (const float* row, int64_t D, double* sum), (row, D, sum))
 CLMFAST_PER_ISA(void, add_point,
                 (const float* point, const double* magic, double sign, int64_t D, double* sum),
                 (point, magic, sign, D, sum))

@@ -12,6 +12,9 @@ void dist2_to_groups(const float* points, int64_t first, int64_t n, int64_t D, c
 // sum [K, D]: of the points of each group, in their order; points of a negative group are left out.
 void sum_groups(const float* points, int64_t N, int64_t D, const int32_t* group, double* sum);
 
+// Adds the coordinates of a row to sum [D].
+void add_row(const float* row, int64_t D, double* sum);
+
 // Sums that do not depend on the order of adding: every coordinate is first rounded to a multiple of a quantum, of which
 // N times the largest coordinate of its column are at most 2^52 (and at least 2^43), so that float64 sums are exact.
 //   magic [D]: 1.5 * 2^52 quanta; adding and subtracting it rounds. A pure function of the points
