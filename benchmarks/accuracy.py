@@ -30,10 +30,11 @@ from rich.table import Table
 
 from benchmarks.machine import cpu_slug, describe
 from benchmarks.results import FOLDER
+from clmfast.config import RunConfig
+from clmfast.findings import AMBIGUOUS
+from clmfast.measure.catalogue import BAND_SHARE
 
 LAYERS = (3, 4, 5, 6)
-NARROW = 0.05
-AS_GOOD = 0.005
 TOLERANCE = 0.005  # of ARI: about one state of a thousand
 
 
@@ -55,17 +56,10 @@ class Case(NamedTuple):
 
 def cases(seed: int, every: int) -> Iterator[Case]:
     """Trains the default run of a seed."""
-    from benchmarks.training import NEVER, our_training
-    from clmfast.config import RunConfig
+    from benchmarks.training import our_training, run_config
 
-    config = RunConfig(seed=seed)
-    training = our_training(
-        dataclasses.replace(
-            config,
-            measure=dataclasses.replace(config.measure, probe_every=0),
-            train=dataclasses.replace(config.train, validate_every=NEVER),
-        )
-    )
+    config = dataclasses.replace(run_config(measure_every=1), seed=seed, steps=RunConfig().steps)
+    training = our_training(config)
     window = training.window
     assert window is not None
     readouts = config.measure.readouts
@@ -107,7 +101,7 @@ def judge(case: Case, n_restarts: int) -> dict[str, Any]:
     best = int(inertia.argmin())
     lowest = min(ours, inertia[best])
     right = case.ari if ours <= inertia[best] else ari[best]
-    close = ari[inertia <= (1 + AS_GOOD) * lowest]
+    close = ari[inertia <= (1 + BAND_SHARE) * lowest]
     outside = np.maximum(case.low - close, close - case.high)
     return {
         "seed": case.seed, "step": case.step, "layer": case.layer, "readout": case.readout,
@@ -120,7 +114,7 @@ def judge(case: Case, n_restarts: int) -> dict[str, Any]:
 def summary(found: list[dict[str, Any]]) -> dict[str, float]:
     """The numbers of the table, over all cases."""
     of = {name: np.array([case[name] for case in found]) for name in found[0] if name != "readout"}
-    error, is_narrow = np.abs(of["ari"] - of["ari_of_lowest"]), of["high"] - of["low"] < NARROW
+    error, is_narrow = np.abs(of["ari"] - of["ari_of_lowest"]), of["high"] - of["low"] < AMBIGUOUS
     has_close = of["n_close"] > 0
     return {
         "cases": len(found),
@@ -153,7 +147,7 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     console, found = Console(), list[dict[str, Any]]()
     n_cores = len(os.sched_getaffinity(0))
-    n_cases = len(asked.seeds) * ((1000 - 1) // asked.every) * len(LAYERS) * 2
+    n_cases = len(asked.seeds) * ((RunConfig().steps - 1) // asked.every) * len(LAYERS) * 2
     with ProcessPoolExecutor(n_cores, multiprocessing.get_context("spawn")) as pool, Progress(console=console) as bar:
         line = bar.add_task("states against restarts", total=n_cases)
         waiting: list[Future[dict[str, Any]]] = []

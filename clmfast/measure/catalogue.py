@@ -14,6 +14,8 @@ from clmfast.config import LABEL_KINDS
 
 MEASUREMENT_VERSION = 2
 READABLE_VERSIONS = (1, MEASUREMENT_VERSION)  # never mixed in one comparison
+BAND_SHARE = 0.005  # partitions whose inertia is at most so much above the lowest are as good as that
+RIVAL_ARI = 0.05  # a partition whose ARI differs by more is one of another kind
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ MEASURES: dict[str, Measure] = {
         for kind in LABEL_KINDS
     },
     "ari_task_low": Measure(
-        "1", -0.5, 1, "0", "lowest ari_task of the partitions found whose inertia is within 0.5 % of the lowest"
+        "1",
+        -0.5,
+        1,
+        "0",
+        f"lowest ari_task of the partitions found whose inertia is within {BAND_SHARE:.1%} of the lowest",
     ),
     "ari_task_high": Measure("1", -0.5, 1, "0", "highest ari_task of those"),
     "rival_inertia_gap": Measure(
@@ -47,7 +53,7 @@ MEASURES: dict[str, Measure] = {
         0,
         None,
         "",
-        "(inertia - lowest) / lowest of the best partition found whose ari_task differs by more than 0.05",
+        f"(inertia - lowest) / lowest of the best partition found whose ari_task differs by more than {RIVAL_ARI}",
     ),
     "ari_task_assigned": Measure(
         "1", -0.5, 1, "0", "ari_task of the unseen states, assigned to the centroids fitted to training states"

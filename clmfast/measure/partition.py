@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clmfast import ops
 from clmfast.config import LABEL_KINDS, RESTARTS_PER_START, MeasureConfig
+from clmfast.measure.catalogue import BAND_SHARE, RIVAL_ARI
 from clmfast.measure.separation import separation
 
 PARTITION_MEASURES = (
@@ -26,8 +27,6 @@ PARTITION_MEASURES = (
     "silhouette_task",
     "scatter_ratio_task",
 )
-BAND_SHARE = 0.005  # partitions whose inertia is at most so much above the lowest are as good as that
-RIVAL_ARI = 0.05  # a partition whose ARI differs by more is one of another kind
 
 
 def find_partitions(points: Tensor, n_clusters: int, config: MeasureConfig, seed: int) -> ops.Partitions:
