@@ -242,16 +242,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
                                                          const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
-                                                         int64_t moves, int64_t max_iter, double tol, int64_t seed) {
+                                                         int64_t moves, int64_t max_iter, int64_t seed,
+                                                         const MaybeTensor& directions, const MaybeTensor& projected) {
   const char* name = "kmeans_search";
   require_points(name, "points", points);
   require_there(name, "points", points, points);
   const int64_t S = points.size(0), N = points.size(1), D = points.size(2), K = n_clusters;
   require(1 <= K && K <= N, "kmeans_search: n_clusters must be in [1, N], got n_clusters=", K, " with N=", N);
-  require(1 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 1 to 2^20, got max_iter=",
+  require(0 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 0 to 2^20, got max_iter=",
           max_iter);
   require(0 <= moves && moves <= int64_t{1} << 20, "kmeans_search: moves must be from 0 to 2^20, got moves=", moves);
-  require(tol >= 0, "kmeans_search: tol must not be negative, got tol=", tol);
   const int64_t P = known && known->dim() == 3 ? known->size(0) : 0;
   if (known) {
     require_int64(name, "known", *known, points);
@@ -268,6 +268,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
     require(0 <= n && n < int64_t{1} << 20 && P + n > 0,
             "kmeans_search: every set needs a partition to begin with, known or cold, got n_cold=", n, " with P=", P);
   }
+  require(directions.has_value() == projected.has_value(),
+          "kmeans_search: directions and projected must be given together or not at all");
+  if (directions) {
+    const int64_t M = n_directions(N, D, K);
+    require(M > 0, "kmeans_search: a projection cannot be kept of points that are not projected, got N=", N, ", D=", D,
+            " and n_clusters=", K);
+    const std::pair<const char*, const Tensor*> kept[] = {{"directions", &*directions}, {"projected", &*projected}};
+    for (auto [of, tensor] : kept) {
+      require(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(), name, ": ", of,
+              " must be contiguous float32, got ", dtype(*tensor), " of strides ", strides(*tensor));
+      require_there(name, of, *tensor, points);
+    }
+    require(has_shape(*directions, {S, 1 + M, D}), name, ": directions must be [S, 1 + M, D] with S=", S, ", M=", M,
+            " and D=", D, ", got ", shape(*directions));
+    require(has_shape(*projected, {S, N, M}), name, ": projected must be [S, N, M] with S=", S, ", N=", N, " and M=", M,
+            ", got ", shape(*projected));
+  }
   Tensor label = empty(name, points, {keep, S, N}, ScalarType::Long);
   Tensor inertia = empty(name, points, {keep, S}, ScalarType::Double);
   Tensor centroid = empty(name, points, {S, K, D}, ScalarType::Float), n_iter = empty(name, points, {S}, ScalarType::Long);
@@ -278,8 +295,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   op.points = data<float>(dense_points);
   op.known = known ? data<int64_t>(*dense_known) : nullptr;
   op.n_cold = data<int64_t>(dense_cold);
+  if (directions) op.directions = mutable_data<float>(*directions), op.projected = mutable_data<float>(*projected);
   op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
-  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.tol = tol, op.seed = seed;
+  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.seed = seed;
   op.label = mutable_data<int64_t>(label);
   op.inertia = mutable_data<double>(inertia);
   op.centroid = mutable_data<float>(centroid);
@@ -1069,7 +1087,8 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "dist2, Tensor index)");
   m.def(
       "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "
-      "float tol, int seed) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor n_iter, Tensor origin)");
+      "int seed, Tensor(a!)? directions, Tensor(b!)? projected) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor "
+      "n_iter, Tensor origin)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "
       "seed) -> (Tensor label, Tensor centroid, Tensor inertia, Tensor n_iter)");

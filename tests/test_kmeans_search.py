@@ -172,6 +172,76 @@ def test_any_shape(S: int, N: int, D: int, K: int, n_values: int, P: int, seed: 
     assert_right(points, K, ops.kmeans_search(points, K, known=known, n_cold=1, keep=3, moves=2, seed=seed))
 
 
+def a_window(n_steps: int, seed: int = 0) -> list[tuple[Tensor, slice]]:
+    """Points of 2 sets of which a quarter is replaced at every step, and which."""
+    arriving = blobs(2, 240 + 60 * n_steps, 80, 6, spread=1.0, seed=seed)
+    points, steps = arriving[:, :240], list[tuple[Tensor, slice]]()
+    for step in range(n_steps):
+        new = slice(step % 4 * 60, step % 4 * 60 + 60)
+        points = points.clone()
+        points[:, new] = arriving[:, 240 + 60 * step :][:, :60]
+        steps.append((points, new))
+    return steps
+
+
+def test_memory_saves_work_and_changes_little() -> None:
+    """With a memory, directions are those of earlier points: another projection, but as good a search."""
+    memory = ops.search_memory(2, 240, 80, 6)
+    assert memory is not None
+    known = None
+    for step, (points, new) in enumerate(a_window(9)):
+        if known is not None:
+            known[:, :, new] = -1
+        n_cold = 2 if known is None else torch.tensor([0, int(step == 5)])
+        kept = memory.directions.clone()
+        found = ops.kmeans_search(points, 6, known=known, n_cold=n_cold, keep=2, moves=4, seed=step, memory=memory)
+        fresh = ops.kmeans_search(points, 6, n_cold=4, keep=2, moves=4, seed=step)
+        assert (found.inertia[0] <= fresh.inertia[0] * 1.02).all()
+        assert_right(points, 6, found)
+        right = (points - memory.directions[:, :1]) @ memory.directions[:, 1:].mT
+        torch.testing.assert_close(memory.projected, right, rtol=1e-4, atol=1e-4)
+        if step > 0:
+            assert torch.equal(memory.directions[0], kept[0])  # without a cold start they stay
+            assert torch.equal(memory.directions[1], kept[1]) == (step != 5)
+        known = found.label[:2].clone()
+
+
+def test_points_that_a_memory_knows_are_not_projected_again() -> None:
+    (points, _), (later, new) = a_window(2)
+    memory = ops.search_memory(2, 240, 80, 6)
+    assert memory is not None
+    first = ops.kmeans_search(points, 6, n_cold=1, keep=1, memory=memory)
+    before = memory.projected.clone()
+    known = first.label.clone()
+    known[:, :, new] = -1
+    ops.kmeans_search(later, 6, known=known, n_cold=0, keep=1, memory=memory)
+    is_old = torch.ones(240, dtype=torch.bool)
+    is_old[new] = False
+    assert torch.equal(memory.projected[:, is_old], before[:, is_old])
+    assert not torch.equal(memory.projected[:, new], before[:, new])
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(240, 80, 6), (97, 48, 8), (64, 200, 3), (31, 80, 6), (240, 39, 6), (5, 4, 2)])
+def test_a_memory_has_the_size_that_the_search_asks_for(N: int, D: int, K: int) -> None:
+    memory = ops.search_memory(1, N, D, K)
+    if memory is not None:
+        ops.kmeans_search(normal(1, N, D), K, memory=memory)
+        assert memory.projected.any()
+    else:
+        wrong = ops.SearchMemory(torch.zeros(1), torch.zeros(1))
+        with pytest.raises(ValueError, match="not projected"):
+            ops.kmeans_search(normal(1, N, D), K, memory=wrong)
+
+
+def test_memory_of_another_shape() -> None:
+    memory = ops.search_memory(2, 240, 80, 6)
+    assert memory is not None
+    with pytest.raises(ValueError, match=r"projected must be \[S, N, M\]"):
+        ops.kmeans_search(normal(2, 200, 80), 6, memory=memory)
+    with pytest.raises(ValueError, match="directions must be contiguous float32"):
+        ops.kmeans_search(normal(2, 240, 80), 6, memory=memory._replace(directions=memory.directions.double()))
+
+
 POINTS = normal(2, 9, 3)
 
 
@@ -189,8 +259,8 @@ POINTS = normal(2, 9, 3)
         (2, {"n_cold": torch.tensor([1])}, "n_cold must be"),
         (2, {"n_cold": torch.tensor([1, -1])}, "every set needs a partition to begin with"),
         (2, {"moves": -1}, "moves must be from 0"),
-        (2, {"max_iter": 0}, "max_iter must be from 1"),
-        (2, {"tol": -1.0}, "tol must not be negative"),
+        (2, {"max_iter": -1}, "max_iter must be from 0"),
+        (2, {"memory": (torch.zeros(1), torch.zeros(1))}, "a projection cannot be kept of points that are not projected"),
     ],
 )
 def test_bad_input(K: int, more: dict, message: str) -> None:
@@ -201,5 +271,9 @@ def test_bad_input(K: int, more: dict, message: str) -> None:
 def test_opcheck() -> None:
     op = torch.ops.clmfast.kmeans_search.default
     cold = torch.ones(2, dtype=torch.int64)
-    torch.library.opcheck(op, (POINTS, 3, None, cold, 2, 1, 10, 1e-4, 0))
-    torch.library.opcheck(op, (POINTS, 3, torch.zeros(1, 2, 9, dtype=torch.int64), cold, 2, 1, 10, 1e-4, 0))
+    torch.library.opcheck(op, (POINTS, 3, None, cold, 2, 1, 10, 0, None, None))
+    torch.library.opcheck(op, (POINTS, 3, torch.zeros(1, 2, 9, dtype=torch.int64), cold, 2, 1, 10, 0, None, None))
+    wide = normal(2, 60, 64)
+    memory = ops.search_memory(2, 60, 64, 3)
+    assert memory is not None
+    torch.library.opcheck(op, (wide, 3, torch.zeros(1, 2, 60, dtype=torch.int64), cold, 2, 1, 10, 0, *memory))

@@ -49,6 +49,7 @@ class Window:
         self.n_known = measure.population if self.has_moves else 1
         self.is_first = True
         self.known = torch.full((self.n_known, n_sets, measure.window), -1, dtype=torch.int64, device=device)
+        self.memory = ops.search_memory(n_sets, measure.window, width, tasks.n_tasks) if self.has_moves else None
         n_steps = max(self.n_pooled, self.n_pooled_unseen)
         self.answers = torch.zeros(n_steps, len(ANSWERS), 2, n_sets, tasks.n_tasks, dtype=torch.float64, device=device)
         self.columns = [  # what `measure` returns, in its order
@@ -158,6 +159,7 @@ class Window:
                 moves=config.moves,
                 max_iter=config.warm_iter,
                 seed=(self.seed + step) % 2**63,
+                memory=self.memory if n == self.train.n_points else None,
             )
             is_cold = found.origin >= (0 if is_first else self.n_known)
         self.known[:, :, :n] = found.label[: self.n_known]
@@ -186,6 +188,7 @@ class Window:
             **{f"unseen.{name}": tensor for name, tensor in self.unseen.state().items()},
             "known": self.known,
             "answers": self.answers,
+            **(self.memory._asdict() if self.memory else {}),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -195,3 +198,5 @@ class Window:
         self.known.copy_(state["known"])
         self.is_first = bool((self.known < 0).all())
         self.answers.copy_(state["answers"])
+        for name, tensor in self.memory._asdict().items() if self.memory else ():
+            tensor.copy_(state[name])

@@ -24,7 +24,7 @@ from clmfast.ops.block import BlockWeights, attention_block, mlp_block, transfor
 from clmfast.ops.capture import capture_rows  # noqa: E402
 from clmfast.ops.derivatives import composed  # noqa: E402
 from clmfast.ops.kmeans import KMeans, kmeans  # noqa: E402
-from clmfast.ops.kmeans_search import Partitions, kmeans_search  # noqa: E402
+from clmfast.ops.kmeans_search import Partitions, SearchMemory, kmeans_search, search_memory  # noqa: E402
 from clmfast.ops.knn import KNN, knn  # noqa: E402
 from clmfast.ops.partition import PartitionScores, adjusted_rand, partition_scores  # noqa: E402
 from clmfast.ops.separation import separation  # noqa: E402
@@ -36,6 +36,7 @@ __all__ = [
     "KMeans",
     "PartitionScores",
     "Partitions",
+    "SearchMemory",
     "adjusted_rand",
     "attention",
     "attention_block",
@@ -49,6 +50,7 @@ __all__ = [
     "mlp_block",
     "packed_attention",
     "partition_scores",
+    "search_memory",
     "separation",
     "transformer_blocks",
 ]

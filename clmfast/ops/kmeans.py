@@ -47,12 +47,10 @@ def kmeans(
     if arguments.integer(op, "moves", moves) != 0:
         if not isinstance(init, str) or init == "random":
             raise ValueError('kmeans: moves must be 0 unless init is "k-means++"')
-        partitions = kmeans_search(
-            points, n_clusters, n_cold=n_init, moves=moves, max_iter=max_iter, tol=tol, seed=seed
-        )
-        return KMeans(partitions.label[0], partitions.centroid, partitions.inertia[0], partitions.n_iter)
+        found = kmeans_search(points, n_clusters, n_cold=n_init, moves=moves, max_iter=0, seed=seed)
+        init, n_init = found.centroid, 1
     beside = (points, init)
-    found = torch.ops.clmfast.kmeans(
+    fit = torch.ops.clmfast.kmeans(
         arguments.points(op, "points", points, beside),
         arguments.integer(op, "n_clusters", n_clusters),
         None if isinstance(init, str) else arguments.points(op, "init", init, beside),
@@ -62,7 +60,7 @@ def kmeans(
         arguments.number(op, "tol", tol),
         arguments.integer(op, "seed", seed),
     )
-    return KMeans(*found)
+    return KMeans(*fit)
 
 
 @arguments.register_fake("kmeans")

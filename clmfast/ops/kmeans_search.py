@@ -21,6 +21,21 @@ class Partitions(NamedTuple):
     origin: Tensor  # [S] int64: the start that it comes from, p of known[p] or P + i for the i-th cold one
 
 
+class SearchMemory(NamedTuple):
+    """The projection that a search works in, to be kept for the next call."""
+
+    directions: Tensor  # [S, 1 + M, D] float32: the centre, and what points about it are projected onto
+    projected: Tensor  # [S, N, M] float32
+
+
+def search_memory(S: int, N: int, D: int, n_clusters: int) -> SearchMemory | None:
+    """An empty memory for points [S, N, D]; None where these are too few, or of too few dimensions, to be projected."""
+    M = (2 * n_clusters + 8 + 7) // 8 * 8  # of csrc/kmeans_search.h
+    if 2 * M > D or 2 * M > N:
+        return None
+    return SearchMemory(*(torch.zeros(shape, device="cpu", dtype=torch.float32) for shape in ((S, 1 + M, D), (S, N, M))))
+
+
 def kmeans_search(
     points: Array,
     n_clusters: int,
@@ -30,8 +45,8 @@ def kmeans_search(
     keep: int = 1,
     moves: int = 10,
     max_iter: int = 100,
-    tol: float = 1e-4,
     seed: int = 0,
+    memory: SearchMemory | None = None,
 ) -> Partitions:
     """The k-means partition of lowest inertia that a search finds, and others that came close to it.
 
@@ -41,8 +56,10 @@ def kmeans_search(
 
     points [S, N, D] float32, bfloat16 or float16, on the CPU. known [P, S, N] integers: labels in [0, n_clusters); any
     other value is a point without a cluster so far. n_cold: starts by k-means++, for all sets or for each [S].
-    keep: partitions that come back, at least P. moves: rounds of moves of a start. max_iter and tol: of Lloyd's
-    algorithm on the best partition at the end, in all dimensions.
+    keep: partitions that come back, at least P. moves: rounds of moves of a start. max_iter: of Lloyd's algorithm on
+    the best partition at the end, in all dimensions; before, the search sees a projection. memory: where points are
+    those of the last call, but for points whose first known label is negative, that call's memory saves most of the
+    projecting; it is written to.
     """
     op = "kmeans_search"
     beside = (points, known, n_cold)
@@ -62,8 +79,8 @@ def kmeans_search(
             arguments.integer(op, "keep", keep),
             arguments.integer(op, "moves", moves),
             arguments.integer(op, "max_iter", max_iter),
-            arguments.number(op, "tol", tol),
             arguments.integer(op, "seed", seed),
+            *(memory or (None, None)),
         )
     )
 
@@ -77,8 +94,9 @@ def _(
     keep: int,
     moves: int,
     max_iter: int,
-    tol: float,
     seed: int,
+    directions: Tensor | None,
+    projected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     S, N, D = points.shape
     return (

@@ -1,5 +1,7 @@
 """The slow, obviously right twin of every op, in float64: what the ops are tested against."""
 
+from __future__ import annotations
+
 import math
 from typing import overload
 
@@ -10,7 +12,7 @@ from clmfast.ops.kmeans import KMeans
 from clmfast.ops.knn import KNN
 from clmfast.ops.partition import PartitionScores
 
-WARM_ITERATIONS, MOVE_ITERATIONS, SPLIT_ITERATIONS = 2, 3, 3  # of csrc/cpu/kmeans_search.cpp
+WARM_ITERATIONS, MOVE_ITERATIONS, SPLIT_ITERATIONS = 2, 4, 3  # of csrc/cpu/kmeans_search.cpp
 
 
 Barred = tuple[Tensor, Tensor]
@@ -93,12 +95,13 @@ def kmeans_search(points: Tensor, K: int, known: Tensor, moves: int, max_iter: i
         x_ND = points[s][is_finite_N].double()
         if len(x_ND) == 0:
             continue
-        found = [_iterated(x_ND, known[p, s, is_finite_N], K, WARM_ITERATIONS) for p in range(P)]
-        best = min(range(P), key=lambda p: _scatter(x_ND, found[p], K))
+        x_ND = x_ND - x_ND.mean(dim=0)
+        found = [_Lloyd(x_ND, known[p, s, is_finite_N], K).go_on(WARM_ITERATIONS, set(range(K))) for p in range(P)]
+        best = min(range(P), key=lambda p: found[p].scatter())
         for p in {best, (best + 1 + seed % (P - 1)) % P} if P > 1 else {best}:
-            found[p] = _moved(x_ND, found[p], K, moves)
-        label_N = min(found, key=lambda label: _scatter(x_ND, label, K))
-        init_SKD[s] = _means(x_ND, label_N, K).float()
+            found[p] = _moved(found[p], moves)
+        label_N = min(found, key=_Lloyd.scatter).label_N
+        init_SKD[s] = _means(points[s][is_finite_N].double(), label_N, K).float()
     return kmeans(points, init_SKD, max_iter)
 
 
@@ -110,22 +113,60 @@ def _scatter(x_ND: Tensor, label_N: Tensor, K: int) -> float:
     return float((x_ND - _means(x_ND, label_N, K)[label_N]).square().sum())
 
 
-def _iterated(x_ND: Tensor, label_N: Tensor, K: int, n_iter: int) -> Tensor:
-    """Lloyd's algorithm from labels; those out of range belong to no cluster yet."""
-    if not ((label_N >= 0) & (label_N < K)).any():
-        label_N = torch.zeros_like(label_N)
-    for _ in range(n_iter):
-        dist2_NK = (x_ND[:, None] - _means(x_ND, label_N, K)).square().sum(dim=2).nan_to_num(nan=math.inf)
-        own_N, label_N = dist2_NK.min(dim=1)
-        for k in range(K):
-            if not (label_N == k).any() and own_N.max() > 0:
-                label_N[own_N.argmax()] = k
-                own_N[own_N.argmax()] = 0
-    return label_N
+class _Lloyd:
+    """Labels of points that go on, and |c|^2 - 2 c . x of the point's own centroid c when it was looked at last."""
+
+    def __init__(self, x_ND: Tensor, label_N: Tensor, K: int) -> None:
+        has_any = ((label_N >= 0) & (label_N < K)).any()
+        self.x_ND, self.K = x_ND, K
+        self.label_N = torch.where((label_N >= 0) & (label_N < K), label_N, -1) if has_any else torch.zeros_like(label_N)
+        self.own_N = torch.full((len(x_ND),), math.inf, dtype=torch.float64, device="cpu")
+
+    def copy(self) -> _Lloyd:
+        other = _Lloyd(self.x_ND, self.label_N.clone(), self.K)
+        other.own_N = self.own_N.clone()
+        return other
+
+    def scatter(self) -> float:
+        return _scatter(self.x_ND, self.label_N, self.K)
+
+    def assign(self, clusters: set[int], of_N: Tensor | None = None) -> set[int]:
+        """Points, or some of them, take the nearest of some centroids and their own; the clusters that changed."""
+        names = torch.tensor(sorted(clusters), device="cpu")
+        mean_KD = _means(self.x_ND, self.label_N, self.K)[names]
+        value_NK = (mean_KD.square().sum(dim=1) - 2 * self.x_ND @ mean_KD.T).nan_to_num(nan=math.inf)
+        value_NK = torch.cat(
+            [torch.where(torch.isin(self.label_N, names), math.inf, self.own_N)[:, None], value_NK], dim=1
+        )
+        own_N, place_N = value_NK.min(dim=1)
+        label_N = torch.where(place_N == 0, self.label_N, names[(place_N - 1).clamp(min=0)])
+        if of_N is not None:
+            own_N, label_N = torch.where(of_N, own_N, self.own_N), torch.where(of_N, label_N, self.label_N)
+        moved_N = label_N != self.label_N
+        changed = {*self.label_N[moved_N].tolist(), *label_N[moved_N].tolist()} - {-1}
+        self.own_N, self.label_N = own_N, label_N
+        return changed
+
+    def fill_empty(self) -> None:
+        own2_N = self.own_N + self.x_ND.square().sum(dim=1)
+        for k in range(self.K):
+            if not (self.label_N == k).any() and own2_N.max() > 0:
+                self.label_N[own2_N.argmax()] = k
+                own2_N[own2_N.argmax()] = 0
+
+    def go_on(self, n_iter: int, clusters: set[int]) -> _Lloyd:
+        for _ in range(n_iter):
+            if not clusters:
+                break
+            clusters = self.assign(clusters)
+            self.fill_empty()
+        return self
 
 
-def _moved(x_ND: Tensor, label_N: Tensor, K: int, moves: int) -> Tensor:
+def _moved(found: _Lloyd, moves: int) -> _Lloyd:
+    x_ND, K = found.x_ND, found.K
     for _ in range(moves):
+        label_N = found.label_N
         mean_KD, count_K = _means(x_ND, label_N, K), torch.bincount(label_N, minlength=K).double()
         splits = [_split(x_ND[label_N == k], mean_KD[k]) for k in range(K)]
         k = max(range(K), key=lambda k: splits[k][0])
@@ -142,13 +183,19 @@ def _moved(x_ND: Tensor, label_N: Tensor, K: int, moves: int) -> Tensor:
         if K < 3 or splits[k][0] == 0:
             break
         _, into, freed = min(merges)
-        trial_N = torch.where(label_N == freed, into, label_N)
-        trial_N[(label_N == k).nonzero()[~splits[k][1], 0]] = freed
-        trial_N = _iterated(x_ND, trial_N, K, MOVE_ITERATIONS)
-        if not _scatter(x_ND, trial_N, K) < _scatter(x_ND, label_N, K):
+        three = {k, into, freed}
+        of_three_N = torch.isin(label_N, torch.tensor(sorted(three), device="cpu"))
+        trial = found.copy()
+        trial.label_N[label_N == freed] = into
+        trial.label_N[(label_N == k).nonzero()[~splits[k][1], 0]] = freed
+        changed = trial.assign(three)
+        changed |= trial.assign(set(range(K)), of_three_N)
+        trial.fill_empty()
+        trial.go_on(MOVE_ITERATIONS - 1, changed)
+        if not trial.scatter() < found.scatter():
             break
-        label_N = trial_N
-    return label_N
+        found = trial
+    return found
 
 
 def _split(x_ND: Tensor, mean_D: Tensor) -> tuple[float, Tensor]:

@@ -1,135 +1,260 @@
-// kmeans_search on the CPU: one set is one task. In the projection everything is small and dense, so that nothing is
-// kept between iterations but labels.
+#include "fused.h"  // the search works with approximate distances anyway
+
+// kmeans_search on the CPU: one set is one task. In the projection everything is small and dense.
 #include "../kmeans_search.h"
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
-#include "grid.h"
 #include "../kmeans.h"
+#include "grid.h"
 #include "isa.h"
+#include "lanes.h"
 #include "pair.h"
 #include "projection.h"
 #include "sums.h"
 #include "tile.h"
 #include "uniform.h"
-#include "vector.h"
 
 namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr double MARGIN = 0.01, SAME = 1e-4;
-constexpr int64_t WARM_ITERATIONS = 2, COLD_ITERATIONS = 20, MOVE_ITERATIONS = 3, SPLIT_ITERATIONS = 3;
+constexpr double SAME = 1e-4;
+constexpr int64_t WARM_ITERATIONS = 2, COLD_ITERATIONS = 20, MOVE_ITERATIONS = 4, SPLIT_ITERATIONS = 3;
 
 // A partition of the points in the projection.
 struct Partition {
-  std::vector<int32_t> label;   // [n]
-  std::vector<float> own2;      // [n] dist2 to the centroid that the label was given by
-  std::vector<float> sum;       // [K, M]
-  std::vector<int64_t> count;   // [K]
+  std::vector<int32_t> label;  // [n]; -1: none yet
+  std::vector<float> own;      // [n]: |c|^2 - 2 c . row of the point's own centroid c, when it was looked at last
+  std::vector<float> sum;      // [K, M]
+  std::vector<int64_t> count;  // [K]
   double inertia = INF;
   int64_t origin = 0;  // the start that it comes from: known ones, then cold ones
 };
 
-// ---- inner loops
+// ---- inner loops, of rows of M = a multiple of SIDE floats
 
-// best[c], label[c] of PANEL points: the smallest norm2[k] - 2 dot[k][c], of centroids first, ..., first + n - 1.
-CLMFAST_BODY void nearer_body(const float* dot, const float* norm2, int64_t first, int64_t n, float* best,
-                              int32_t* label) {
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t c = 0; c < PANEL; ++c) {
-      const float x = norm2[k] - 2 * dot[k * PANEL + c];
-      label[c] = x < best[c] ? static_cast<int32_t>(first + k) : label[c];
-      best[c] = x < best[c] ? x : best[c];
+using Eight = Lanes<SIDE>;
+typedef LanesOf<SIDE>::Int EightI;
+
+CLMFAST_BODY float sum_of(Eight x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// Of PANEL points: own[c] = norm2[j] - 2 dot[j][c] and label[c] = name[j] of the smallest of n such numbers, or what they
+// are if that is smaller. Returns whether a label changed.
+CLMFAST_BODY bool take_nearest_body(const float* dot, const float* norm2, const int32_t* name, int64_t n, float* own,
+                                    int32_t* label) {
+  EightI changed = {};
+  for (int64_t c = 0; c < PANEL; c += SIDE) {
+    Eight best = lanes<SIDE>(own + c);
+    EightI& to = *reinterpret_cast<EightI*>(label + c);
+    EightI of = to;
+    for (int64_t j = 0; j < n; ++j) {
+      const Eight x = norm2[j] - 2 * lanes<SIDE>(dot + j * PANEL + c);
+      of = x < best ? EightI{} + name[j] : of;
+      best = x < best ? x : best;
     }
+    lanes<SIDE>(own + c) = best;
+    changed |= of ^ to;
+    to = of;
+  }
+  int32_t any = 0;
+  for (int64_t c = 0; c < SIDE; ++c) any |= changed[c];
+  return any != 0;
 }
 
-CLMFAST_PER_ISA(void, nearer,
-                (const float* dot, const float* norm2, int64_t first, int64_t n, float* best, int32_t* label),
-                (dot, norm2, first, n, best, label))
+CLMFAST_PER_ISA(bool, take_nearest,
+                (const float* dot, const float* norm2, const int32_t* name, int64_t n, float* own, int32_t* label),
+                (dot, norm2, name, n, own, label))
 
-// sum[label[i]] += row i, for rows of M = a multiple of LANES floats; labels that are none are left out.
+// Of PANEL points: least[c] = min(closest[c], |x|^2 + norm2[c] - 2 dot[c]); returns their sum.
+CLMFAST_BODY float closer_body(const float* dot, float x2, const float* norm2, const float* closest, float* least) {
+  Eight sum = {};
+  for (int64_t c = 0; c < PANEL; c += SIDE) {
+    Eight dist2 = x2 + lanes<SIDE>(norm2 + c) - 2 * lanes<SIDE>(dot + c);
+    const Eight before = lanes<SIDE>(closest + c);
+    dist2 = dist2 < 0 ? Eight{} : dist2;
+    dist2 = dist2 < before ? dist2 : before;
+    lanes<SIDE>(least + c) = dist2;
+    sum += dist2;
+  }
+  return sum_of(sum);
+}
+
+CLMFAST_PER_ISA(float, closer, (const float* dot, float x2, const float* norm2, const float* closest, float* least),
+                (dot, x2, norm2, closest, least))
+
+// sum[label[i]] += row i; labels that are none are left out.
 CLMFAST_BODY void sum_rows_body(const float* row, const int32_t* label, int64_t n, int64_t M, float* sum) {
   for (int64_t i = 0; i < n; ++i) {
     if (label[i] < 0) continue;
     float* to = sum + label[i] * M;
-    for (int64_t m = 0; m < M; m += LANES) store<float>(to + m, load(to + m) + load(row + i * M + m));
+    for (int64_t m = 0; m < M; m += SIDE) lanes<SIDE>(to + m) += lanes<SIDE>(row + i * M + m);
   }
 }
 
 CLMFAST_PER_ISA(void, sum_rows, (const float* row, const int32_t* label, int64_t n, int64_t M, float* sum),
                 (row, label, n, M, sum))
 
-// dist2[e] of rows member[e] from a point [M].
-CLMFAST_BODY void dist2_from_body(const float* row, const int32_t* member, int64_t n, int64_t M, const float* from,
-                                  float* dist2) {
-  for (int64_t e = 0; e < n; ++e) {
-    const float* at = row + member[e] * M;
-    Vector<float> squares = {};
-    for (int64_t m = 0; m < M; m += LANES) {
-      const Vector<float> x = load(at + m) - load(from + m);
-      squares += x * x;
+// A row leaves one sum (null: none) and enters another.
+CLMFAST_BODY void move_row_body(const float* row, int64_t M, float* from, float* to) {
+  for (int64_t m = 0; m < M; m += SIDE) {
+    if (from) lanes<SIDE>(from + m) -= lanes<SIDE>(row + m);
+    lanes<SIDE>(to + m) += lanes<SIDE>(row + m);
+  }
+}
+
+CLMFAST_PER_ISA(void, move_row, (const float* row, int64_t M, float* from, float* to), (row, M, from, to))
+
+// dot[i] = row i . x, for n = a multiple of SIDE rows.
+CLMFAST_BODY void dots_body(const float* row, int64_t n, int64_t M, const float* x, float* dot) {
+  for (int64_t i = 0; i < n; i += SIDE) {
+    Eight sum[SIDE] = {};
+    for (int64_t m = 0; m < M; m += SIDE)
+      for (int64_t r = 0; r < SIDE; ++r) sum[r] += lanes<SIDE>(row + (i + r) * M + m) * lanes<SIDE>(x + m);
+    transpose<SIDE>(sum);
+    lanes<SIDE>(dot + i) = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  }
+}
+
+CLMFAST_PER_ISA(void, dots, (const float* row, int64_t n, int64_t M, const float* x, float* dot), (row, n, M, x, dot))
+
+// Sum of those of n rows whose dot[i] is at least `limit`; returns their number.
+template <int C>
+CLMFAST_BODY void sum_side_of(const float* row, const float* dot, float limit, int64_t n, int64_t M, float* sum) {
+  Eight side[C] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const float is_side = dot[i] >= limit ? 1.0f : 0.0f;
+    for (int c = 0; c < C; ++c) side[c] += is_side * lanes<SIDE>(row + i * M + c * SIDE);
+  }
+  for (int c = 0; c < C; ++c) lanes<SIDE>(sum + c * SIDE) = side[c];
+}
+
+CLMFAST_BODY int64_t sum_side_body(const float* row, const float* dot, float limit, int64_t n, int64_t M, float* sum) {
+  int64_t n_side = 0, m = 0;
+  for (int64_t i = 0; i < n; ++i) n_side += dot[i] >= limit;
+  for (; m + 6 * SIDE <= M; m += 6 * SIDE) sum_side_of<6>(row + m, dot, limit, n, M, sum + m);
+  for (; m < M; m += SIDE) sum_side_of<1>(row + m, dot, limit, n, M, sum + m);
+  return n_side;
+}
+
+CLMFAST_PER_ISA(int64_t, sum_side, (const float* row, const float* dot, float limit, int64_t n, int64_t M, float* sum),
+                (row, dot, limit, n, M, sum))
+
+// to row e = row index[e]
+CLMFAST_BODY void gather_body(const float* row, const int32_t* index, int64_t n, int64_t M, float* to) {
+  for (int64_t e = 0; e < n; ++e)
+    for (int64_t m = 0; m < M; m += SIDE) lanes<SIDE>(to + e * M + m) = lanes<SIDE>(row + index[e] * M + m);
+}
+
+CLMFAST_PER_ISA(void, gather, (const float* row, const int32_t* index, int64_t n, int64_t M, float* to),
+                (row, index, n, M, to))
+
+// |a s - b t|^2
+CLMFAST_BODY float dist2_of_body(const float* a, float s, const float* b, float t, int64_t M) {
+  Eight squares = {};
+  for (int64_t m = 0; m < M; m += SIDE) {
+    const Eight x = lanes<SIDE>(a + m) * s - lanes<SIDE>(b + m) * t;
+    squares += x * x;
+  }
+  return sum_of(squares);
+}
+
+CLMFAST_PER_ISA(float, dist2_of, (const float* a, float s, const float* b, float t, int64_t M), (a, s, b, t, M))
+
+CLMFAST_BODY double norm2_of_body(const float* a, int64_t M) {
+  Eight squares = {};
+  for (int64_t m = 0; m < M; m += SIDE) squares += lanes<SIDE>(a + m) * lanes<SIDE>(a + m);
+  return sum_of(squares);
+}
+
+CLMFAST_PER_ISA(double, norm2_of, (const float* a, int64_t M), (a, M))
+
+// panels [n / PANEL, M, PANEL] and squared norms of rows [n, M], n a multiple of PANEL.
+CLMFAST_BODY void lay_out_body(const float* rows, int64_t n, int64_t M, float* panels, float* norm2) {
+  for (int64_t i = 0; i < n; i += SIDE) {
+    Eight squares = {};
+    for (int64_t m = 0; m < M; m += SIDE) {
+      Eight square[SIDE];
+      for (int64_t r = 0; r < SIDE; ++r) square[r] = lanes<SIDE>(rows + (i + r) * M + m);
+      transpose<SIDE>(square);
+      for (int64_t r = 0; r < SIDE; ++r) {
+        lanes<SIDE>(panels + i / PANEL * PANEL * M + (m + r) * PANEL + i % PANEL) = square[r];
+        squares += square[r] * square[r];
+      }
     }
-    dist2[e] = sum_of<float>(squares);
+    lanes<SIDE>(norm2 + i) = squares;
   }
 }
 
-CLMFAST_PER_ISA(void, dist2_from,
-                (const float* row, const int32_t* member, int64_t n, int64_t M, const float* from, float* dist2),
-                (row, member, n, M, from, dist2))
+CLMFAST_PER_ISA(void, lay_out, (const float* rows, int64_t n, int64_t M, float* panels, float* norm2),
+                (rows, n, M, panels, norm2))
 
-// Which rows member[e] are nearer to a than to b, and the sum of those; returns their number.
-CLMFAST_BODY int64_t sum_side_body(const float* row, const int32_t* member, int64_t n, int64_t M, const float* a,
-                                   const float* b, float* sum, char* is_a) {
-  // |x - a|^2 < |x - b|^2 where x.(a - b) > (|a|^2 - |b|^2) / 2
-  float limit = 0;
-  for (int64_t m = 0; m < M; ++m) limit += (a[m] * a[m] - b[m] * b[m]) / 2, sum[m] = 0;
-  int64_t n_a = 0;
-  for (int64_t e = 0; e < n; ++e) {
-    const float* at = row + member[e] * M;
-    Vector<float> dot = {};
-    for (int64_t m = 0; m < M; m += LANES) dot += load(at + m) * (load(a + m) - load(b + m));
-    is_a[e] = sum_of<float>(dot) >= limit;
-    if (!is_a[e]) continue;
-    ++n_a;
-    for (int64_t m = 0; m < M; m += LANES) store<float>(sum + m, load(sum + m) + load(at + m));
+// panel [D, PANEL] of n points about the centre, zeros behind the last, and their squared norms [PANEL].
+CLMFAST_BODY void lay_out_points_body(const float* points, const int64_t* source, int64_t n, int64_t D,
+                                      const float* centre, float unit, float* panel, float* norm2) {
+  for (int64_t c = 0; c < PANEL; c += SIDE) {
+    Eight squares = {};
+    int64_t d = 0;
+    for (; d + SIDE <= D; d += SIDE) {
+      Eight square[SIDE] = {};
+      for (int64_t r = 0; r < SIDE && c + r < n; ++r)
+        square[r] = lanes<SIDE>(points + source[c + r] * D + d) - lanes<SIDE>(centre + d);
+      for (int64_t r = 0; r < SIDE; ++r) square[r] *= unit;
+      transpose<SIDE>(square);
+      for (int64_t r = 0; r < SIDE; ++r) {
+        lanes<SIDE>(panel + (d + r) * PANEL + c) = square[r];
+        squares += square[r] * square[r];
+      }
+    }
+    for (; d < D; ++d) {
+      Eight row = {};
+      for (int64_t r = 0; r < SIDE && c + r < n; ++r) row[r] = (points[source[c + r] * D + d] - centre[d]) * unit;
+      lanes<SIDE>(panel + d * PANEL + c) = row;
+      squares += row * row;
+    }
+    lanes<SIDE>(norm2 + c) = squares;
   }
-  return n_a;
 }
 
-CLMFAST_PER_ISA(int64_t, sum_side,
-                (const float* row, const int32_t* member, int64_t n, int64_t M, const float* a, const float* b,
-                 float* sum, char* is_a),
-                (row, member, n, M, a, b, sum, is_a))
+CLMFAST_PER_ISA(void, lay_out_points,
+                (const float* points, const int64_t* source, int64_t n, int64_t D, const float* centre, float unit,
+                 float* panel, float* norm2),
+                (points, source, n, D, centre, unit, panel, norm2))
 
-double dot_of(const float* a, const float* b, int64_t M) {
-  double sum = 0;
-  for (int64_t m = 0; m < M; ++m) sum += static_cast<double>(a[m]) * b[m];
-  return sum;
-}
+int64_t padded_to(int64_t side, int64_t n) { return (n + side - 1) / side * side; }
 
 // ---- the search in one set
 
+// A cluster in two.
 struct Split {
-  double worth = 0;            // inertia that it saves
+  double worth = 0;  // inertia that it saves
+  int64_t of = -1;
   std::vector<int32_t> other;  // points of the second half
 };
 
 class Search {
  public:
   Search(const KmeansSearch& op, int64_t s)
-      : op_(op), s_(s), K_(op.K), points_(op.points + s * op.N * op.D), projection_(points_, op.N, op.D, op.K + 4),
-        M_(projection_.width()), n_(projection_.n()) {}
+      : op_(op), s_(s), N_(op.N), D_(op.D), K_(op.K), points_(op.points + s * op.N * op.D), all_(op.K) {
+    std::iota(all_.begin(), all_.end(), 0);
+    project_points();
+    centroids_.resize(padded_to(TILE_ROWS, K_) * M_), norm2_of_.resize(K_);
+    dot_.resize(padded_to(TILE_ROWS, K_) * PANEL), is_in_.resize(K_ + 1), name_.resize(K_);
+    side_.resize(padded_to(PANEL, n_) * M_), side_dot_.resize(padded_to(PANEL, n_));
+  }
 
   void run() {
-    std::fill_n(op_.centroid + s_ * K_ * op_.D, K_ * op_.D, 0.0f);
-    op_.origin[s_] = 0;
+    std::fill_n(op_.centroid + s_ * K_ * D_, K_ * D_, 0.0f);
+    op_.origin[s_] = op_.n_iter[s_] = 0;
     if (n_ == 0) return write();
-    for (int64_t p = 0; p < op_.P; ++p) begin(go_on(op_.known + (p * op_.S + s_) * op_.N));
+    for (int64_t p = 0; p < op_.P; ++p) begin(go_on(op_.known + (p * op_.S + s_) * N_));
     if (op_.P > 0 && op_.moves > 0) {
       const int64_t best = least(found_);
       move(found_[best]);
@@ -143,6 +268,76 @@ class Search {
   }
 
  private:
+  // ---- the points
+
+  void project_points() {
+    const int64_t M = n_directions(N_, D_, K_);
+    centre_.resize(D_);
+    if (op_.directions && M > 0) {
+      float *centre = op_.directions + s_ * (1 + M) * D_, *directions = centre + D_, *rows = op_.projected + s_ * N_ * M;
+      const auto length2 = [&] { return std::inner_product(directions, directions + D_, directions, 0.0); };
+      const bool is_new = op_.P == 0 || op_.n_cold[s_] > 0 || length2() == 0;
+      if (is_new) main_directions(points_, N_, D_, M, unit_of(), centre, directions);
+      for (int64_t i = 0; i < N_;) {
+        int64_t end = i;
+        while (end < N_ && (is_new || op_.known[s_ * N_ + end] < 0)) ++end;
+        if (end > i) project(points_ + i * D_, end - i, D_, centre, directions, M, rows + i * M);
+        i = std::max(end, i + 1);
+      }
+      if (length2() > 0) unit2_ = length2();
+      std::copy_n(centre, D_, centre_.data());
+      return look_at(rows, M);
+    }
+    const float unit = unit_of();
+    unit2_ = static_cast<double>(unit) * unit;
+    std::vector<float> directions(M * D_);
+    std::vector<float>& centre = centre_;
+    projected_.resize(N_ * (M > 0 ? M : D_));
+    main_directions(points_, N_, D_, M, unit, centre.data(), directions.data());
+    if (M > 0) project(points_, N_, D_, centre.data(), directions.data(), M, projected_.data());
+    for (int64_t i = 0; i < N_ * D_ && M == 0; ++i) projected_[i] = (points_[i] - centre[i % D_]) * unit;
+    look_at(projected_.data(), M > 0 ? M : D_);
+  }
+
+  // A power of two that brings the largest coordinate near 1, so that squares are float32.
+  float unit_of() const {
+    float reach = 0;
+    for (int64_t i = 0; i < N_; ++i) {
+      const float of_row = row_reach(points_ + i * D_, D_);
+      if (of_row < INF) reach = std::max(reach, of_row);
+    }
+    return reach > 0 ? static_cast<float>(std::ldexp(1.0, std::clamp(-std::ilogb(reach), -126, 126))) : 1;
+  }
+
+  // The finite ones of rows [N, width]; the search keeps the pointer.
+  void look_at(const float* rows, int64_t width) {
+    M_ = padded_to(SIDE, std::max<int64_t>(width, 1));
+    const int64_t n_padded = padded_to(PANEL, N_);
+    panels_.reset(new float[n_padded * M_]);
+    norm2_.resize(n_padded);
+    rows_ = rows;
+    const auto own_rows = [&] {
+      own_rows_.resize(n_padded * M_);
+      for (int64_t i = 0; i < n_; ++i) std::copy_n(rows + source_[i] * width, width, &own_rows_[i * M_]);
+      rows_ = own_rows_.data();
+    };
+    source_.resize(N_);
+    std::iota(source_.begin(), source_.end(), 0);
+    n_ = N_;
+    if (width != M_ || n_ != n_padded) own_rows();
+    lay_out(rows_, n_padded, M_, panels_.get(), norm2_.data());
+    source_.erase(std::remove_if(source_.begin(), source_.end(), [&](int64_t i) { return !(norm2_[i] < INF); }), source_.end());
+    n_ = static_cast<int64_t>(source_.size());
+    if (n_ < N_) {
+      own_rows_.clear();
+      own_rows();
+      lay_out(rows_, n_padded, M_, panels_.get(), norm2_.data());
+    }
+    for (int64_t i = 0; i < n_; ++i) scatter_ += norm2_[i];
+  }
+
+  const float* row(int64_t i) const { return rows_ + i * M_; }
+
   void begin(Partition p) {
     p.origin = static_cast<int64_t>(found_.size());
     found_.push_back(std::move(p));
@@ -153,101 +348,121 @@ class Search {
     return std::min_element(all.begin(), all.end(), lower) - all.begin();
   }
 
-  const float* row(int64_t i) const { return projection_.rows() + i * M_; }
-
   // ---- Lloyd's algorithm
 
-  // Sums, counts and inertia of the labels that are there.
-  void measure(Partition& p) const {
+  // Sums and counts of the labels that are there.
+  void sum_up(Partition& p) const {
     p.sum.assign(K_ * M_, 0);
     p.count.assign(K_, 0);
-    sum_rows(projection_.rows(), p.label.data(), n_, M_, p.sum.data());
+    sum_rows(rows_, p.label.data(), n_, M_, p.sum.data());
     for (int32_t k : p.label)
       if (k >= 0) ++p.count[k];
-    p.inertia = projection_.scatter();
-    for (int64_t k = 0; k < K_; ++k)
-      if (p.count[k]) p.inertia -= dot_of(&p.sum[k * M_], &p.sum[k * M_], M_) / static_cast<double>(p.count[k]);
-    p.inertia /= projection_.unit2();
   }
 
-  // The label of each point is the nearest of the centroids; returns whether any changed.
-  bool assign(Partition& p) const {
-    const int64_t n_rows = (K_ + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    std::vector<float> centroid(n_rows * M_), norm2(n_rows, INF);
-    for (int64_t k = 0; k < K_; ++k) {
+  void set_inertia(Partition& p) const {
+    p.inertia = scatter_;
+    for (int64_t k = 0; k < K_; ++k)
+      if (p.count[k]) p.inertia -= norm2_of(&p.sum[k * M_], M_) / static_cast<double>(p.count[k]);
+  }
+
+  // Compares points with the centroids of some clusters, and each takes the nearest of these and its own. Returns the
+  // clusters that changed. Points: n of them in panels, which are index[0..n), or 0..n where that is null.
+  std::vector<int32_t> assign(Partition& p, const std::vector<int32_t>& clusters, const float* panels, int64_t n,
+                              const int32_t* index) {
+    int64_t n_present = 0;
+    std::fill(is_in_.begin(), is_in_.end(), 0);
+    for (int32_t k : clusters) {
       if (p.count[k] == 0) continue;
       const float scale = 1 / static_cast<float>(p.count[k]);
-      float* to = &centroid[k / TILE_ROWS * TILE_ROWS * M_ + k % TILE_ROWS];
-      double squares = 0;
-      for (int64_t m = 0; m < M_; ++m) {
-        const float x = p.sum[k * M_ + m] * scale;
-        to[m * TILE_ROWS] = x;
-        squares += static_cast<double>(x) * x;
-      }
-      norm2[k] = static_cast<float>(squares);
+      float* to = &centroids_[n_present / TILE_ROWS * TILE_ROWS * M_ + n_present % TILE_ROWS];
+      for (int64_t m = 0; m < M_; ++m) to[m * TILE_ROWS] = p.sum[k * M_ + m] * scale;
+      norm2_of_[n_present] = static_cast<float>(norm2_of(&p.sum[k * M_], M_)) * scale * scale;
+      name_[n_present++] = k;
+      is_in_[k] = 1;
     }
-    bool has_changed = false;
-    p.own2.resize(n_);
-    float dot[TILE_ROWS * PANEL];
-    for (int64_t i = 0; i < n_; i += PANEL) {
-      float best[PANEL];
-      int32_t label[PANEL] = {};
-      std::fill_n(best, PANEL, INF);
-      for (int64_t k = 0; k < K_; k += TILE_ROWS) {
-        const int64_t n = std::min(TILE_ROWS, K_ - k);
-        dot_tile(&centroid[k * M_], n, projection_.panels() + i * M_, M_, dot);
-        nearer(dot, &norm2[k], k, n, best, label);
-      }
-      for (int64_t c = 0; c < std::min(PANEL, n_ - i); ++c) {
-        p.own2[i + c] = best[c] + projection_.norm2()[i + c];
-        has_changed |= p.label[i + c] != label[c];
-        p.label[i + c] = label[c];
-      }
+    is_in_[K_] = 1;  // of points that have no label
+    const bool is_all = n_present == K_;
+    changed_.assign(K_, 0);
+    for (int64_t i = 0; i < n; i += PANEL) {
+      const int64_t n_here = std::min(PANEL, n - i);
+      float own[PANEL];
+      int32_t label[PANEL], before[PANEL];
+      for (int64_t c = 0; c < n_here; ++c) before[c] = p.label[index ? index[i + c] : i + c];
+      for (int64_t c = n_here; c < PANEL; ++c) before[c] = 0;
+      if (is_all) std::fill_n(own, PANEL, INF);
+      else
+        for (int64_t c = 0; c < n_here; ++c)
+          own[c] = is_in_[before[c] < 0 ? K_ : before[c]] ? INF : p.own[index ? index[i + c] : i + c];
+      std::copy_n(before, PANEL, label);
+      for (int64_t j = 0; j < n_present; j += TILE_ROWS)
+        dot_tile(&centroids_[j * M_], std::min(TILE_ROWS, n_present - j), panels + i * M_, M_, &dot_[j * PANEL]);
+      const bool has_changed = take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
+      for (int64_t c = 0; c < n_here; ++c) p.own[index ? index[i + c] : i + c] = own[c];
+      for (int64_t c = 0; c < n_here && has_changed; ++c)
+        if (label[c] != before[c]) relabel(p, index ? index[i + c] : i + c, label[c]);
     }
-    return has_changed;
+    std::vector<int32_t> found;
+    for (int32_t k : all_)
+      if (changed_[k]) found.push_back(k);
+    return found;
+  }
+
+  void relabel(Partition& p, int64_t i, int32_t to) {
+    const int32_t from = p.label[i];
+    if (from >= 0) --p.count[from], changed_[from] = 1;
+    move_row(row(i), M_, from >= 0 ? &p.sum[from * M_] : nullptr, &p.sum[to * M_]);
+    ++p.count[to], changed_[to] = 1;
+    p.label[i] = to;
   }
 
   // Clusters without points take over those farthest from their centroids, one each.
-  void fill_empty(Partition& p) const {
-    std::vector<int64_t> count(K_);
-    for (int32_t k : p.label) ++count[k];
+  void fill_empty(Partition& p) {
+    if (std::find(p.count.begin(), p.count.end(), 0) == p.count.end()) return;
+    std::vector<float> own2(n_);
+    for (int64_t i = 0; i < n_; ++i) own2[i] = p.own[i] + norm2_[i];
     for (int64_t k = 0; k < K_; ++k) {
-      if (count[k]) continue;
-      const int64_t far = std::max_element(p.own2.begin(), p.own2.end()) - p.own2.begin();
-      if (!(p.own2[far] > 0)) return;
-      p.own2[far] = 0;
-      p.label[far] = static_cast<int32_t>(k);
+      if (p.count[k]) continue;
+      const int64_t far = std::max_element(own2.begin(), own2.end()) - own2.begin();
+      if (!(own2[far] > 0)) return;
+      own2[far] = 0;
+      relabel(p, far, static_cast<int32_t>(k));
     }
   }
 
-  void lloyd(Partition& p, int64_t max_iter) const {
-    measure(p);
-    for (int64_t i = 0; i < max_iter && assign(p); ++i) {
+  // From sums and counts. The first iteration compares points with the centroids of `clusters`, every other one with
+  // those of the clusters that changed in the one before.
+  void lloyd(Partition& p, int64_t max_iter, std::vector<int32_t> clusters) {
+    for (int64_t i = 0; i < max_iter && !clusters.empty(); ++i) {
+      clusters = assign(p, clusters, panels_.get(), n_, nullptr);
       fill_empty(p);
-      measure(p);
     }
+    set_inertia(p);
   }
 
-  Partition go_on(const int64_t* known) const {
+  Partition go_on(const int64_t* known) {
     Partition p;
-    p.label.resize(n_);
+    p.label.resize(n_), p.own.resize(n_);
     bool has_any = false;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t k = known[projection_.source()[i]];
+      const int64_t k = known[source_[i]];
       p.label[i] = 0 <= k && k < K_ ? static_cast<int32_t>(k) : -1;
       has_any |= p.label[i] >= 0;
     }
     if (!has_any) std::fill(p.label.begin(), p.label.end(), 0);
-    lloyd(p, WARM_ITERATIONS);
+    sum_up(p);
+    lloyd(p, WARM_ITERATIONS, all_);
     return p;
   }
 
   // Greedy k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's algorithm.
-  Partition cold(int64_t restart) const {
+  Partition cold(int64_t restart) {
     const int64_t n_trials = std::min<int64_t>(2 + static_cast<int64_t>(std::log(static_cast<double>(K_))), TILE_ROWS);
+    const int64_t n_padded = padded_to(PANEL, n_);
     Partition p;
-    p.label.assign(n_, 0);
-    std::vector<float> closest(n_, INF), least(n_trials * n_), rows(TILE_ROWS * M_);
+    p.label.assign(n_, -1), p.own.resize(n_);
+    p.sum.assign(K_ * M_, 0), p.count.assign(K_, 0);
+    std::vector<float> closest(n_padded, INF), least(n_trials * n_padded), rows(TILE_ROWS * M_);
+    std::fill(closest.begin() + n_, closest.end(), 0.0f);
     int64_t draw = 0;
     std::vector<int64_t> trial{static_cast<int64_t>(uniform(op_.seed, s_, restart, draw++) * static_cast<double>(n_))};
     for (int64_t k = 0; k < K_; ++k) {
@@ -267,159 +482,249 @@ class Search {
         }
       }
       const int64_t n = static_cast<int64_t>(trial.size());
-      std::vector<float> norm2(n);
-      for (int64_t t = 0; t < n; ++t) {
+      for (int64_t t = 0; t < n; ++t)
         for (int64_t m = 0; m < M_; ++m) rows[m * TILE_ROWS + t] = row(trial[t])[m];
-        norm2[t] = projection_.norm2()[trial[t]];
-      }
       std::vector<double> sum(n);
       float dot[TILE_ROWS * PANEL];
       for (int64_t i = 0; i < n_; i += PANEL) {
-        dot_tile(rows.data(), n, projection_.panels() + i * M_, M_, dot);
+        dot_tile(rows.data(), n, panels_.get() + i * M_, M_, dot);
         for (int64_t t = 0; t < n; ++t)
-          for (int64_t c = 0; c < std::min(PANEL, n_ - i); ++c) {
-            const float dist2 = std::max(0.0f, norm2[t] + projection_.norm2()[i + c] - 2 * dot[t * PANEL + c]);
-            least[t * n_ + i + c] = std::min(closest[i + c], dist2);
-            sum[t] += least[t * n_ + i + c];
-          }
+          sum[t] += closer(dot + t * PANEL, norm2_[trial[t]], &norm2_[i], &closest[i], &least[t * n_padded + i]);
       }
       const int64_t best = std::min_element(sum.begin(), sum.end()) - sum.begin();
-      for (int64_t i = 0; i < n_; ++i)
-        if (least[best * n_ + i] < closest[i]) p.label[i] = static_cast<int32_t>(k);
-      std::copy_n(&least[best * n_], n_, closest.data());
+      std::copy_n(&least[best * n_padded], n_padded, closest.data());
+      std::copy_n(row(trial[best]), M_, &p.sum[k * M_]);
+      p.count[k] = 1;
     }
-    lloyd(p, COLD_ITERATIONS);
+    assign(p, all_, panels_.get(), n_, nullptr);
+    sum_up(p);  // without the points that stood for centroids
+    fill_empty(p);
+    lloyd(p, COLD_ITERATIONS, all_);
     return p;
   }
 
   // ---- moves
 
-  // Cluster k of points `member` in two.
-  Split split(const Partition& p, int64_t k, const std::vector<int32_t>& member) const {
-    const int64_t n = static_cast<int64_t>(member.size());
-    if (n < 2) return {};
-    std::vector<float> dist2(n), a(M_), b(M_), sum(M_), all(p.sum.begin() + k * M_, p.sum.begin() + (k + 1) * M_);
-    for (int64_t m = 0; m < M_; ++m) a[m] = all[m] / static_cast<float>(n);
+  // The split of cluster k of points `member` if it is worth more than `best`, which it becomes.
+  void split(const Partition& p, int64_t k, const int32_t* member, Split& best) {
+    const int64_t n = p.count[k], n_padded = padded_to(SIDE, n);
+    const float* sum = &p.sum[k * M_];
+    std::vector<float> a(M_), b(M_), half(M_);
+    gather(rows_, member, n, M_, side_.data());
+    for (int64_t m = 0; m < M_; ++m) a[m] = sum[m] / static_cast<float>(n);
     for (std::vector<float>* to : {&a, &b}) {
-      dist2_from(projection_.rows(), member.data(), n, M_, a.data(), dist2.data());
-      std::copy_n(row(member[std::max_element(dist2.begin(), dist2.end()) - dist2.begin()]), M_, to->begin());
+      dots(side_.data(), n_padded, M_, a.data(), side_dot_.data());
+      for (int64_t e = 0; e < n; ++e) side_dot_[e] = norm2_[member[e]] - 2 * side_dot_[e];
+      const int64_t far = std::max_element(side_dot_.begin(), side_dot_.begin() + n) - side_dot_.begin();
+      std::copy_n(&side_[far * M_], M_, to->begin());
     }
-    std::vector<char> is_a(n), was_a;
-    int64_t n_a = 0;
-    for (int64_t i = 0; i < SPLIT_ITERATIONS; ++i) {
-      n_a = sum_side(projection_.rows(), member.data(), n, M_, a.data(), b.data(), sum.data(), is_a.data());
-      if (n_a == 0 || n_a == n) return {};  // equal points
+    int64_t n_a = 0, before = -1;
+    float limit = 0;
+    for (int64_t i = 0; i < SPLIT_ITERATIONS && n_a != before; ++i) {
+      before = n_a;
+      // |x - a|^2 <= |x - b|^2 where x.(a - b) >= (|a|^2 - |b|^2) / 2
+      limit = 0;
       for (int64_t m = 0; m < M_; ++m) {
-        a[m] = sum[m] / static_cast<float>(n_a);
-        b[m] = (all[m] - sum[m]) / static_cast<float>(n - n_a);
+        limit += (a[m] * a[m] - b[m] * b[m]) / 2;
+        half[m] = a[m] - b[m];
       }
-      if (is_a == was_a) break;
-      was_a = is_a;
+      dots(side_.data(), n_padded, M_, half.data(), side_dot_.data());
+      n_a = sum_side(side_.data(), side_dot_.data(), limit, n, M_, half.data());
+      if (n_a == 0 || n_a == n) return;  // equal points
+      for (int64_t m = 0; m < M_; ++m) {
+        a[m] = half[m] / static_cast<float>(n_a);
+        b[m] = (sum[m] - half[m]) / static_cast<float>(n - n_a);
+      }
     }
-    Split found;
-    double dist2_ab = 0;
-    for (int64_t m = 0; m < M_; ++m) dist2_ab += (a[m] - b[m]) * (a[m] - b[m]);
-    found.worth = static_cast<double>(n_a) * static_cast<double>(n - n_a) / static_cast<double>(n) * dist2_ab;
+    const double worth = static_cast<double>(n_a) * static_cast<double>(n - n_a) / static_cast<double>(n) *
+                         dist2_of(a.data(), 1, b.data(), 1, M_);
+    if (!(worth > best.worth)) return;
+    best.worth = worth, best.of = k;
+    best.other.clear();
     for (int64_t e = 0; e < n; ++e)
-      if (!is_a[e]) found.other.push_back(member[e]);
-    return found;
+      if (!(side_dot_[e] >= limit)) best.other.push_back(member[e]);
   }
 
-  // What merging two clusters costs.
-  double cost(const Partition& p, int64_t i, int64_t j) const {
-    const double n_i = static_cast<double>(p.count[i]), n_j = static_cast<double>(p.count[j]);
-    if (n_i == 0 || n_j == 0) return 0;
-    double dist2 = 0;
-    for (int64_t m = 0; m < M_; ++m) {
-      const double x = p.sum[i * M_ + m] / n_i - p.sum[j * M_ + m] / n_j;
-      dist2 += x * x;
+  void move(Partition& p) {
+    for (int64_t i = 0; i < op_.moves && K_ > 2; ++i)
+      if (!has_moved(p)) return;
+  }
+
+  bool has_moved(Partition& p) {
+    std::vector<int64_t> end(K_ + 1);  // of each cluster in `members`
+    std::vector<int32_t> members(n_);
+    std::partial_sum(p.count.begin(), p.count.end(), end.begin() + 1);
+    std::vector<std::pair<double, int64_t>> order(K_);  // (-inertia, cluster), which is what a split may save at most
+    for (int64_t k = 0; k < K_; ++k)
+      order[k] = {p.count[k] ? norm2_of(&p.sum[k * M_], M_) / static_cast<double>(p.count[k]) : 0, k};
+    for (int64_t e = 0; e < n_; ++e) {
+      members[end[p.label[e]]++] = static_cast<int32_t>(e);
+      order[p.label[e]].first -= norm2_[e];
     }
-    return n_i * n_j / (n_i + n_j) * dist2;
-  }
-
-  void move(Partition& p) const {
-    for (int64_t i = 0; i < op_.moves && K_ > 2; ++i) {
-      std::vector<std::vector<int32_t>> members(K_);
-      for (int64_t e = 0; e < n_; ++e) members[p.label[e]].push_back(static_cast<int32_t>(e));
-      Split best;
-      int64_t of = 0, into = -1, freed = -1;
-      for (int64_t k = 0; k < K_; ++k) {
-        Split found = split(p, k, members[k]);
-        if (found.worth > best.worth) best = std::move(found), of = k;
+    const auto first_of = [&](int64_t k) { return members.data() + end[k] - p.count[k]; };
+    std::sort(order.begin(), order.end());
+    Split best;
+    for (auto [saved, k] : order)
+      if (p.count[k] > 1 && -saved > best.worth) split(p, k, first_of(k), best);
+    if (best.of < 0) return false;
+    double least = std::numeric_limits<double>::infinity();
+    int64_t into = -1, freed = -1;
+    for (int64_t a = 0; a < K_; ++a)
+      for (int64_t b = a + 1; b < K_; ++b) {
+        if (a == best.of || b == best.of) continue;
+        const double n_a = static_cast<double>(p.count[a]), n_b = static_cast<double>(p.count[b]);
+        const double cost = n_a == 0 || n_b == 0 ? 0
+                                                 : n_a * n_b / (n_a + n_b) *
+                                                       dist2_of(&p.sum[a * M_], static_cast<float>(1 / n_a),
+                                                                &p.sum[b * M_], static_cast<float>(1 / n_b), M_);
+        if (cost < least) least = cost, into = a, freed = b;
       }
-      if (best.other.empty()) return;
-      double least = std::numeric_limits<double>::infinity();
-      for (int64_t a = 0; a < K_; ++a)
-        for (int64_t b = a + 1; b < K_; ++b) {
-          if (a == of || b == of) continue;
-          const double x = cost(p, a, b);
-          if (x < least) least = x, into = a, freed = b;
-        }
-      Partition trial;
-      trial.label = p.label, trial.origin = p.origin;
-      for (int32_t e : members[freed]) trial.label[e] = static_cast<int32_t>(into);
-      for (int32_t e : best.other) trial.label[e] = static_cast<int32_t>(freed);
-      lloyd(trial, MOVE_ITERATIONS);
-      if (!(trial.inertia < p.inertia)) return;
-      p = std::move(trial);
-    }
+    Partition trial = p;
+    std::vector<int32_t> members_of_three;
+    for (int64_t k : {best.of, into, freed})
+      members_of_three.insert(members_of_three.end(), first_of(k), first_of(k) + p.count[k]);
+    for (int64_t e = 0; e < p.count[freed]; ++e) relabel(trial, first_of(freed)[e], static_cast<int32_t>(into));
+    for (int32_t e : best.other) relabel(trial, e, static_cast<int32_t>(freed));
+    // The members of these three clusters look for the nearest of all centroids, other points for one of the three.
+    const int64_t n = static_cast<int64_t>(members_of_three.size());
+    gather(rows_, members_of_three.data(), n, M_, side_.data());
+    if (gathered_.empty()) gathered_.resize(side_.size());
+    lay_out(side_.data(), padded_to(PANEL, n), M_, gathered_.data(), side_dot_.data());
+    std::vector<int32_t> three{static_cast<int32_t>(best.of), static_cast<int32_t>(into), static_cast<int32_t>(freed)};
+    std::sort(three.begin(), three.end());
+    std::vector<int32_t> changed = assign(trial, three, panels_.get(), n_, nullptr), more, both;
+    more = assign(trial, all_, gathered_.data(), n, members_of_three.data());
+    fill_empty(trial);
+    std::set_union(changed.begin(), changed.end(), more.begin(), more.end(), std::back_inserter(both));
+    lloyd(trial, MOVE_ITERATIONS - 1, both);
+    if (!(trial.inertia < p.inertia)) return false;
+    p = std::move(trial);
+    return true;
   }
 
   // ---- the end
 
-  double full_inertia(const Partition& p, float* centroid) const {
-    const int64_t N = op_.N, D = op_.D;
-    std::vector<int32_t> group(N, -1);
-    for (int64_t i = 0; i < n_; ++i) group[projection_.source()[i]] = p.label[i];
-    std::vector<double> sum(K_ * D);
-    sum_groups(points_, N, D, group.data(), sum.data());
-    double between = 0;
+  // Lloyd's algorithm in all dimensions; centroids and iterations go to the outputs. Returns the inertia before and after.
+  std::pair<double, double> finish(Partition& p) {
+    std::vector<int32_t> group(N_, -1);
+    for (int64_t i = 0; i < n_; ++i) group[source_[i]] = p.label[i];
+    std::vector<double> sum(K_ * D_), dist2(N_);
+    sum_groups(points_, N_, D_, group.data(), sum.data());
+    int64_t& n_iter = op_.n_iter[s_];
+    double before = 0;
+    for (bool has_changed = true; has_changed && n_iter < op_.max_iter; ++n_iter) {
+      double inertia = 0;
+      has_changed = iterate(p, group, sum, inertia);
+      if (n_iter == 0) before = inertia;
+    }
+    float* centroid = op_.centroid + s_ * K_ * D_;
+    for (int64_t k = 0; k < K_; ++k)
+      for (int64_t d = 0; d < D_; ++d)
+        centroid[k * D_ + d] =
+            p.count[k] ? static_cast<float>(sum[k * D_ + d] / static_cast<double>(p.count[k])) : std::nanf("");
+    dist2_to_groups(points_, 0, N_, D_, group.data(), centroid, dist2.data());
+    const double after = std::accumulate(dist2.begin(), dist2.end(), 0.0);
+    return {op_.max_iter ? before : after, after};
+  }
+
+  // One iteration: labels, and with them group [N], sum [K, D] and the counts; inertia: of the labels before. Returns
+  // whether any changed.
+  bool iterate(Partition& p, std::vector<int32_t>& group, std::vector<double>& sum, double& inertia) {
+    const double unit = std::sqrt(unit2_);
+    std::vector<float> centroid(padded_to(TILE_ROWS, K_) * D_), panel(D_ * PANEL), own2(n_);
+    int64_t n_present = 0;
     for (int64_t k = 0; k < K_; ++k) {
-      const double n = static_cast<double>(p.count[k]);
-      for (int64_t d = 0; d < D; ++d) {
-        const double mean = projection_.mean()[d], x = n > 0 ? sum[k * D + d] / n - mean : 0;
-        between += n * x * x;
-        if (centroid) centroid[k * D + d] = n > 0 ? static_cast<float>(x + mean) : std::nanf("");
+      if (p.count[k] == 0) continue;
+      float* to = &centroid[n_present / TILE_ROWS * TILE_ROWS * D_ + n_present % TILE_ROWS];
+      double squares = 0;
+      for (int64_t d = 0; d < D_; ++d) {
+        const double x = (sum[k * D_ + d] / static_cast<double>(p.count[k]) - centre_[d]) * unit;
+        to[d * TILE_ROWS] = static_cast<float>(x);
+        squares += x * x;
+      }
+      inertia -= squares * static_cast<double>(p.count[k]) / unit2_;
+      norm2_of_[n_present] = static_cast<float>(squares);
+      name_[n_present++] = static_cast<int32_t>(k);
+    }
+    bool has_changed = false;
+    const auto take = [&](int64_t i, int32_t k) {
+      const float* point = points_ + source_[i] * D_;
+      for (int64_t d = 0; d < D_; ++d) sum[p.label[i] * D_ + d] -= point[d], sum[k * D_ + d] += point[d];
+      --p.count[p.label[i]], ++p.count[k];
+      group[source_[i]] = p.label[i] = k;
+      has_changed = true;
+    };
+    for (int64_t i = 0; i < n_; i += PANEL) {
+      const int64_t n_here = std::min(PANEL, n_ - i);
+      float own[PANEL], norm2[PANEL];
+      int32_t label[PANEL] = {};
+      std::fill_n(own, PANEL, INF);
+      lay_out_points(points_, &source_[i], n_here, D_, centre_.data(), static_cast<float>(unit), panel.data(), norm2);
+      for (int64_t j = 0; j < n_present; j += TILE_ROWS)
+        dot_tile(&centroid[j * D_], std::min(TILE_ROWS, n_present - j), panel.data(), D_, &dot_[j * PANEL]);
+      take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
+      for (int64_t c = 0; c < n_here; ++c) {
+        own2[i + c] = own[c] + norm2[c];
+        inertia += norm2[c] / unit2_;
+        if (label[c] != p.label[i + c]) take(i + c, label[c]);
       }
     }
-    return projection_.full_scatter() - between;
+    for (int64_t k = 0; k < K_; ++k) {
+      if (p.count[k]) continue;
+      const int64_t far = std::max_element(own2.begin(), own2.end()) - own2.begin();
+      if (!(own2[far] > 0)) break;
+      own2[far] = 0;
+      take(far, static_cast<int32_t>(k));
+    }
+    return has_changed;
   }
 
   void write() {
-    const int64_t S = op_.S, N = op_.N, keep = op_.keep;
+    const int64_t S = op_.S, keep = op_.keep;
     std::vector<std::pair<double, int64_t>> order;  // inertia, place
-    for (size_t e = 0; e < found_.size(); ++e) order.emplace_back(found_[e].inertia, e);
+    for (size_t e = 0; e < found_.size(); ++e) order.emplace_back(found_[e].inertia / unit2_, e);
     std::sort(order.begin(), order.end());
-    // One of each, and in all dimensions.
-    std::vector<std::pair<double, int64_t>> kept;
-    double last = -1, beyond = 0;
+    std::vector<std::pair<double, int64_t>> kept;  // one of each
+    double last = 0, beyond = 0;  // beyond: what the projection does not see
     for (auto [inertia, e] : order) {
       if (!kept.empty() && inertia - last <= SAME * (last + beyond)) continue;
       if (static_cast<int64_t>(kept.size()) == keep) break;
       last = inertia;
-      const bool is_close = kept.empty() || inertia + beyond <= (1 + MARGIN) * (order[0].first + beyond);
-      const double full = is_close ? full_inertia(found_[e], nullptr) : inertia + beyond;
-      if (kept.empty()) beyond = full - inertia;
-      kept.emplace_back(full, e);
+      if (!kept.empty()) {
+        kept.emplace_back(inertia + beyond, e);
+        continue;
+      }
+      const auto [before, after] = finish(found_[e]);
+      op_.origin[s_] = found_[e].origin;
+      beyond = before - inertia;
+      kept.emplace_back(after, e);
     }
-    std::sort(kept.begin(), kept.end());
     for (int64_t e = 0; e < keep; ++e) {
       const bool is_there = e < static_cast<int64_t>(kept.size());
-      int64_t* label = op_.label + (e * S + s_) * N;
-      std::fill_n(label, N, -1);
+      int64_t* label = op_.label + (e * S + s_) * N_;
+      std::fill_n(label, N_, -1);
       op_.inertia[e * S + s_] = is_there ? kept[e].first : std::numeric_limits<double>::infinity();
-      for (int64_t i = 0; i < n_ && is_there; ++i) label[projection_.source()[i]] = found_[kept[e].second].label[i];
+      for (int64_t i = 0; i < n_ && is_there; ++i) label[source_[i]] = found_[kept[e].second].label[i];
     }
-    if (kept.empty()) return;
-    op_.origin[s_] = found_[kept[0].second].origin;
-    full_inertia(found_[kept[0].second], op_.centroid + s_ * K_ * op_.D);
   }
 
   const KmeansSearch& op_;
-  const int64_t s_, K_;
+  const int64_t s_, N_, D_, K_;
   const float* points_;
-  const Projection projection_;
-  const int64_t M_, n_;
+  int64_t M_ = 0, n_ = 0;
+  double unit2_ = 1, scatter_ = 0;
+  std::vector<int64_t> source_;               // [n]: where the points stood
+  const float* rows_;                  // [n, M]
+  std::unique_ptr<float[]> panels_;    // [n / PANEL, M, PANEL]
+  std::vector<float> norm2_, projected_, own_rows_;  // [n]; [n, M] where rows are not the caller's
+  std::vector<float> centre_;                 // [D]
+  std::vector<int32_t> all_;                  // [K]: 0, 1, ...
+  // Scratch of assign: centroids side by side, their squared norms, products, which clusters are compared with and which
+  // changed, and the points that do. Of moves: rows of some points, side by side or in panels.
+  std::vector<float> centroids_, norm2_of_, dot_;
+  std::vector<char> is_in_, changed_;
+  std::vector<int32_t> name_;
+  std::vector<float> side_, side_dot_, gathered_;
   std::vector<Partition> found_;
 };
 
@@ -427,13 +732,6 @@ class Search {
 
 void kmeans_search_cpu(const KmeansSearch& op, ParallelFor parallel_for) {
   for_each(parallel_for, op.S, [&](int64_t s) { Search(op, s).run(); });
-  const std::vector<float> init(op.centroid, op.centroid + op.S * op.K * op.D);
-  Kmeans last{};
-  last.points = op.points, last.init = init.data();
-  last.S = op.S, last.N = op.N, last.D = op.D, last.K = op.K;
-  last.start = KmeansStart::plus_plus, last.n_init = 1, last.max_iter = op.max_iter, last.tol = op.tol, last.seed = op.seed;
-  last.label = op.label, last.centroid = op.centroid, last.inertia = op.inertia, last.n_iter = op.n_iter;
-  kmeans_cpu(last, parallel_for);
 }
 
 }  // namespace clmfast
