@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <iomanip>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -96,6 +97,58 @@ inline void require_there(const char* op, const char* name, const Tensor& x, con
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x.get(), &offset));
   const int64_t needed = x.numel() ? offset * static_cast<int64_t>(x.element_size()) + n_bytes_spanned(x) : 0;
   require(needed <= size, op, ": the storage of ", name, " must hold its elements, ", needed, " bytes, got ", size);
+}
+
+// Whether two elements may lie in one place: not if every stride is longer than all that the shorter ones span.
+inline bool overlaps_itself(const Tensor& x) {
+  if (x.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t i = 0; i < x.dim(); ++i)
+    if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t spanned = 0;
+  for (auto [stride, size] : dims) {
+    if (stride <= spanned) return true;
+    spanned += stride * (size - 1);
+  }
+  return false;
+}
+
+// Whether a and b may have an element in one place. Interleaved, as columns of one matrix, they do not: then all
+// strides but the shortest are multiples of a period, within which each has a part of its own.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const char* first_a = static_cast<const char*>(a.const_data_ptr());
+  const char* first_b = static_cast<const char*>(b.const_data_ptr());
+  if (first_a + n_bytes_spanned(a) <= first_b || first_b + n_bytes_spanned(b) <= first_a) return false;
+  int64_t period = 0;
+  for (const Tensor* x : {&a, &b})
+    for (int64_t i = 0; i < x->dim(); ++i)
+      if (x->size(i) > 1 && x->stride(i) != 1)
+        period = std::gcd(period, x->stride(i) * static_cast<int64_t>(x->element_size()));
+  if (period == 0) return true;
+  auto width = [](const Tensor& x) {  // of what lies side by side
+    int64_t n = 1;
+    for (int64_t i = 0; i < x.dim(); ++i)
+      if (x.stride(i) == 1) n += x.size(i) - 1;
+    return n * static_cast<int64_t>(x.element_size());
+  };
+  const int64_t apart = ((first_b - first_a) % period + period) % period;
+  return apart < width(a) || apart + width(b) > period;
+}
+
+// Throws unless every element that is written has a place of its own.
+using Named = std::pair<const char*, const Tensor*>;
+inline void require_apart(const char* op, const std::vector<Named>& written, const std::vector<Named>& read) {
+  std::vector<Named> all(written);
+  all.insert(all.end(), read.begin(), read.end());
+  for (size_t i = 0; i < written.size(); ++i) {
+    require(!overlaps_itself(*all[i].second), op, ": ", all[i].first, " must have strides that keep its elements apart, got ",
+            strides(*all[i].second));
+    for (size_t j = i + 1; j < all.size(); ++j)
+      require(!overlap(*all[i].second, *all[j].second), op, ": ", all[i].first, " must not share memory with ",
+              all[j].first);
+  }
 }
 
 // ---- memory

@@ -274,16 +274,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
     const int64_t M = n_directions(N, D, K);
     require(M > 0, "kmeans_search: a projection cannot be kept of points that are not projected, got N=", N, ", D=", D,
             " and n_clusters=", K);
-    const std::pair<const char*, const Tensor*> kept[] = {{"directions", &*directions}, {"projected", &*projected}};
-    for (auto [of, tensor] : kept) {
-      require(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(), name, ": ", of,
-              " must be contiguous float32, got ", dtype(*tensor), " of strides ", strides(*tensor));
+    for (auto [of, tensor] : {std::pair{"directions", &*directions}, std::pair{"projected", &*projected}}) {
+      require(tensor->scalar_type() == ScalarType::Float, name, ": ", of, " must be float32, got ", dtype(*tensor));
       require_there(name, of, *tensor, points);
     }
     require(has_shape(*directions, {S, 1 + M, D}), name, ": directions must be [S, 1 + M, D] with S=", S, ", M=", M,
             " and D=", D, ", got ", shape(*directions));
     require(has_shape(*projected, {S, N, M}), name, ": projected must be [S, N, M] with S=", S, ", N=", N, " and M=", M,
             ", got ", shape(*projected));
+    require_apart(name, {{"directions", &*directions}, {"projected", &*projected}},
+                  {{"points", &points}, {"known", known ? &*known : &n_cold}, {"n_cold", &n_cold}});
   }
   Tensor label = empty(name, points, {keep, S, N}, ScalarType::Long);
   Tensor inertia = empty(name, points, {keep, S}, ScalarType::Double);
@@ -295,7 +295,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   op.points = data<float>(dense_points);
   op.known = known ? data<int64_t>(*dense_known) : nullptr;
   op.n_cold = data<int64_t>(dense_cold);
-  if (directions) op.directions = mutable_data<float>(*directions), op.projected = mutable_data<float>(*projected);
+  const MaybeTensor dense_directions = dense(name, directions), dense_projected = dense(name, projected);
+  if (directions)
+    op.directions = mutable_data<float>(*dense_directions), op.projected = mutable_data<float>(*dense_projected);
   op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
   op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.seed = seed;
   op.label = mutable_data<int64_t>(label);
@@ -304,6 +306,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   op.n_iter = mutable_data<int64_t>(n_iter);
   op.origin = mutable_data<int64_t>(origin);
   kmeans_search_cpu(op, parallel_for);
+  for (const auto& [to, from] : {std::pair{directions, dense_directions}, std::pair{projected, dense_projected}}) {
+    if (!to || to->is_contiguous()) continue;
+    Tensor written = *to;
+    torch::stable::copy_(written, *from);
+  }
   return {label, inertia, centroid, n_iter, origin};
 }
 
@@ -480,44 +487,6 @@ Tensor adjusted_rand(const Tensor& truth, const Tensor& label, int64_t n_truth, 
 
 // ---- capture_rows
 
-// Whether two elements may lie in one place: not if every stride is longer than all that the shorter ones span.
-bool overlaps_itself(const Tensor& x) {
-  if (x.numel() == 0) return false;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t i = 0; i < x.dim(); ++i)
-    if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
-  std::sort(dims.begin(), dims.end());
-  int64_t spanned = 0;
-  for (auto [stride, size] : dims) {
-    if (stride <= spanned) return true;
-    spanned += stride * (size - 1);
-  }
-  return false;
-}
-
-// Whether a and b may have an element in one place. Interleaved, as columns of one matrix, they do not: then all
-// strides but the shortest are multiples of a period, within which each has a part of its own.
-bool overlap(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const char* first_a = static_cast<const char*>(a.const_data_ptr());
-  const char* first_b = static_cast<const char*>(b.const_data_ptr());
-  if (first_a + n_bytes_spanned(a) <= first_b || first_b + n_bytes_spanned(b) <= first_a) return false;
-  int64_t period = 0;
-  for (const Tensor* x : {&a, &b})
-    for (int64_t i = 0; i < x->dim(); ++i)
-      if (x->size(i) > 1 && x->stride(i) != 1)
-        period = std::gcd(period, x->stride(i) * static_cast<int64_t>(x->element_size()));
-  if (period == 0) return true;
-  auto width = [](const Tensor& x) {  // of what lies side by side
-    int64_t n = 1;
-    for (int64_t i = 0; i < x.dim(); ++i)
-      if (x.stride(i) == 1) n += x.size(i) - 1;
-    return n * static_cast<int64_t>(x.element_size());
-  };
-  const int64_t apart = ((first_b - first_a) % period + period) % period;
-  return apart < width(a) || apart + width(b) > period;
-}
-
 void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, const Tensor& slot, const Tensor& bank,
                   const Tensor& norm2) {
   const char* name = "capture_rows";
@@ -545,16 +514,8 @@ void capture_rows(const Tensor& x, const Tensor& start, const Tensor& stop, cons
   require_there(name, "bank", bank, x);
   require_there(name, "norm2", norm2, x);
   require(B <= N, name, ": the batch must fit the bank, got B=", B, " with N=", N);
-  const std::pair<const char*, const Tensor*> of_call[] = {{"bank", &bank},   {"norm2", &norm2}, {"x", &x},
-                                                           {"start", &start}, {"stop", &stop},   {"slot", &slot}};
-  for (size_t i = 0; i < 2; ++i) {  // those that are written
-    require(!overlaps_itself(*of_call[i].second), name, ": ", of_call[i].first,
-            " must have strides that keep its elements apart, got ",
-            strides(*of_call[i].second));
-    for (size_t j = i + 1; j < std::size(of_call); ++j)
-      require(!overlap(*of_call[i].second, *of_call[j].second), name, ": ", of_call[i].first,
-              " must not share memory with ", of_call[j].first);
-  }
+  require_apart(name, {{"bank", &bank}, {"norm2", &norm2}},
+                {{"x", &x}, {"start", &start}, {"stop", &stop}, {"slot", &slot}});
   CaptureRows op;
   op.element = element_of(x);
   op.x = x.const_data_ptr();

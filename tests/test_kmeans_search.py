@@ -233,12 +233,21 @@ def test_a_memory_has_the_size_that_the_search_asks_for(N: int, D: int, K: int) 
             ops.kmeans_search(normal(1, N, D), K, memory=wrong)
 
 
+def test_memory_may_lie_anyhow() -> None:
+    points, memory, apart = blobs(2, 240, 80, 6), ops.search_memory(2, 240, 80, 6), ops.search_memory(2, 240, 80, 6)
+    assert memory is not None and apart is not None
+    apart = ops.SearchMemory(*(torch.zeros(*x.shape, 2)[..., 0] for x in apart))
+    found = [ops.kmeans_search(points, 6, memory=kept) for kept in (memory, apart)]
+    assert_same_bits(*found)
+    assert_same_bits(memory, apart)
+
+
 def test_memory_of_another_shape() -> None:
     memory = ops.search_memory(2, 240, 80, 6)
     assert memory is not None
     with pytest.raises(ValueError, match=r"projected must be \[S, N, M\]"):
         ops.kmeans_search(normal(2, 200, 80), 6, memory=memory)
-    with pytest.raises(ValueError, match="directions must be contiguous float32"):
+    with pytest.raises(ValueError, match="directions must be float32"):
         ops.kmeans_search(normal(2, 240, 80), 6, memory=memory._replace(directions=memory.directions.double()))
 
 

@@ -93,7 +93,7 @@ class OpCases:
             return wrong
         if op.check and rng.random() < CHECK_SHARE and _size(arguments) < CHECK_SIZE:
             try:
-                op.check(made.arguments, _raw(op, made.arguments) if op.writes else self._result)
+                op.check(made.arguments, self._result)
             except AssertionError as mismatch:
                 return f"differs from the reference: {' '.join(str(mismatch).split())[:200]}:"
         if self.name == "raw" and rng.random() < 0.1:
@@ -152,10 +152,6 @@ def _attempt(
     if keep is not None:
         keep.append(result)
     return table._tensors(result if not isinstance(result, Tensor) else [result]), None
-
-
-def _raw(op: table.Op, given: dict[str, Any]) -> Any:
-    return tuple(given[name] for name in op.writes)
 
 
 def _wrong_error(error: BaseException, is_good: bool) -> str | None:

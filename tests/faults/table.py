@@ -23,7 +23,8 @@ from tests.faults.arguments import Spec
 Arguments = dict[str, Any]
 
 EXCLUDED = {
-    "KNN", "KMeans", "Partitions", "PartitionScores", "BlockWeights",  # what ops return or take
+    "KNN", "KMeans", "Partitions", "PartitionScores", "BlockWeights", "SearchMemory",  # what ops return or take
+    "search_memory",  # makes what kmeans_search writes to
     "composed",  # a context, within which the blocks are compared
 }  # fmt: skip
 
@@ -463,10 +464,23 @@ def check_composed(call: Callable[..., Any]) -> Callable[[Arguments, Any], None]
     return check
 
 
+def call_kmeans_search(*, directions: Tensor | None, projected: Tensor | None, **given: Any) -> Any:
+    memory = None if directions is None or projected is None else ops.SearchMemory(directions, projected)
+    return ops.kmeans_search(memory=memory, **given)
+
+
 def draw_kmeans_search(rng: Random) -> Arguments:
     S, D, P = few(rng), few(rng), rng.choice((0, 1, 3))
     N = many(rng, 1)
     K = rng.randrange(1, min(N, rng.choice((4, 30, 300))) + 1)
+    directions = projected = None
+    if rng.random() < 0.3:  # wide points, whose projection can be kept
+        N, D, K = rng.choice((48, 65, 257)), rng.choice((48, 50, 129)), rng.randrange(1, 9)
+        memory = ops.search_memory(1, N, D, K)
+        M = memory.projected.shape[2] if memory else 0
+        if memory:  # a new one, or one of other points: no good result then, but no fault either
+            directions = Spec((S, 1 + M, D), fill=("normal", rng.choice((0.0, 1.0))))
+            projected = Spec((S, N, M), fill=("normal", rng.choice((0.0, 1.0))))
     return {
         "points": points(rng, (S, N, D), point_type(rng)),
         "n_clusters": K,
@@ -476,10 +490,14 @@ def draw_kmeans_search(rng: Random) -> Arguments:
         "moves": rng.choice((0, 1, 7)),
         "max_iter": rng.choice((0, 1, 2, 100)),
         "seed": rng.choice((0, 1, -1, 2**63 - 1)),
+        "directions": directions,
+        "projected": projected,
     }
 
 
 def check_kmeans_search(given: Arguments, found: Any) -> None:
+    if given["directions"] is not None and given["known"] is not None:
+        return
     is_finite = given["points"].isfinite().all(2)
     assert torch.equal(found.label[0] >= 0, is_finite), "label -1 must mean not finite"
     assert (found.label < given["n_clusters"]).all(), "label out of range"
@@ -499,7 +517,8 @@ PUBLIC = [
         counts={"n_init": (0, -1, 2, 5, INT := -(2**63)), "max_iter": (0, -1, 1, 50, INT), "moves": (0, -1, 3, INT)},
     ),
     public(
-        "kmeans_search", draw_kmeans_search, check=check_kmeans_search,
+        "kmeans_search", draw_kmeans_search, call_kmeans_search, writes=("directions", "projected"),
+        check=check_kmeans_search,
         counts={"keep": (0, -1, 5, INT), "moves": (-1, 3, INT), "max_iter": (-1, 50, INT)},
     ),
     public("separation", draw_separation),
@@ -677,7 +696,7 @@ def raw(name: str, draw: Callable[[Random], Arguments], **more: Any) -> Op:
 RAW = [
     raw("knn", raw_knn),
     raw("kmeans", raw_kmeans, counts={name: PUBLIC[1].counts[name] for name in ("n_init", "max_iter")}),
-    raw("kmeans_search", draw_kmeans_search, counts=PUBLIC[2].counts),
+    raw("kmeans_search", draw_kmeans_search, counts=PUBLIC[2].counts, writes=("directions", "projected")),
     raw("separation", draw_separation),
     raw("majority_vote", draw_majority_vote),
     raw("label_shares", draw_label_shares),
