@@ -101,14 +101,16 @@ def test_packed_sequences_read_as_they_should(tasks):
         assert batch.ends.tolist() == sorted(np.concatenate(ends))
 
 
-def test_a_tree_holds_the_prompts(tasks):
+@pytest.mark.parametrize("is_tree", [True, False])
+def test_a_tree_holds_the_prompts(tasks, is_tree):
     examples = tasks.splits["unseen_instruction"][3:200:7]
     instructions = np.unique(np.append(examples // tasks.n_inputs, tasks.instructions("train")[:5]))
-    tree, whole = tasks.pack_tree(instructions, examples), tasks.pack(examples)
+    tree, whole = tasks.pack_tree(instructions, examples, is_tree), tasks.pack(examples)
     assert (tree.tokens[tree.instruction_end] == SEP).all()
     for e, row in enumerate(tree.prompt_end):
         (leaf,) = np.flatnonzero(tree.offset[1:] == row + 1)
-        rows = [range(*tree.offset[s : s + 2]) for s in (tree.prefix[leaf], leaf)]
+        assert (tree.prefix[leaf] >= 0) == is_tree
+        rows = [range(*tree.offset[s : s + 2]) for s in ((tree.prefix[leaf], leaf) if is_tree else (leaf,))]
         prompt = [r for part in rows for r in part]
         assert tree.tokens[prompt].tolist() == whole.tokens[whole.offset[e] : whole.offset[e + 1]].tolist()
         assert tree.position[prompt].tolist() == list(range(len(prompt)))

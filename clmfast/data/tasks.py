@@ -89,16 +89,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class PromptTree:
-    """Instructions and, as their continuations, examples: what they share is there once. All int64.
+    """Instructions and, as their continuations, examples. All int64.
 
-    The first sequences are the instructions, BOS to SEP; then comes one for each example, its input and ARROW, whose
-    `prefix` is the sequence of its instruction.
+    The first sequences are the instructions, BOS to SEP; then comes one for each example: its input and ARROW, with the
+    sequence of its instruction as `prefix`; or its whole prompt, without one.
     """
 
     tokens: Ids  # [n]
     position: Ids  # [n] place in the whole prompt
     offset: Ids  # [sequences + 1]
-    prefix: Ids  # [sequences], -1 for the instructions
+    prefix: Ids  # [sequences], -1 where there is none
     instruction_end: Ids  # [instructions] rows
     prompt_end: Ids  # [examples] rows
 
@@ -196,22 +196,27 @@ class TaskSet:
         )  # fmt: skip
         return Batch(tokens, position, offset, instruction_end, prompt_end, target)
 
-    def pack_tree(self, instructions: Ids, examples: Ids) -> PromptTree:
-        """Prompts of the examples, whose instructions have to be among the (ascending) instructions."""
+    def pack_tree(self, instructions: Ids, examples: Ids, is_tree: bool = True) -> PromptTree:
+        """Prompts of the examples, whose instructions have to be among the (ascending) instructions; whole ones, unless
+        it is a tree."""
         stems = self.pack(instructions * self.n_inputs, "instruction_end")
         instruction, i_input = np.divmod(examples, self.n_inputs)
         stem = np.searchsorted(instructions, instruction)
-        leaf = np.column_stack([self.input_tokens[i_input], np.full(len(examples), ARROW)])
-        leaf_offset = stems.offset[-1] + leaf.shape[1] * np.arange(1, len(examples) + 1)
+        if is_tree:
+            leaf = np.column_stack([self.input_tokens[i_input], np.full(len(examples), ARROW)])
+            tokens, offset = leaf.ravel(), leaf.shape[1] * np.arange(1, len(examples) + 1)
+            position = (stems.length[stem, None] + np.arange(leaf.shape[1])).ravel()
+        else:
+            whole = self.pack(examples)
+            tokens, offset, position = whole.tokens, whole.offset[1:], whole.position
+        offset = stems.offset[-1] + offset
         return PromptTree(
-            tokens=np.concatenate([stems.tokens, leaf.ravel()]),
-            position=np.concatenate(
-                [stems.position, (stems.length[stem, None] + np.arange(leaf.shape[1])).ravel()],
-            ),
-            offset=np.concatenate([stems.offset, leaf_offset]),
-            prefix=np.concatenate([np.full(len(instructions), -1), stem]),
+            tokens=np.concatenate([stems.tokens, tokens]),
+            position=np.concatenate([stems.position, position]),
+            offset=np.concatenate([stems.offset, offset]),
+            prefix=np.concatenate([np.full(len(instructions), -1), stem if is_tree else np.full(len(examples), -1)]),
             instruction_end=stems.instruction_end,
-            prompt_end=leaf_offset - 1,
+            prompt_end=offset - 1,
         )
 
 

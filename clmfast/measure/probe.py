@@ -186,14 +186,17 @@ class Pass:
         return Pass(inputs, tuple(readout.to(device) for readout in self.readouts))
 
 
-def passes_of(tasks: TaskSet, sets: list[ProbeSet]) -> list[Pass]:
-    """The passes that give every state of the sets. Prompts are run as trees: an instruction once, whatever reads it
-    and however many inputs follow it. Only a mean needs its sequences whole."""
+def passes_of(tasks: TaskSet, sets: list[ProbeSet], device_type: str = "cpu") -> list[Pass]:
+    """The passes that give every state of the sets, an instruction once, whatever reads it and however many inputs
+    follow it. On a CPU the model sees to that, and computes once whatever sequences begin with; elsewhere prompts are
+    run as trees. Only a mean needs its sequences whole."""
     ends = [i for i, s in enumerate(sets) if s.readout != "mean"]
     passes = []
     if ends:
         instructions = np.unique(np.concatenate([sets[i].examples for i in ends]) // tasks.n_inputs)
-        passes += [_tree_pass(tasks, sets, ends, stems) for stems in _parts(instructions)]
+        # In alphabetical order neighbours begin alike.
+        parts = _parts(instructions[np.argsort([tasks.instruction_text(i) for i in instructions], kind="stable")])
+        passes += [_ends_pass(tasks, sets, ends, np.sort(stems), device_type != "cpu") for stems in parts]
     for i in set(range(len(sets))) - set(ends):
         for examples in _parts(sets[i].examples):
             batch = tasks.pack(examples)
@@ -202,7 +205,8 @@ def passes_of(tasks: TaskSet, sets: list[ProbeSet]) -> list[Pass]:
 
 
 def _inputs(batch: Batch | PromptTree) -> dict[str, Tensor]:
-    names = ("tokens", "offset", "position", *(("prefix",) if isinstance(batch, PromptTree) else ()))
+    has_prefix = isinstance(batch, PromptTree) and (batch.prefix >= 0).any()
+    names = ("tokens", "offset", "position", *(("prefix",) if has_prefix else ()))
     return {name: torch.from_numpy(getattr(batch, name)) for name in names}
 
 
@@ -210,11 +214,11 @@ def _parts(ids: Ids) -> list[Ids]:
     return np.array_split(ids, -(-len(ids) // PASS_SIZE))
 
 
-def _tree_pass(tasks: TaskSet, sets: list[ProbeSet], ends: list[int], stems: Ids) -> Pass:
+def _ends_pass(tasks: TaskSet, sets: list[ProbeSet], ends: list[int], stems: Ids, is_tree: bool) -> Pass:
     """Everything that the sets want of the instructions `stems`."""
     examples = {i: sets[i].examples[np.isin(sets[i].examples // tasks.n_inputs, stems)] for i in ends}
     leaves = [examples[i] for i in ends if sets[i].readout == "prompt_end"]
-    tree = tasks.pack_tree(stems, leaves[0] if leaves else stems[:0])
+    tree = tasks.pack_tree(stems, leaves[0] if leaves else stems[:0], is_tree)
     readouts = []
     for i in ends:
         rows = tree.prompt_end
@@ -237,7 +241,7 @@ class Probe:
         self.sets = make_probe_sets(tasks, config, seed)
         self._on_device = [probe_set.to(self.device) for probe_set in self.sets]
         self.columns = columns_of(self.sets, n_layers)
-        self.passes = [forward_pass.to(self.device) for forward_pass in passes_of(tasks, self.sets)]
+        self.passes = [forward_pass.to(self.device) for forward_pass in passes_of(tasks, self.sets, self.device.type)]
         self.recorders = [Recorder(n_layers, (s.readout,), len(s.examples), width, device) for s in self.sets]
         # Where in its recorder each example of a set is, as the passes have their own order.
         self.place = []
