@@ -221,7 +221,9 @@ def test_points_that_a_memory_knows_are_not_projected_again() -> None:
     assert not torch.equal(memory.projected[:, new], before[:, new])
 
 
-@pytest.mark.parametrize(("N", "D", "K"), [(240, 80, 6), (97, 48, 8), (64, 200, 3), (31, 80, 6), (240, 39, 6), (5, 4, 2)])
+@pytest.mark.parametrize(
+    ("N", "D", "K"), [(240, 80, 6), (97, 48, 8), (64, 200, 3), (31, 80, 6), (240, 39, 6), (5, 4, 2)]
+)
 def test_a_memory_has_the_size_that_the_search_asks_for(N: int, D: int, K: int) -> None:
     memory = ops.search_memory(1, N, D, K)
     if memory is not None:
@@ -269,7 +271,11 @@ POINTS = normal(2, 9, 3)
         (2, {"n_cold": torch.tensor([1, -1])}, "every set needs a partition to begin with"),
         (2, {"moves": -1}, "moves must be from 0"),
         (2, {"max_iter": -1}, "max_iter must be from 0"),
-        (2, {"memory": (torch.zeros(1), torch.zeros(1))}, "a projection cannot be kept of points that are not projected"),
+        (
+            2,
+            {"memory": (torch.zeros(1), torch.zeros(1))},
+            "a projection cannot be kept of points that are not projected",
+        ),
     ],
 )
 def test_bad_input(K: int, more: dict, message: str) -> None:

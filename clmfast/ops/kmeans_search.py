@@ -33,7 +33,9 @@ def search_memory(S: int, N: int, D: int, n_clusters: int) -> SearchMemory | Non
     M = (2 * n_clusters + 8 + 7) // 8 * 8  # of csrc/kmeans_search.h
     if 2 * M > D or 2 * M > N:
         return None
-    return SearchMemory(*(torch.zeros(shape, device="cpu", dtype=torch.float32) for shape in ((S, 1 + M, D), (S, N, M))))
+    return SearchMemory(
+        *(torch.zeros(shape, device="cpu", dtype=torch.float32) for shape in ((S, 1 + M, D), (S, N, M)))
+    )
 
 
 def kmeans_search(

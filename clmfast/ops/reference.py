@@ -119,7 +119,9 @@ class _Lloyd:
     def __init__(self, x_ND: Tensor, label_N: Tensor, K: int) -> None:
         has_any = ((label_N >= 0) & (label_N < K)).any()
         self.x_ND, self.K = x_ND, K
-        self.label_N = torch.where((label_N >= 0) & (label_N < K), label_N, -1) if has_any else torch.zeros_like(label_N)
+        self.label_N = (
+            torch.where((label_N >= 0) & (label_N < K), label_N, -1) if has_any else torch.zeros_like(label_N)
+        )
         self.own_N = torch.full((len(x_ND),), math.inf, dtype=torch.float64, device="cpu")
 
     def copy(self) -> _Lloyd:
