@@ -83,9 +83,10 @@ def needs(config: RunConfig) -> Needs:
     ring = measure.window + measure.unseen_per_step
     answers = n_sets * task.n_tasks * ANSWERS * is_measured
     n_steps_of_ring = max(measure.window // train.batch, measure.unseen_window // measure.unseen_per_step)
+    of_search = 8 * measure.population + 4.0 * min(2 * task.n_tasks + 8, D / 2)  # of a state: its labels, its projection
     if is_measured:
-        # Of a state: itself and its cells, and its label in every partition.
-        memory["the rings"] = n_sets * ring * (6.0 * D + 8 * measure.population) + 8.0 * answers * n_steps_of_ring
+        # Of a state: itself and its cells, too.
+        memory["the rings"] = n_sets * ring * (6.0 * D + of_search) + 8.0 * answers * n_steps_of_ring
     if has_probe:
         memory["the probe"] = n_sets * n_probe * (8.0 * D + 24 * measure.k)
 
@@ -94,7 +95,7 @@ def needs(config: RunConfig) -> Needs:
     columns += n_sets * (PROBE_COLUMNS + SPLIT_COLUMNS * len(measure.probe_splits)) * has_probe
     disk = (config.steps + 1) * 8.0 * (columns + 8 + answers) + n_checkpoints(config.steps) * 4.0 * n_parameters
     state = 2**18 + 12.0 * n_parameters
-    state += is_measured * n_sets * ring * (4.0 * D + 8 * measure.population) + 8.0 * answers * n_steps_of_ring
+    state += is_measured * n_sets * ring * (4.0 * D + of_search) + 8.0 * answers * n_steps_of_ring
     disk += (KEPT_STATES + 1) * state * (config.resume_every > 0) + REPORT_BYTES
 
     flops = config.steps * 6.0 * n_rows * max(1, L - 1) * (4 * D * D + 2 * D * F)

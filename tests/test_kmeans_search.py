@@ -141,6 +141,11 @@ def test_scale_and_offset(factor: float, offset: float) -> None:
     found = ops.kmeans_search((points + offset) * factor, 10, n_cold=2, keep=2, moves=10)
     plain = ops.kmeans_search(points, 10, n_cold=2, keep=2, moves=10)
     torch.testing.assert_close(found.inertia[0] / factor**2, plain.inertia[0], rtol=1e-2, atol=0)
+    memory = ops.search_memory(2, 400, 128, 10)
+    kept = [ops.kmeans_search((points + offset) * factor, 10, n_cold=2, keep=2, moves=10, memory=memory)]
+    kept += [ops.kmeans_search((points + offset) * factor, 10, known=kept[0].label, n_cold=0, keep=2, memory=memory)]
+    for again in kept:
+        torch.testing.assert_close(again.inertia[0], found.inertia[0], rtol=1e-2, atol=0)
 
 
 def test_points_that_are_few_or_equal_or_not_finite() -> None:

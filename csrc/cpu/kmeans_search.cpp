@@ -270,33 +270,36 @@ class Search {
  private:
   // ---- the points
 
+  // Where the caller keeps no projection, it is made here.
   void project_points() {
     const int64_t M = n_directions(N_, D_, K_);
-    centre_.resize(D_);
-    if (op_.directions && M > 0) {
-      float *centre = op_.directions + s_ * (1 + M) * D_, *directions = centre + D_, *rows = op_.projected + s_ * N_ * M;
-      const auto length2 = [&] { return std::inner_product(directions, directions + D_, directions, 0.0); };
-      const bool is_new = op_.P == 0 || op_.n_cold[s_] > 0 || length2() == 0;
-      if (is_new) main_directions(points_, N_, D_, M, unit_of(), centre, directions);
-      for (int64_t i = 0; i < N_;) {
-        int64_t end = i;
-        while (end < N_ && (is_new || op_.known[s_ * N_ + end] < 0)) ++end;
-        if (end > i) project(points_ + i * D_, end - i, D_, centre, directions, M, rows + i * M);
-        i = std::max(end, i + 1);
-      }
-      if (length2() > 0) unit2_ = length2();
-      std::copy_n(centre, D_, centre_.data());
-      return look_at(rows, M);
+    const bool is_kept = op_.directions != nullptr;
+    if (!is_kept) frame_.resize((1 + M) * D_), projected_.resize(N_ * (M > 0 ? M : D_));
+    float* centre = is_kept ? op_.directions + s_ * (1 + M) * D_ : frame_.data();
+    float* rows = is_kept ? op_.projected + s_ * N_ * M : projected_.data();
+    float* directions = centre + D_;
+    const auto length2 = [&] {
+      double sum = 0;
+      for (int64_t d = 0; d < D_ && M > 0; ++d) sum += static_cast<double>(directions[d]) * directions[d];
+      return sum;
+    };
+    const bool is_new = !is_kept || op_.P == 0 || op_.n_cold[s_] > 0 || length2() == 0;
+    const float unit = is_new ? unit_of() : 1;
+    if (is_new) main_directions(points_, N_, D_, M, unit, centre, directions);
+    centre_.assign(centre, centre + D_);
+    if (M == 0) {
+      unit2_ = static_cast<double>(unit) * unit;
+      for (int64_t i = 0; i < N_ * D_; ++i) rows[i] = (points_[i] - centre[i % D_]) * unit;
+      return look_at(rows, D_);
     }
-    const float unit = unit_of();
-    unit2_ = static_cast<double>(unit) * unit;
-    std::vector<float> directions(M * D_);
-    std::vector<float>& centre = centre_;
-    projected_.resize(N_ * (M > 0 ? M : D_));
-    main_directions(points_, N_, D_, M, unit, centre.data(), directions.data());
-    if (M > 0) project(points_, N_, D_, centre.data(), directions.data(), M, projected_.data());
-    for (int64_t i = 0; i < N_ * D_ && M == 0; ++i) projected_[i] = (points_[i] - centre[i % D_]) * unit;
-    look_at(projected_.data(), M > 0 ? M : D_);
+    if (length2() > 0) unit2_ = length2();
+    for (int64_t i = 0; i < N_;) {
+      int64_t end = i;
+      while (end < N_ && (is_new || op_.known[s_ * N_ + end] < 0)) ++end;
+      if (end > i) project(points_ + i * D_, end - i, D_, centre, directions, M, rows + i * M);
+      i = std::max(end, i + 1);
+    }
+    look_at(rows, M);
   }
 
   // A power of two that brings the largest coordinate near 1, so that squares are float32.
@@ -713,12 +716,13 @@ class Search {
   const float* points_;
   int64_t M_ = 0, n_ = 0;
   double unit2_ = 1, scatter_ = 0;
-  std::vector<int64_t> source_;               // [n]: where the points stood
-  const float* rows_;                  // [n, M]
-  std::unique_ptr<float[]> panels_;    // [n / PANEL, M, PANEL]
-  std::vector<float> norm2_, projected_, own_rows_;  // [n]; [n, M] where rows are not the caller's
-  std::vector<float> centre_;                 // [D]
-  std::vector<int32_t> all_;                  // [K]: 0, 1, ...
+  std::vector<float> frame_, projected_, own_rows_;  // the projection, and rows, where they are not the caller's
+  std::vector<float> centre_;        // [D]
+  std::vector<int64_t> source_;      // [n]: where the points stood
+  const float* rows_ = nullptr;      // [n, M]
+  std::unique_ptr<float[]> panels_;  // [n / PANEL, M, PANEL]
+  std::vector<float> norm2_;         // [n]
+  std::vector<int32_t> all_;         // [K]: 0, 1, ...
   // Scratch of assign: centroids side by side, their squared norms, products, which clusters are compared with and which
   // changed, and the points that do. Of moves: rows of some points, side by side or in panels.
   std::vector<float> centroids_, norm2_of_, dot_;
