@@ -83,7 +83,8 @@ def needs(config: RunConfig) -> Needs:
     ring = measure.window + measure.unseen_per_step
     answers = n_sets * task.n_tasks * ANSWERS * is_measured
     n_steps_of_ring = max(measure.window // train.batch, measure.unseen_window // measure.unseen_per_step)
-    of_search = 8 * measure.population + 4.0 * min(2 * task.n_tasks + 8, D / 2)  # of a state: its labels, its projection
+    # Of a state, for the search of partitions: its labels and its projection.
+    of_search = 8 * measure.population + 4.0 * min(2 * task.n_tasks + 8, D / 2)
     if is_measured:
         # Of a state: itself and its cells, too.
         memory["the rings"] = n_sets * ring * (6.0 * D + of_search) + 8.0 * answers * n_steps_of_ring
