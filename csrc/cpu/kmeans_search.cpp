@@ -12,7 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include "../kmeans.h"
 #include "grid.h"
 #include "isa.h"
 #include "lanes.h"

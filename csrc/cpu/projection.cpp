@@ -9,6 +9,7 @@
 #include "lanes.h"
 #include "pair.h"
 #include "sums.h"
+#include "turn.h"
 
 namespace clmfast {
 
@@ -74,14 +75,6 @@ CLMFAST_BODY void orthonormalise_body(float* rows, int64_t M, int64_t D) {
 
 CLMFAST_PER_ISA(void, orthonormalise, (float* rows, int64_t M, int64_t D), (rows, M, D))
 
-// [K, n] of rows [n, K].
-std::vector<float> transposed(const float* rows, int64_t n, int64_t K) {
-  std::vector<float> out(n * K);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < K; ++k) out[k * n + i] = rows[i * K + k];
-  return out;
-}
-
 }  // namespace
 
 void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float unit, float* centre,
@@ -106,9 +99,9 @@ void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float
     for (int64_t d = 0; d < D; ++d) sample[i * D + d] *= unit;  // so that squares are float32
   }
   for (int64_t m = 0; m < M; ++m) std::copy_n(&sample[m * n / M * D], D, directions + m * D);
-  const std::vector<float> columns = transposed(directions, M, D);
+  const std::vector<float> columns = interleaved(directions, M, D, M);
   for (int64_t i = 0; i < n_padded; i += TILE) products(&sample[i * D], columns.data(), D, M, &product[i * M]);
-  const std::vector<float> coordinates = transposed(product.data(), n_padded, M);  // [M, n]
+  const std::vector<float> coordinates = interleaved(product.data(), n_padded, M, n_padded);  // [M, n]
   const int64_t width = (D + SIDE - 1) / SIDE * SIDE;
   std::vector<float> padded(n_padded * width), out(TILE * width);
   for (int64_t i = 0; i < n; ++i) std::copy_n(&sample[i * D], D, &padded[i * width]);
@@ -122,7 +115,7 @@ void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float
 
 void project(const float* points, int64_t N, int64_t D, const float* centre, const float* directions, int64_t M,
              float* rows) {
-  const std::vector<float> columns = transposed(directions, M, D);
+  const std::vector<float> columns = interleaved(directions, M, D, M);
   std::vector<float> z(TILE * D), out(TILE * M);
   for (int64_t i = 0; i < N; i += TILE) {
     const int64_t n = std::min(TILE, N - i);
