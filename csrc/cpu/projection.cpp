@@ -90,7 +90,7 @@ void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float
   const int64_t n_finite = static_cast<int64_t>(finite.size());
   for (int64_t d = 0; d < D; ++d)
     centre[d] = static_cast<float>(mean[d] / static_cast<double>(std::max<int64_t>(n_finite, 1)));
-  if (n_finite == 0) return;
+  if (n_finite == 0 || M == 0) return;
   const int64_t stride = (n_finite + SAMPLE - 1) / SAMPLE, n = (n_finite + stride - 1) / stride;
   const int64_t n_padded = (n + TILE - 1) / TILE * TILE;
   std::vector<float> sample(n_padded * D), product(n_padded * M);  // [n, D], [n, M]

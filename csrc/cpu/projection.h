@@ -14,7 +14,7 @@ namespace clmfast {
 constexpr int64_t SIDE = 8;  // widths of rows are a multiple of this
 
 // centre [D]: the mean of the finite points [N, D]; directions [M, D], each of length `unit`, or 0 where points fill fewer
-// dimensions. 0 < M <= D.
+// dimensions. M <= D, a multiple of SIDE; 0: only the centre.
 void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float unit, float* centre, float* directions);
 
 // rows [N, M] of points [N, D]: a pure function of each point.
