@@ -637,7 +637,7 @@ class Search {
     int64_t n_present = 0;
     for (int64_t k = 0; k < K_; ++k) {
       if (p.count[k] == 0) continue;
-      float* to = &centroid[n_present / TILE_ROWS * TILE_ROWS * D_ + n_present % TILE_ROWS];
+      float* to = centroid.data() + n_present / TILE_ROWS * TILE_ROWS * D_ + n_present % TILE_ROWS;
       double squares = 0;
       for (int64_t d = 0; d < D_; ++d) {
         const double x = (sum[k * D_ + d] / static_cast<double>(p.count[k]) - centre_[d]) * unit;
@@ -663,7 +663,7 @@ class Search {
       std::fill_n(own, PANEL, INF);
       lay_out_points(points_, &source_[i], n_here, D_, centre_.data(), static_cast<float>(unit), panel.data(), norm2);
       for (int64_t j = 0; j < n_present; j += TILE_ROWS)
-        dot_tile(&centroid[j * D_], std::min(TILE_ROWS, n_present - j), panel.data(), D_, &dot_[j * PANEL]);
+        dot_tile(centroid.data() + j * D_, std::min(TILE_ROWS, n_present - j), panel.data(), D_, &dot_[j * PANEL]);
       take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
       for (int64_t c = 0; c < n_here; ++c) {
         own2[i + c] = own[c] + norm2[c];
