@@ -12,20 +12,21 @@
 //            end, at most max_iter; the last changed nothing if there were fewer
 //   origin   [S] int64: the start that the first partition comes from: p of known [p], P + i for the i-th cold one
 //
-//   directions [S, 1 + M, D], projected [S, N, M] float32, or null: the projection, M = n_directions(N, D, K), kept from
-//            call to call. Written whole for sets that have a cold start, or nothing known, or directions of 0; else read,
-//            and `projected` written where the first known label is negative: all other points must be those of the last call
+//   directions [S, 1 + M, D], projected [S, N, M] float32, or null: the projection, M = n_directions(N, D, K), kept
+//            from call to call. Written whole for sets that have a cold start, or nothing known, or directions of 0.
+//            Else read, and `projected` written where the first known label is negative: all other points must be those
+//            of the last call
 //
 // Search     takes place in a projection onto main directions of the points, where an iteration costs a fraction and
-//            hardly a partition changes its rank. Known partitions first go on by Lloyd's algorithm; the best of them, and
-//            one other (number `seed` of them, round and round), try moves. So does every cold start.
+//            hardly a partition changes its rank. Known partitions first go on by Lloyd's algorithm; the best of them,
+//            and one other (number `seed` of them, round and round), try moves. So does every cold start.
 // Moves      A round splits every cluster by 2-means of its own points, from the point farthest from the centroid and the
 //            one farthest from that. The split of largest worth n_a n_b / (n_a + n_b) |a - b|^2 is made, the pair whose
 //            union costs least by the same measure (Ward 1963), without the split cluster, is merged, and a few
 //            iterations of Lloyd's algorithm follow. What lowers the inertia stands, and a new round begins; the first
 //            move that does not is the last. At most `moves` rounds.
-// Iterations of the search compare points with the clusters that changed in the iteration before alone; after a move with
-//            the three that it changed, and members of these with all.
+// Iterations compare points with the clusters that changed in the iteration before alone; after a move with the three
+//            that it changed, and members of these with all.
 // Inertia    of the first partition is that of all D dimensions, of others what the projection estimates, in which
 //            partitions whose inertia differs by less than SAME of it count as one.
 // Result     the same bits for any number of threads. Between instruction sets rounding may lead the search elsewhere.

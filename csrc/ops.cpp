@@ -282,8 +282,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
             " and D=", D, ", got ", shape(*directions));
     require(has_shape(*projected, {S, N, M}), name, ": projected must be [S, N, M] with S=", S, ", N=", N, " and M=", M,
             ", got ", shape(*projected));
-    require_apart(name, {{"directions", &*directions}, {"projected", &*projected}},
-                  {{"points", &points}, {"known", known ? &*known : &n_cold}, {"n_cold", &n_cold}});
+    std::vector<Named> read{{"points", &points}, {"n_cold", &n_cold}};
+    if (known) read.emplace_back("known", &*known);
+    require_apart(name, {{"directions", &*directions}, {"projected", &*projected}}, read);
   }
   Tensor label = empty(name, points, {keep, S, N}, ScalarType::Long);
   Tensor inertia = empty(name, points, {keep, S}, ScalarType::Double);

@@ -43,8 +43,6 @@ struct Partition {
 using Eight = Lanes<SIDE>;
 typedef LanesOf<SIDE>::Int EightI;
 
-CLMFAST_BODY float sum_of(Eight x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-
 // Of PANEL points: own[c] = norm2[j] - 2 dot[j][c] and label[c] = name[j] of the smallest of n such numbers, or what they
 // are if that is smaller. Returns whether a label changed.
 CLMFAST_BODY bool take_nearest_body(const float* dot, const float* norm2, const int32_t* name, int64_t n, float* own,
@@ -227,6 +225,8 @@ CLMFAST_PER_ISA(void, lay_out_points,
                  float* panel, float* norm2),
                 (points, source, n, D, centre, unit, panel, norm2))
 
+static_assert(n_directions(1 << 20, 1 << 20, 1) % SIDE == 0);
+
 int64_t padded_to(int64_t side, int64_t n) { return (n + side - 1) / side * side; }
 
 // ---- the search in one set
@@ -283,9 +283,8 @@ class Search {
       return sum;
     };
     const bool is_new = !is_kept || op_.P == 0 || op_.n_cold[s_] > 0 || length2() == 0;
-    const float unit = is_new ? unit_of() : 1;
-    if (is_new) main_directions(points_, N_, D_, M, unit, centre, directions);
-    centre_.assign(centre, centre + D_);
+    centre_ = centre;
+    const float unit = is_new ? main_directions(points_, N_, D_, M, centre, directions) : 1;
     if (M == 0) {
       unit2_ = static_cast<double>(unit) * unit;
       for (int64_t i = 0; i < N_ * D_; ++i) rows[i] = (points_[i] - centre[i % D_]) * unit;
@@ -299,16 +298,6 @@ class Search {
       i = std::max(end, i + 1);
     }
     look_at(rows, M);
-  }
-
-  // A power of two that brings the largest coordinate near 1, so that squares are float32.
-  float unit_of() const {
-    float reach = 0;
-    for (int64_t i = 0; i < N_; ++i) {
-      const float of_row = row_reach(points_ + i * D_, D_);
-      if (of_row < INF) reach = std::max(reach, of_row);
-    }
-    return reach > 0 ? static_cast<float>(std::ldexp(1.0, std::clamp(-std::ilogb(reach), -126, 126))) : 1;
   }
 
   // The finite ones of rows [N, width]; the search keeps the pointer.
@@ -328,7 +317,8 @@ class Search {
     n_ = N_;
     if (width != M_ || n_ != n_padded) own_rows();
     lay_out(rows_, n_padded, M_, panels_.get(), norm2_.data());
-    source_.erase(std::remove_if(source_.begin(), source_.end(), [&](int64_t i) { return !(norm2_[i] < INF); }), source_.end());
+    const auto is_not_finite = [&](int64_t i) { return !(norm2_[i] < INF); };
+    source_.erase(std::remove_if(source_.begin(), source_.end(), is_not_finite), source_.end());
     n_ = static_cast<int64_t>(source_.size());
     if (n_ < N_) {
       own_rows_.clear();
@@ -384,24 +374,25 @@ class Search {
     }
     is_in_[K_] = 1;  // of points that have no label
     const bool is_all = n_present == K_;
+    const auto at = [&](int64_t i) { return index ? index[i] : i; };
     changed_.assign(K_, 0);
     for (int64_t i = 0; i < n; i += PANEL) {
       const int64_t n_here = std::min(PANEL, n - i);
       float own[PANEL];
       int32_t label[PANEL], before[PANEL];
-      for (int64_t c = 0; c < n_here; ++c) before[c] = p.label[index ? index[i + c] : i + c];
+      for (int64_t c = 0; c < n_here; ++c) before[c] = p.label[at(i + c)];
       for (int64_t c = n_here; c < PANEL; ++c) before[c] = 0;
       if (is_all) std::fill_n(own, PANEL, INF);
       else
         for (int64_t c = 0; c < n_here; ++c)
-          own[c] = is_in_[before[c] < 0 ? K_ : before[c]] ? INF : p.own[index ? index[i + c] : i + c];
+          own[c] = is_in_[before[c] < 0 ? K_ : before[c]] ? INF : p.own[at(i + c)];
       std::copy_n(before, PANEL, label);
       for (int64_t j = 0; j < n_present; j += TILE_ROWS)
         dot_tile(&centroids_[j * M_], std::min(TILE_ROWS, n_present - j), panels + i * M_, M_, &dot_[j * PANEL]);
       const bool has_changed = take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
-      for (int64_t c = 0; c < n_here; ++c) p.own[index ? index[i + c] : i + c] = own[c];
+      for (int64_t c = 0; c < n_here; ++c) p.own[at(i + c)] = own[c];
       for (int64_t c = 0; c < n_here && has_changed; ++c)
-        if (label[c] != before[c]) relabel(p, index ? index[i + c] : i + c, label[c]);
+        if (label[c] != before[c]) relabel(p, at(i + c), label[c]);
     }
     std::vector<int32_t> found;
     for (int32_t k : all_)
@@ -552,6 +543,28 @@ class Search {
       if (!has_moved(p)) return;
   }
 
+  // What merging two clusters costs.
+  double cost(const Partition& p, int64_t a, int64_t b) const {
+    const double n_a = static_cast<double>(p.count[a]), n_b = static_cast<double>(p.count[b]);
+    if (n_a == 0 || n_b == 0) return 0;
+    return n_a * n_b / (n_a + n_b) *
+           dist2_of(&p.sum[a * M_], static_cast<float>(1 / n_a), &p.sum[b * M_], static_cast<float>(1 / n_b), M_);
+  }
+
+  // The two clusters, other than k, whose merging costs least.
+  std::pair<int64_t, int64_t> cheapest_merge(const Partition& p, int64_t k) const {
+    double least = std::numeric_limits<double>::infinity();
+    std::pair<int64_t, int64_t> found;
+    for (int64_t a = 0; a < K_; ++a)
+      for (int64_t b = a + 1; b < K_; ++b) {
+        if (a == k || b == k) continue;
+        const double x = cost(p, a, b);
+        if (x < least) least = x, found = {a, b};
+      }
+    return found;
+  }
+
+  // One round; returns whether it lowered the inertia.
   bool has_moved(Partition& p) {
     std::vector<int64_t> end(K_ + 1);  // of each cluster in `members`
     std::vector<int32_t> members(n_);
@@ -569,18 +582,7 @@ class Search {
     for (auto [saved, k] : order)
       if (p.count[k] > 1 && -saved > best.worth) split(p, k, first_of(k), best);
     if (best.of < 0) return false;
-    double least = std::numeric_limits<double>::infinity();
-    int64_t into = -1, freed = -1;
-    for (int64_t a = 0; a < K_; ++a)
-      for (int64_t b = a + 1; b < K_; ++b) {
-        if (a == best.of || b == best.of) continue;
-        const double n_a = static_cast<double>(p.count[a]), n_b = static_cast<double>(p.count[b]);
-        const double cost = n_a == 0 || n_b == 0 ? 0
-                                                 : n_a * n_b / (n_a + n_b) *
-                                                       dist2_of(&p.sum[a * M_], static_cast<float>(1 / n_a),
-                                                                &p.sum[b * M_], static_cast<float>(1 / n_b), M_);
-        if (cost < least) least = cost, into = a, freed = b;
-      }
+    const auto [into, freed] = cheapest_merge(p, best.of);
     Partition trial = p;
     std::vector<int32_t> members_of_three;
     for (int64_t k : {best.of, into, freed})
@@ -606,7 +608,8 @@ class Search {
 
   // ---- the end
 
-  // Lloyd's algorithm in all dimensions; centroids and iterations go to the outputs. Returns the inertia before and after.
+  // Lloyd's algorithm in all dimensions; centroids and iterations go to the outputs. Returns the inertia before and
+  // after.
   std::pair<double, double> finish(Partition& p) {
     std::vector<int32_t> group(N_, -1);
     for (int64_t i = 0; i < n_; ++i) group[source_[i]] = p.label[i];
@@ -661,7 +664,7 @@ class Search {
       float own[PANEL], norm2[PANEL];
       int32_t label[PANEL] = {};
       std::fill_n(own, PANEL, INF);
-      lay_out_points(points_, &source_[i], n_here, D_, centre_.data(), static_cast<float>(unit), panel.data(), norm2);
+      lay_out_points(points_, &source_[i], n_here, D_, centre_, static_cast<float>(unit), panel.data(), norm2);
       for (int64_t j = 0; j < n_present; j += TILE_ROWS)
         dot_tile(centroid.data() + j * D_, std::min(TILE_ROWS, n_present - j), panel.data(), D_, &dot_[j * PANEL]);
       take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
@@ -716,7 +719,7 @@ class Search {
   int64_t M_ = 0, n_ = 0;
   double unit2_ = 1, scatter_ = 0;
   std::vector<float> frame_, projected_, own_rows_;  // the projection, and rows, where they are not the caller's
-  std::vector<float> centre_;        // [D]
+  const float* centre_ = nullptr;    // [D]
   std::vector<int64_t> source_;      // [n]: where the points stood
   const float* rows_ = nullptr;      // [n, M]
   std::unique_ptr<float[]> panels_;  // [n / PANEL, M, PANEL]

@@ -26,6 +26,9 @@ CLMFAST_BODY const Lanes<W>& lanes(const float* at) {
   return *reinterpret_cast<const Lanes<W>*>(at);
 }
 
+// In one fixed order, so that no sum depends on how it was compiled.
+CLMFAST_BODY float sum_of(Lanes<8> x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
 // The numbers of a and b in turns, begun in their middle if `high`.
 template <int W, int... I>
 CLMFAST_BODY Lanes<W> interleaved(Lanes<W> a, Lanes<W> b, bool high, std::integer_sequence<int, I...>) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "isa.h"
 #include "lanes.h"
@@ -51,7 +52,7 @@ CLMFAST_BODY float dot_of(const float* a, const float* b, int64_t n) {
   Eight sum = {};
   int64_t i = 0;
   for (; i + SIDE <= n; i += SIDE) sum += lanes<SIDE>(a + i) * lanes<SIDE>(b + i);
-  float dot = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  float dot = sum_of(sum);
   for (; i < n; ++i) dot += a[i] * b[i];
   return dot;
 }
@@ -77,26 +78,30 @@ CLMFAST_PER_ISA(void, orthonormalise, (float* rows, int64_t M, int64_t D), (rows
 
 }  // namespace
 
-void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float unit, float* centre,
-                     float* directions) {
+float main_directions(const float* points, int64_t N, int64_t D, int64_t M, float* centre, float* directions) {
   std::vector<double> mean(D);
   std::vector<int64_t> finite;
+  float reach = 0;
   for (int64_t i = 0; i < N; ++i) {
-    if (!is_finite_row(points + i * D, D)) continue;
+    const float of_row = row_reach(points + i * D, D);
+    if (!(of_row < std::numeric_limits<float>::infinity())) continue;
+    reach = std::max(reach, of_row);
     finite.push_back(i);
     add_row(points + i * D, D, mean.data());
   }
+  const float unit =
+      reach > 0 ? static_cast<float>(std::ldexp(1.0, std::clamp(-std::ilogb(reach), -126, 126))) : 1;
   std::fill_n(directions, M * D, 0.0f);
   const int64_t n_finite = static_cast<int64_t>(finite.size());
   for (int64_t d = 0; d < D; ++d)
     centre[d] = static_cast<float>(mean[d] / static_cast<double>(std::max<int64_t>(n_finite, 1)));
-  if (n_finite == 0 || M == 0) return;
+  if (n_finite == 0 || M == 0) return unit;
   const int64_t stride = (n_finite + SAMPLE - 1) / SAMPLE, n = (n_finite + stride - 1) / stride;
   const int64_t n_padded = (n + TILE - 1) / TILE * TILE;
   std::vector<float> sample(n_padded * D), product(n_padded * M);  // [n, D], [n, M]
   for (int64_t i = 0; i < n; ++i) {
     subtract(points + finite[i * stride] * D, centre, D, &sample[i * D]);
-    for (int64_t d = 0; d < D; ++d) sample[i * D + d] *= unit;  // so that squares are float32
+    for (int64_t d = 0; d < D; ++d) sample[i * D + d] *= unit;
   }
   for (int64_t m = 0; m < M; ++m) std::copy_n(&sample[m * n / M * D], D, directions + m * D);
   const std::vector<float> columns = interleaved(directions, M, D, M);
@@ -111,6 +116,7 @@ void main_directions(const float* points, int64_t N, int64_t D, int64_t M, float
   }
   orthonormalise(directions, M, D);
   for (int64_t i = 0; i < M * D; ++i) directions[i] *= unit;
+  return unit;
 }
 
 void project(const float* points, int64_t N, int64_t D, const float* centre, const float* directions, int64_t M,

@@ -476,11 +476,10 @@ def draw_kmeans_search(rng: Random) -> Arguments:
     directions = projected = None
     if rng.random() < 0.3:  # wide points, whose projection can be kept
         N, D, K = rng.choice((48, 65, 257)), rng.choice((48, 50, 129)), rng.randrange(1, 9)
-        memory = ops.search_memory(1, N, D, K)
-        M = memory.projected.shape[2] if memory else 0
-        if memory:  # a new one, or one of other points: no good result then, but no fault either
-            directions = Spec((S, 1 + M, D), fill=("normal", rng.choice((0.0, 1.0))))
-            projected = Spec((S, N, M), fill=("normal", rng.choice((0.0, 1.0))))
+        # A new one, or one of other points: no good result then, but no fault either.
+        directions, projected = (
+            Spec(tuple(x.shape), fill=("normal", rng.choice((0.0, 1.0)))) for x in ops.search_memory(S, N, D, K)
+        )
     return {
         "points": points(rng, (S, N, D), point_type(rng)),
         "n_clusters": K,
