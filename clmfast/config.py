@@ -139,11 +139,14 @@ class MeasureConfig:
     """k-means++ starts of a probe, each with moves."""
     moves: int = 6
     """Rounds in which k-means splits a cluster and merges two others, at most: what takes it out of a local optimum."""
+    renewals: int = 3
+    """Window k-means also starts from its best partition with a fifth of the clusters begun anew: once at every
+    measured step, and again as long as that finds a better one, at most so many times."""
     population: int = 4
     """Partitions of each set that the window keeps from step to step, the best of which is reported."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""
-    warm_iter: int = 3
+    warm_iter: int = 1
     """Lloyd iterations in the window, at most."""
     cold_every: int = 14
     """Window k-means goes on from the partitions of the last step; every so many measured steps k-means++ competes with
@@ -240,7 +243,7 @@ AT_MOST: dict[str, int] = {
     "measure.window": MOST_POINTS, "measure.unseen_per_step": MOST_POINTS, "measure.unseen_window": MOST_POINTS,
     "measure.probe_every": NEVER, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
     "measure.k": 10_000, "measure.n_init": 10_000, "measure.max_iter": 10**6, "measure.warm_iter": 10**6,
-    "measure.cold_every": NEVER, "measure.moves": 1000, "measure.population": 100,
+    "measure.cold_every": NEVER, "measure.moves": 1000, "measure.renewals": 1000, "measure.population": 100,
     "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
 }  # fmt: skip
 MOST_LETTERS = 1000  # of the alphabet
@@ -317,7 +320,7 @@ def check(config: RunConfig) -> None:
     for owner, section, names in (
         ("task.", task, "n_unseen_grammars n_unseen_instructions"),
         ("train.", train, "warmup_steps weight_decay"),
-        ("measure.", measure, "probe_every n_snapshots moves"),
+        ("measure.", measure, "probe_every n_snapshots moves renewals"),
         ("", config, "seed measure_every threads resume_every"),
     ):
         for name in names.split():

@@ -10,7 +10,8 @@
 //   centroid [S, K, D] float32: means of the first partition's clusters, NaN where one has no points
 //   n_iter   [S] int64: iterations of Lloyd's algorithm in all D dimensions that the best partition went through at the
 //            end, at most max_iter; the last changed nothing if there were fewer
-//   origin   [S] int64: the start that the first partition comes from: p of known [p], P + i for the i-th cold one
+//   origin   [S] int64: the start that the first partition comes from: p of known [p], P + i for the i-th cold one,
+//            P + n_cold[s] + i for the i-th renewal
 //
 //   directions [S, 1 + M, D], projected [S, N, M] float32, or null: the projection, M = n_directions(N, D, K), kept
 //            from call to call. Written whole for sets that have a cold start, or nothing known, or directions of 0.
@@ -18,8 +19,12 @@
 //            of the last call
 //
 // Search     takes place in a projection onto main directions of the points, where an iteration costs a fraction and
-//            hardly a partition changes its rank. Known partitions first go on by Lloyd's algorithm; the best of them,
-//            and one other (number `seed` of them, round and round), try moves. So does every cold start.
+//            hardly a partition changes its rank. Known partitions first go on by Lloyd's algorithm (those without any
+//            label are left out, but for the first); the best of them, and one other (number `seed` of them, round and
+//            round), try moves. So does every cold start, and every renewal after them.
+// Renewal    The best partition so far, a fifth of whose clusters, drawn at random, begin anew by k-means++, at points
+//            that are far from its centroids; then Lloyd's algorithm. If it becomes the best, another one follows, at
+//            most `renewals`.
 // Moves      A round splits every cluster by 2-means of its own points, from the point farthest from the centroid and the
 //            one farthest from that. The split of largest worth n_a n_b / (n_a + n_b) |a - b|^2 is made, the pair whose
 //            union costs least by the same measure (Ward 1963), without the split cluster, is merged, and a few
@@ -49,7 +54,7 @@ struct KmeansSearch {
   const float* points;
   const int64_t* known;
   const int64_t* n_cold;
-  int64_t S, N, D, K, P, keep, moves, max_iter, seed;
+  int64_t S, N, D, K, P, keep, moves, renewals, max_iter, seed;
   float *directions = nullptr, *projected = nullptr;
   int64_t* label;
   double* inertia;

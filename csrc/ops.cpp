@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
                                                          const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
-                                                         int64_t moves, int64_t max_iter, int64_t seed,
+                                                         int64_t moves, int64_t renewals, int64_t max_iter, int64_t seed,
                                                          const MaybeTensor& directions, const MaybeTensor& projected) {
   const char* name = "kmeans_search";
   require_points(name, "points", points);
@@ -252,6 +252,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   require(0 <= max_iter && max_iter <= int64_t{1} << 20, "kmeans_search: max_iter must be from 0 to 2^20, got max_iter=",
           max_iter);
   require(0 <= moves && moves <= int64_t{1} << 20, "kmeans_search: moves must be from 0 to 2^20, got moves=", moves);
+  require(0 <= renewals && renewals <= int64_t{1} << 20, "kmeans_search: renewals must be from 0 to 2^20, got renewals=",
+          renewals);
   const int64_t P = known && known->dim() == 3 ? known->size(0) : 0;
   if (known) {
     require_int64(name, "known", *known, points);
@@ -300,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   if (directions)
     op.directions = mutable_data<float>(*dense_directions), op.projected = mutable_data<float>(*dense_projected);
   op.S = S, op.N = N, op.D = D, op.K = K, op.P = P;
-  op.keep = keep, op.moves = moves, op.max_iter = max_iter, op.seed = seed;
+  op.keep = keep, op.moves = moves, op.renewals = renewals, op.max_iter = max_iter, op.seed = seed;
   op.label = mutable_data<int64_t>(label);
   op.inertia = mutable_data<double>(inertia);
   op.centroid = mutable_data<float>(centroid);
@@ -1048,7 +1050,7 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "knn(Tensor points, int k, Tensor? queries, Tensor[] query_group, Tensor[] point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
-      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int max_iter, "
+      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int renewals, int max_iter, "
       "int seed, Tensor(a!)? directions, Tensor(b!)? projected) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor "
       "n_iter, Tensor origin)");
   m.def(

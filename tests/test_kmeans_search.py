@@ -125,7 +125,7 @@ def test_a_cold_start_that_wins_says_so() -> None:
 @pytest.mark.parametrize(("S", "D"), [(1, 20), (9, 128)])
 def test_threads_do_not_matter(S: int, D: int) -> None:
     points = blobs(S, 700, D, 12, spread=1.0)
-    assert_threads_do_not_matter(lambda: ops.kmeans_search(points, 12, n_cold=2, keep=2, moves=12))
+    assert_threads_do_not_matter(lambda: ops.kmeans_search(points, 12, n_cold=2, keep=2, moves=12, renewals=3))
 
 
 def test_seed() -> None:
@@ -174,7 +174,35 @@ def test_any_shape(S: int, N: int, D: int, K: int, n_values: int, P: int, seed: 
     points = torch.randint(n_values, (S, N, D), generator=torch.Generator().manual_seed(seed)).float()
     K = min(K, N)
     known = drawn_labels(P, S, N, K + 1, seed) - 1 if P else None
-    assert_right(points, K, ops.kmeans_search(points, K, known=known, n_cold=1, keep=3, moves=2, seed=seed))
+    assert_right(points, K, ops.kmeans_search(points, K, known=known, n_cold=1, keep=3, moves=2, renewals=2, seed=seed))
+
+
+def test_renewals_lead_out_of_an_optimum() -> None:
+    points = blobs(4, 400, 8, 40, spread=1.5, seed=5)
+    known = ops.kmeans_search(points, 20, n_cold=1, moves=0).label
+    again = {"known": known, "n_cold": 0, "moves": 0}
+    without = ops.kmeans_search(points, 20, **again)
+    renewed = ops.kmeans_search(points, 20, renewals=100, keep=3, **again)
+    assert_right(points, 20, renewed)
+    is_better = renewed.inertia[0] < without.inertia[0]
+    assert (renewed.inertia[0] <= without.inertia[0]).all() and is_better.any()
+    assert torch.equal(renewed.origin > 0, is_better) and (without.origin == 0).all()
+
+
+def test_renewals_end_where_nothing_is_gained() -> None:
+    """At a perfect partition none begins, elsewhere the first that gains nothing is the last."""
+    few_values = torch.arange(3.0).repeat(20)[None, :, None]
+    found = ops.kmeans_search(few_values, 3, n_cold=1, renewals=2**20)
+    assert found.origin.item() == 0 and found.inertia[0].item() == pytest.approx(0, abs=1e-9)
+    ops.kmeans_search(blobs(2, 200, 6, 9), 9, n_cold=1, renewals=2**20)  # would not end
+
+
+def test_known_partitions_without_labels_are_left_out() -> None:
+    points = blobs(1, 200, 6, 9)
+    known = ops.kmeans_search(points, 9, n_cold=2, keep=2, seed=1).label
+    known[1] = -1
+    found = ops.kmeans_search(points, 9, known=known, n_cold=0, keep=2, moves=0)
+    assert found.inertia[1].isinf().all() and (found.label[1] == -1).all()
 
 
 def a_window(n_steps: int, seed: int = 0) -> list[tuple[Tensor, slice]]:
@@ -275,6 +303,7 @@ POINTS = normal(2, 9, 3)
         (2, {"n_cold": torch.tensor([1])}, "n_cold must be"),
         (2, {"n_cold": torch.tensor([1, -1])}, "every set needs a partition to begin with"),
         (2, {"moves": -1}, "moves must be from 0"),
+        (2, {"renewals": -1}, "renewals must be from 0"),
         (2, {"max_iter": -1}, "max_iter must be from 0"),
         (
             2,
@@ -291,9 +320,9 @@ def test_bad_input(K: int, more: dict, message: str) -> None:
 def test_opcheck() -> None:
     op = torch.ops.clmfast.kmeans_search.default
     cold = torch.ones(2, dtype=torch.int64)
-    torch.library.opcheck(op, (POINTS, 3, None, cold, 2, 1, 10, 0, None, None))
-    torch.library.opcheck(op, (POINTS, 3, torch.zeros(1, 2, 9, dtype=torch.int64), cold, 2, 1, 10, 0, None, None))
+    torch.library.opcheck(op, (POINTS, 3, None, cold, 2, 1, 2, 10, 0, None, None))
+    torch.library.opcheck(op, (POINTS, 3, torch.zeros(1, 2, 9, dtype=torch.int64), cold, 2, 1, 2, 10, 0, None, None))
     wide = normal(2, 60, 64)
     memory = ops.search_memory(2, 60, 64, 3)
     assert memory is not None
-    torch.library.opcheck(op, (wide, 3, torch.zeros(1, 2, 60, dtype=torch.int64), cold, 2, 1, 10, 0, *memory))
+    torch.library.opcheck(op, (wide, 3, torch.zeros(1, 2, 60, dtype=torch.int64), cold, 2, 1, 2, 10, 0, *memory))

@@ -50,7 +50,7 @@ def good_calls() -> dict[str, tuple[Any, ...]]:
     return {
         "knn": (points, 3, queries, [group[:6], group[:2]], [group, group // 2], torch.ones(2, 6)),
         "kmeans": (points, 4, points[:, :4], False, 1, 10, 1e-4, 0),
-        "kmeans_search": (points, 4, None, torch.ones(len(points), dtype=torch.int64), 2, 3, 10, 0, None, None),
+        "kmeans_search": (points, 4, None, torch.ones(len(points), dtype=torch.int64), 2, 3, 2, 10, 0, None, None),
         "separation": (points, group, 7),
         "majority_vote": (index, group),
         "label_shares": (index, group, group, 7),

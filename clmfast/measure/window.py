@@ -149,19 +149,22 @@ class Window:
         if not self.has_moves:
             found, is_cold = self._warm(points, is_first or self.is_cold(step, 0))
         else:
+            n_known = 0 if is_first else self.n_known
             cold = [self.n_known if is_first else int(self.is_cold(step, s)) for s in range(len(points))]
+            n_cold = torch.tensor(cold, device="cpu")
             found = ops.kmeans_search(
                 points,
                 n_tasks,
                 known=None if is_first else self.known[:, :, :n],
-                n_cold=torch.tensor(cold, device="cpu"),
+                n_cold=n_cold,
                 keep=self.n_known + 1,
                 moves=config.moves,
+                renewals=config.renewals,
                 max_iter=config.warm_iter,
                 seed=(self.seed + step) % 2**63,
                 memory=self.memory if n == self.train.n_points else None,
             )
-            is_cold = found.origin >= (0 if is_first else self.n_known)
+            is_cold = (found.origin >= n_known) & (found.origin < n_known + n_cold)
         self.known[:, :, :n] = found.label[: self.n_known]
         return found, is_cold
 

@@ -18,7 +18,7 @@ class Partitions(NamedTuple):
     inertia: Tensor  # [keep, S] float64; inf where fewer were found
     centroid: Tensor  # [S, K, D] float32
     n_iter: Tensor  # [S] int64
-    origin: Tensor  # [S] int64: the start that it comes from, p of known[p] or P + i for the i-th cold one
+    origin: Tensor  # [S] int64: the start that it comes from: known, cold, or a renewal (csrc/kmeans_search.h)
 
 
 class SearchMemory(NamedTuple):
@@ -46,6 +46,7 @@ def kmeans_search(
     n_cold: int | Array = 1,
     keep: int = 1,
     moves: int = 10,
+    renewals: int = 0,
     max_iter: int = 100,
     seed: int = 0,
     memory: SearchMemory | None = None,
@@ -58,10 +59,11 @@ def kmeans_search(
 
     points [S, N, D] float32, bfloat16 or float16, on the CPU. known [P, S, N] integers: labels in [0, n_clusters); any
     other value is a point without a cluster so far. n_cold: starts by k-means++, for all sets or for each [S].
-    keep: partitions that come back, at least P. moves: rounds of moves of a start. max_iter: of Lloyd's algorithm on
-    the best partition at the end, in all dimensions; before, the search sees a projection. memory: where points are
-    those of the last call, but for points whose first known label is negative, that call's memory saves most of the
-    projecting; it is written to.
+    keep: partitions that come back, at least P. moves: rounds of moves of a start. renewals: starts from the best
+    partition with a fifth of its clusters begun anew, one after the other as long as each finds a better one.
+    max_iter: of Lloyd's algorithm on the best partition at the end, in all dimensions; before, the search sees a
+    projection. memory: where points are those of the last call, but for points whose first known label is negative,
+    that call's memory saves most of the projecting; it is written to.
     """
     op = "kmeans_search"
     beside = (points, known, n_cold)
@@ -80,6 +82,7 @@ def kmeans_search(
             cold,
             arguments.integer(op, "keep", keep),
             arguments.integer(op, "moves", moves),
+            arguments.integer(op, "renewals", renewals),
             arguments.integer(op, "max_iter", max_iter),
             arguments.integer(op, "seed", seed),
             *(memory or (None, None)),
@@ -95,6 +98,7 @@ def _(
     n_cold: Tensor,
     keep: int,
     moves: int,
+    renewals: int,
     max_iter: int,
     seed: int,
     directions: Tensor | None,

@@ -12,7 +12,7 @@ from clmfast.ops.kmeans import KMeans
 from clmfast.ops.knn import KNN
 from clmfast.ops.partition import PartitionScores
 
-WARM_ITERATIONS, MOVE_ITERATIONS, SPLIT_ITERATIONS = 2, 4, 3  # of csrc/cpu/kmeans_search.cpp
+MOVE_ITERATIONS, SPLIT_ITERATIONS, ROUNDING = 4, 3, 1e-6  # of csrc/cpu/kmeans_search.cpp
 
 
 Barred = tuple[Tensor, Tensor]
@@ -96,7 +96,10 @@ def kmeans_search(points: Tensor, K: int, known: Tensor, moves: int, max_iter: i
         if len(x_ND) == 0:
             continue
         x_ND = x_ND - x_ND.mean(dim=0)
-        found = [_Lloyd(x_ND, known[p, s, is_finite_N], K).go_on(WARM_ITERATIONS, set(range(K))) for p in range(P)]
+        found = [_Lloyd(x_ND, known[p, s, is_finite_N], K) for p in range(P)]
+        for partition in found:
+            partition.assign(set(range(K)), partition.label_N < 0)
+            partition.go_on(1, set(range(K)))
         best = min(range(P), key=lambda p: found[p].scatter())
         for p in {best, (best + 1 + seed % (P - 1)) % P} if P > 1 else {best}:
             found[p] = _moved(found[p], moves)
@@ -182,7 +185,7 @@ def _moved(found: _Lloyd, moves: int) -> _Lloyd:
             for j in range(i + 1, K)
             if k not in (i, j)
         ]
-        if K < 3 or splits[k][0] == 0:
+        if K < 3 or splits[k][0] == 0 or found.scatter() <= ROUNDING * x_ND.square().sum():
             break
         _, into, freed = min(merges)
         three = {k, into, freed}

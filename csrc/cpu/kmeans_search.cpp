@@ -26,7 +26,8 @@ namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double SAME = 1e-4;
-constexpr int64_t WARM_ITERATIONS = 2, COLD_ITERATIONS = 20, MOVE_ITERATIONS = 4, SPLIT_ITERATIONS = 3;
+constexpr double ROUNDING = 1e-6;  // an inertia of so much of the scatter is 0
+constexpr int64_t COLD_ITERATIONS = 20, MOVE_ITERATIONS = 4, SPLIT_ITERATIONS = 3;
 
 // A partition of the points in the projection.
 struct Partition {
@@ -253,15 +254,27 @@ class Search {
     std::fill_n(op_.centroid + s_ * K_ * D_, K_ * D_, 0.0f);
     op_.origin[s_] = op_.n_iter[s_] = 0;
     if (n_ == 0) return write();
-    for (int64_t p = 0; p < op_.P; ++p) begin(go_on(op_.known + (p * op_.S + s_) * N_));
-    if (op_.P > 0 && op_.moves > 0) {
-      const int64_t best = least(found_);
-      move(found_[best]);
-      if (op_.P > 1) move(found_[(best + 1 + (op_.seed % (op_.P - 1) + op_.P - 1) % (op_.P - 1)) % op_.P]);
+    for (int64_t p = 0; p < op_.P; ++p) {
+      const int64_t* known = op_.known + (p * op_.S + s_) * N_;
+      if (p > 0 && std::none_of(known, known + N_, [&](int64_t k) { return is_label(k); })) continue;
+      begin(go_on(known), p);
     }
-    for (int64_t restart = 0; restart < op_.n_cold[s_]; ++restart) {
-      begin(cold(restart));
+    const int64_t P = static_cast<int64_t>(found_.size()), n_cold = op_.n_cold[s_];
+    if (P > 0 && op_.moves > 0) {
+      const int64_t best = best_found();
+      move(found_[best]);
+      if (P > 1) move(found_[(best + 1 + (op_.seed % (P - 1) + P - 1) % (P - 1)) % P]);
+    }
+    for (int64_t restart = 0; restart < n_cold; ++restart) {
+      begin(cold(restart), op_.P + restart);
       move(found_.back());
+    }
+    for (int64_t i = 0; i < op_.renewals && K_ > 1; ++i) {
+      const int64_t best = best_found();
+      if (is_perfect(found_[best])) break;
+      begin(renewed(found_[best], n_cold + i), op_.P + n_cold + i);
+      move(found_.back());
+      if (!(found_.back().inertia < (1 - SAME) * found_[best].inertia)) break;
     }
     write();
   }
@@ -330,15 +343,20 @@ class Search {
 
   const float* row(int64_t i) const { return rows_ + i * M_; }
 
-  void begin(Partition p) {
-    p.origin = static_cast<int64_t>(found_.size());
+  void begin(Partition p, int64_t origin) {
+    p.origin = origin;
     found_.push_back(std::move(p));
   }
 
-  static int64_t least(const std::vector<Partition>& all) {
+  int64_t best_found() const {
     const auto lower = [](const Partition& a, const Partition& b) { return a.inertia < b.inertia; };
-    return std::min_element(all.begin(), all.end(), lower) - all.begin();
+    return std::min_element(found_.begin(), found_.end(), lower) - found_.begin();
   }
+
+  // Could anything be gained but rounding?
+  bool is_perfect(const Partition& p) const { return p.inertia <= ROUNDING * scatter_; }
+
+  bool is_label(int64_t k) const { return 0 <= k && k < K_; }
 
   // ---- Lloyd's algorithm
 
@@ -358,9 +376,10 @@ class Search {
   }
 
   // Compares points with the centroids of some clusters, and each takes the nearest of these and its own. Returns the
-  // clusters that changed. Points: n of them in panels, which are index[0..n), or 0..n where that is null.
+  // clusters that changed. Points: n of them in panels, which are index[0..n), or 0..n where that is null; if `only_new`,
+  // those of them that have no label.
   std::vector<int32_t> assign(Partition& p, const std::vector<int32_t>& clusters, const float* panels, int64_t n,
-                              const int32_t* index) {
+                              const int32_t* index, bool only_new = false) {
     int64_t n_present = 0;
     std::fill(is_in_.begin(), is_in_.end(), 0);
     for (int32_t k : clusters) {
@@ -382,6 +401,8 @@ class Search {
       int32_t label[PANEL], before[PANEL];
       for (int64_t c = 0; c < n_here; ++c) before[c] = p.label[at(i + c)];
       for (int64_t c = n_here; c < PANEL; ++c) before[c] = 0;
+      const auto is_left_out = [only_new](int32_t k) { return only_new && k >= 0; };
+      if (std::all_of(before, before + n_here, is_left_out)) continue;
       if (is_all) std::fill_n(own, PANEL, INF);
       else
         for (int64_t c = 0; c < n_here; ++c)
@@ -390,9 +411,10 @@ class Search {
       for (int64_t j = 0; j < n_present; j += TILE_ROWS)
         dot_tile(&centroids_[j * M_], std::min(TILE_ROWS, n_present - j), panels + i * M_, M_, &dot_[j * PANEL]);
       const bool has_changed = take_nearest(dot_.data(), norm2_of_.data(), name_.data(), n_present, own, label);
-      for (int64_t c = 0; c < n_here; ++c) p.own[at(i + c)] = own[c];
+      for (int64_t c = 0; c < n_here; ++c)
+        if (!is_left_out(before[c])) p.own[at(i + c)] = own[c];
       for (int64_t c = 0; c < n_here && has_changed; ++c)
-        if (label[c] != before[c]) relabel(p, at(i + c), label[c]);
+        if (label[c] != before[c] && !is_left_out(before[c])) relabel(p, at(i + c), label[c]);
     }
     std::vector<int32_t> found;
     for (int32_t k : all_)
@@ -432,34 +454,67 @@ class Search {
     set_inertia(p);
   }
 
+  // Points without a label join the nearest centroid, and one iteration of all follows.
   Partition go_on(const int64_t* known) {
     Partition p;
     p.label.resize(n_), p.own.resize(n_);
     bool has_any = false;
     for (int64_t i = 0; i < n_; ++i) {
       const int64_t k = known[source_[i]];
-      p.label[i] = 0 <= k && k < K_ ? static_cast<int32_t>(k) : -1;
+      p.label[i] = is_label(k) ? static_cast<int32_t>(k) : -1;
       has_any |= p.label[i] >= 0;
     }
     if (!has_any) std::fill(p.label.begin(), p.label.end(), 0);
     sum_up(p);
-    lloyd(p, WARM_ITERATIONS, all_);
+    assign(p, all_, panels_.get(), n_, nullptr, true);
+    lloyd(p, 1, all_);
     return p;
   }
 
-  // Greedy k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's algorithm.
+  // k-means++, then Lloyd's algorithm.
   Partition cold(int64_t restart) {
-    const int64_t n_trials = std::min<int64_t>(2 + static_cast<int64_t>(std::log(static_cast<double>(K_))), TILE_ROWS);
-    const int64_t n_padded = padded_to(PANEL, n_);
     Partition p;
     p.label.assign(n_, -1), p.own.resize(n_);
     p.sum.assign(K_ * M_, 0), p.count.assign(K_, 0);
-    std::vector<float> closest(n_padded, INF), least(n_trials * n_padded), rows(TILE_ROWS * M_);
-    std::fill(closest.begin() + n_, closest.end(), 0.0f);
     int64_t draw = 0;
-    std::vector<int64_t> trial{static_cast<int64_t>(uniform(op_.seed, s_, restart, draw++) * static_cast<double>(n_))};
-    for (int64_t k = 0; k < K_; ++k) {
-      if (k > 0) {
+    seed(p, all_, std::vector<float>(n_, INF), restart, draw);
+    return p;
+  }
+
+  // A partition with a fifth of its clusters, drawn at random, begun anew.
+  Partition renewed(const Partition& from, int64_t restart) {
+    Partition p = from;
+    int64_t draw = 0;
+    std::vector<int32_t> clusters = all_;
+    const int64_t n = std::max<int64_t>(K_ / 5, 1);
+    for (int64_t e = 0; e < n; ++e) {
+      const double rest = static_cast<double>(K_ - e);
+      std::swap(clusters[e], clusters[e + static_cast<int64_t>(uniform(op_.seed, s_, restart, draw++) * rest)]);
+    }
+    clusters.resize(n);
+    for (int32_t k : clusters) p.count[k] = 0, std::fill_n(&p.sum[k * M_], M_, 0.0f);
+    std::vector<float> closest(n_);
+    for (int64_t i = 0; i < n_; ++i) {
+      closest[i] = std::max(p.own[i] + norm2_[i], 0.0f);
+      if (p.count[p.label[i]] == 0) p.label[i] = -1;
+    }
+    seed(p, clusters, std::move(closest), restart, draw);
+    return p;
+  }
+
+  // Greedy k-means++ (Arthur & Vassilvitskii 2007) for clusters that have no points yet, then Lloyd's algorithm for all.
+  // closest [n]: the weights that the first is drawn by, dist2 to a centroid; INF: there is none.
+  void seed(Partition& p, const std::vector<int32_t>& clusters, std::vector<float> closest, int64_t restart,
+            int64_t& draw) {
+    const int64_t n_trials = std::min<int64_t>(2 + static_cast<int64_t>(std::log(static_cast<double>(K_))), TILE_ROWS);
+    const int64_t n_padded = padded_to(PANEL, n_);
+    closest.resize(n_padded, 0);
+    std::vector<float> least(n_trials * n_padded), rows(TILE_ROWS * M_);
+    for (int32_t k : clusters) {
+      std::vector<int64_t> trial;
+      if (closest[0] == INF) {
+        trial = {static_cast<int64_t>(uniform(op_.seed, s_, restart, draw++) * static_cast<double>(n_))};
+      } else {
         double potential = 0;
         for (float x : closest) potential += x;
         if (potential == 0) break;  // every point already lies on a centroid
@@ -493,7 +548,6 @@ class Search {
     sum_up(p);  // without the points that stood for centroids
     fill_empty(p);
     lloyd(p, COLD_ITERATIONS, all_);
-    return p;
   }
 
   // ---- moves
@@ -539,7 +593,7 @@ class Search {
   }
 
   void move(Partition& p) {
-    for (int64_t i = 0; i < op_.moves && K_ > 2; ++i)
+    for (int64_t i = 0; i < op_.moves && K_ > 2 && !is_perfect(p); ++i)
       if (!has_moved(p)) return;
   }
 

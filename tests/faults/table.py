@@ -487,6 +487,7 @@ def draw_kmeans_search(rng: Random) -> Arguments:
         "n_cold": whole_numbers([rng.choice((1, 2)) for _ in range(S)]),
         "keep": P + rng.choice((0, 2)) or 1,
         "moves": rng.choice((0, 1, 7)),
+        "renewals": rng.choice((0, 1, 5)),
         "max_iter": rng.choice((0, 1, 2, 100)),
         "seed": rng.choice((0, 1, -1, 2**63 - 1)),
         "directions": directions,
