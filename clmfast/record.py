@@ -227,7 +227,7 @@ def _estimators(training: Training) -> dict[str, Any]:
                 "init": "warm",
                 "cold_every": measure.cold_every,
                 "max_iter": measure.warm_iter,
-                **({"moves": measure.moves, "population": measure.population} if is_cpu else {}),
+                **{name: getattr(measure, name) for name in ("moves", "renewals", "population") if is_cpu},
             },
             "pooled_measured_steps": {"train": training.window.n_pooled, "unseen": training.window.n_pooled_unseen},
             "knn": knn,
