@@ -18,6 +18,7 @@ from clmfast.untrusted import Damaged, one_line, read_json, read_toml, shown
 READOUTS = ("instruction_end", "prompt_end", "mean")
 LABEL_KINDS = ("task", "grammar", "instruction", "input", "output", "task_output")
 RESTARTS_PER_START = 10  # of plain k-means, for a start with moves, where a device has no moves
+SEARCH_END_ITERATIONS = 1  # of Lloyd's algorithm in all dimensions; what it leaves, a window's next step goes on with
 UNSEEN_SPLITS = ("unseen_pair", "unseen_instruction", "unseen_grammar")
 
 
@@ -146,8 +147,8 @@ class MeasureConfig:
     """Partitions of each set that the window keeps from step to step, the best of which is reported."""
     max_iter: int = 100
     """Lloyd iterations of k-means++ starts, at most."""
-    warm_iter: int = 1
-    """Lloyd iterations in the window, at most."""
+    warm_iter: int = 3
+    """Lloyd iterations of a step's k-means in the window on a GPU, at most; on a CPU its search ends with one."""
     cold_every: int = 14
     """Window k-means goes on from the partitions of the last step; every so many measured steps k-means++ competes with
     those of each layer and readout, which take turns."""

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clmfast.config import RESTARTS_PER_START, ConfigError, RunConfig, from_file
+from clmfast.config import RESTARTS_PER_START, SEARCH_END_ITERATIONS, ConfigError, RunConfig, from_file
 from clmfast.directory import FOLDERS, settings_of, write_config
 from clmfast.files import (
     LineFile,
@@ -226,8 +226,8 @@ def _estimators(training: Training) -> dict[str, Any]:
                 **k_means,
                 "init": "warm",
                 "cold_every": measure.cold_every,
-                "max_iter": measure.warm_iter,
-                **{name: getattr(measure, name) for name in ("moves", "renewals", "population") if is_cpu},
+                "max_iter": SEARCH_END_ITERATIONS if is_cpu else measure.warm_iter,
+                **({name: getattr(measure, name) for name in ("moves", "renewals", "population")} if is_cpu else {}),
             },
             "pooled_measured_steps": {"train": training.window.n_pooled, "unseen": training.window.n_pooled_unseen},
             "knn": knn,

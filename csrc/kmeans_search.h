@@ -23,8 +23,8 @@
 //            label are left out, but for the first); the best of them, and one other (number `seed` of them, round and
 //            round), try moves. So does every cold start, and every renewal after them.
 // Renewal    The best partition so far, a fifth of whose clusters, drawn at random, begin anew by k-means++, at points
-//            that are far from its centroids; then Lloyd's algorithm. If it becomes the best, another one follows, at
-//            most `renewals`.
+//            that are far from its centroids; then Lloyd's algorithm. If its inertia is lower than the best
+//            by more than SAME, another one follows, at most `renewals`.
 // Moves      A round splits every cluster by 2-means of its own points, from the point farthest from the centroid and the
 //            one farthest from that. The split of largest worth n_a n_b / (n_a + n_b) |a - b|^2 is made, the pair whose
 //            union costs least by the same measure (Ward 1963), without the split cluster, is merged, and a few

@@ -242,8 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
                                                          const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
-                                                         int64_t moves, int64_t renewals, int64_t max_iter, int64_t seed,
-                                                         const MaybeTensor& directions, const MaybeTensor& projected) {
+                                                         int64_t moves, int64_t renewals, int64_t max_iter,
+                                                         int64_t seed, const MaybeTensor& directions,
+                                                         const MaybeTensor& projected) {
   const char* name = "kmeans_search";
   require_points(name, "points", points);
   require_there(name, "points", points, points);
@@ -1050,8 +1051,8 @@ STABLE_TORCH_LIBRARY(clmfast, m) {
       "knn(Tensor points, int k, Tensor? queries, Tensor[] query_group, Tensor[] point_group, Tensor? within) -> (Tensor "
       "dist2, Tensor index)");
   m.def(
-      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int renewals, int max_iter, "
-      "int seed, Tensor(a!)? directions, Tensor(b!)? projected) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor "
+      "kmeans_search(Tensor points, int n_clusters, Tensor? known, Tensor n_cold, int keep, int moves, int renewals, "
+      "int max_iter, int seed, Tensor(a!)? directions, Tensor(b!)? projected) -> (Tensor label, Tensor inertia, Tensor centroid, Tensor "
       "n_iter, Tensor origin)");
   m.def(
       "kmeans(Tensor points, int n_clusters, Tensor? init, bool is_random, int n_init, int max_iter, float tol, int "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clmfast import ops
 from clmfast.capture import Recorder, from_host
-from clmfast.config import LABEL_KINDS, RunConfig
+from clmfast.config import LABEL_KINDS, SEARCH_END_ITERATIONS, RunConfig
 from clmfast.data.tasks import TaskSet
 from clmfast.measure.catalogue import Column
 from clmfast.measure.partition import PARTITION_MEASURES, as_partitions, partition_measures
@@ -160,7 +160,7 @@ class Window:
                 keep=self.n_known + 1,
                 moves=config.moves,
                 renewals=config.renewals,
-                max_iter=config.warm_iter,
+                max_iter=SEARCH_END_ITERATIONS,
                 seed=(self.seed + step) % 2**63,
                 memory=self.memory if n == self.train.n_points else None,
             )

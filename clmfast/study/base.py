@@ -69,7 +69,7 @@ def changed(config: RunConfig, section: str, **values: object) -> RunConfig:
 
 
 # Defaults of the measures of version 1, for who draws what was measured with them.
-MEASURE_1 = {"window": 2048, "unseen_per_step": 8, "unseen_window": 128, "n_init": 40, "warm_iter": 3, "cold_every": 16}
+MEASURE_1 = {"window": 2048, "unseen_per_step": 8, "unseen_window": 128, "n_init": 40, "cold_every": 16}
 
 
 def base_config(version: int = MEASUREMENT_VERSION) -> RunConfig:
