@@ -226,7 +226,8 @@ def step_flops(config: RunConfig, tasks: TaskSet, n_steps: int = 8) -> StepFlops
     for step in range(n_steps):
         batch = train_batch(config, tasks, step)
         n_batch, longest = len(batch.length), batch.length.max()
-        first, _ = shared_rows(*(torch.from_numpy(x) for x in (batch.tokens, batch.position, batch.offset)))
+        tokens, position, offset = (torch.from_numpy(x) for x in (batch.tokens, batch.position, batch.offset))
+        first, _ = shared_rows(tokens, position, offset, len(batch.length))
         own_position = batch.position[first.numpy()]
         head = 2 * D * len(tasks.vocabulary) * n_batch
 

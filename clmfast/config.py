@@ -156,6 +156,9 @@ class MeasureConfig:
     """Probes that also keep a 2-D projection of every layer."""
     n_shuffles: int = 20
     """Shuffles of the labels behind the null band."""
+    threads: int = -1
+    """CPU threads that measure the window while the backward pass runs. -1: as many cores as training leaves free (see
+    --threads); 0: none, the step measures when it has been trained."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ AT_MOST: dict[str, int] = {
     "measure.probe_every": NEVER, "measure.probe_train": MOST_POINTS, "measure.probe_unseen": MOST_POINTS,
     "measure.k": 10_000, "measure.n_init": 10_000, "measure.max_iter": 10**6, "measure.warm_iter": 10**6,
     "measure.cold_every": NEVER, "measure.moves": 1000, "measure.renewals": 1000, "measure.population": 100,
-    "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5,
+    "measure.n_snapshots": 1000, "measure.n_shuffles": 10**5, "measure.threads": 1024,
 }  # fmt: skip
 MOST_LETTERS = 1000  # of the alphabet
 
@@ -382,6 +385,7 @@ def check(config: RunConfig) -> None:
     need(0 <= train.lr_final_share <= 1, "train.lr_final_share must be in [0, 1]", train.lr_final_share)
     for name in ("beta1", "beta2"):
         need(0 <= getattr(train, name) < 1, f"train.{name} must be in [0, 1)", getattr(train, name))
+    need(measure.threads >= -1, "measure.threads must be at least -1 (as many as are free)", measure.threads)
     need(len(measure.readouts) > 0, "measure.readouts must name at least one readout", "none")
     for name, allowed, got in (
         ("measure.readouts", READOUTS, measure.readouts),

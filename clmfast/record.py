@@ -43,7 +43,7 @@ from clmfast.files import (
     write_file,
     write_json,
 )
-from clmfast.measure.catalogue import MEASUREMENT_VERSION, MEASURES, Column
+from clmfast.measure.catalogue import BAND_STEPS, MEASUREMENT_VERSION, MEASURES, Column
 from clmfast.needs import KEPT_STATES
 from clmfast.schema import check_controls, check_header, read_events, written_rows
 from clmfast.untrusted import (
@@ -229,6 +229,7 @@ def _estimators(training: Training) -> dict[str, Any]:
                 "max_iter": SEARCH_END_ITERATIONS if is_cpu else measure.warm_iter,
                 **({name: getattr(measure, name) for name in ("moves", "renewals", "population")} if is_cpu else {}),
             },
+            "band_measured_steps": BAND_STEPS,
             "pooled_measured_steps": {"train": training.window.n_pooled, "unseen": training.window.n_pooled_unseen},
             "knn": knn,
         }

@@ -92,6 +92,12 @@ def parse(arguments: list[str]) -> CommandLine:
     n_cores = len(os.sched_getaffinity(0))
     if run.threads > n_cores and not resume:
         raise ConfigError(f"threads must be at most the {n_cores} cores of this process, got {run.threads}")
+    n_beside = n_cores - (run.threads or 1)
+    if run.measure.threads > n_beside and not resume:
+        raise ConfigError(
+            f"measure.threads must leave training its threads, at least one, and so be at most {n_beside} of the "
+            f"{n_cores} cores of this process, got {run.measure.threads}"
+        )
     check_needs(run, None if resume else directory.existing_parent(Path(run.out or NEW_RUNS)))
     return dataclasses.replace(asked, run=run)
 

@@ -59,8 +59,10 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Threads and determinism; returns the automatic choices with their reasons for the header."""
     import torch
 
+    from clmfast.measuring_thread import threads_beside
+
     n_cores = len(os.sched_getaffinity(0))
-    threads = config.threads or n_cores
+    threads = config.threads or max(1, n_cores - max(0, config.measure.threads))
     torch.set_num_threads(threads)
     is_cpu = config.device == "cpu"
     if not is_cpu:
@@ -71,9 +73,15 @@ def set_up_torch(config: RunConfig) -> dict[str, dict[str, Any]]:
     is_graph, why = replays_graph(config)
     is_inside, why_there = rides_inside(config)
     is_kept, why_kept = keep_memory()
-    reason = "asked for" if config.threads else f"all {n_cores} cores that this process may use"
+    n_beside, why_beside = threads_beside(config)
+    reason = f"all {n_cores} cores that this process may use"
+    if config.threads:
+        reason = "asked for"
+    elif threads < n_cores:
+        reason = f"{n_cores} cores without those of measure.threads"
     return {
         "threads": {"value": threads, "reason": reason},
+        "measuring_threads": {"value": n_beside, "reason": why_beside},
         "device": {"value": config.device, "reason": "the default" if is_cpu else "asked for"},
         "step": {"value": "one CUDA graph" if is_graph else "op by op", "reason": why},
         "riders": {"value": "in the training pass" if is_inside else "in their own pass", "reason": why_there},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from clmfast.measure.controls import raw_string_control, shuffled_label_control
 from clmfast.measure.probe import Probe
 from clmfast.measure.projection import principal_plane
 from clmfast.measure.window import Window
+from clmfast.measuring_thread import MeasuringThread, threads_beside
 from clmfast.model import Tap, Transformer
 from clmfast.static_step import StaticStep
 
@@ -144,6 +145,8 @@ class Training:
             if measure.probe_every:
                 self.probe = Probe(tasks, measure, n_layers, width, config.seed, config.device)
         self.rides_inside = rides_inside(config)[0]
+        n_beside, _ = threads_beside(config)
+        self.beside = MeasuringThread(n_beside) if n_beside else None
         self.timing_columns = tuple(c for c in TIMING_COLUMNS if not (self.rides_inside and c == "ride_along_ms"))
         self.columns = [
             *(Column("train", measure) for measure in TRAIN_MEASURES),
@@ -176,7 +179,7 @@ class Training:
                 with watch.time("validation_ms"):
                     self._validate(step, values, events, is_last or bool(every and step % every == 0))
             if probe_due:
-                with watch.time("probe_ms"):
+                with watch.time("probe_ms"), self._all_threads():
                     snapshots = self._probe(step, values)
             answers = None
             loss = 0.0
@@ -219,26 +222,28 @@ class Training:
                     whole = batch.followed_by(self.tasks.pack(written[window.unseen]))
                 tap = self._tap(whole, list(written), watch)
             loss, accuracy = self._loss(batch, whole, tap)
-            for p in self.parameters:
-                p.grad = None
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm)
             for ring, of_ring in written.items():
                 ring.advance(torch.from_numpy(of_ring))
         if window is not None and not self.rides_inside:
             # The unseen examples must see the weights that the batch saw: before the update.
             with watch.time("ride_along_ms"):
                 self._ride_along(step, window.unseen)
+        is_measured = window is not None and step % config.measure_every == 0
+        measuring = self.beside.start(window.measure, step) if window and self.beside and is_measured else None
         with watch.time("step_ms"):
+            for p in self.parameters:
+                p.grad = None
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm)
             lr = self.lr(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         watch.ms["step_ms"] -= watch.ms["capture_ms"]
         answers = None
-        if window is not None and step % config.measure_every == 0:
+        if window is not None and is_measured:
             with watch.time("window_ms"):
-                measured, answered = window.measure(step)
+                measured, answered = measuring.result() if measuring else window.measure(step)
                 values[self.window_at], answers = measured.cpu().numpy(), answered.cpu().numpy()
         for measure, value in zip(TRAIN_MEASURES, (loss.item(), accuracy, lr, grad_norm.item()), strict=True):
             values[self._at[f"train/{measure}"]] = value
@@ -330,6 +335,10 @@ class Training:
                         "accuracy": self.early_stopping.best_accuracy,
                     }
                 )
+
+    def _all_threads(self) -> AbstractContextManager[None]:
+        """A probe has training's threads and those that measure the window."""
+        return self.beside.lends() if self.beside else nullcontext()
 
     def _probe(self, step: int, values: NDArray[np.float64]) -> list[Snapshot]:
         assert self.probe is not None

@@ -223,6 +223,8 @@ def test_a_diverging_run_keeps_its_records(config_file, tmp_path, capsys):
         (["--device", "tpu"], r"clmfast: device must be cpu, cuda or cuda:N, got tpu"),
         (["--device", "cuda:99"], r"clmfast: device must be one of the \d+ GPUs that torch \S+ sees, got cuda:99"),
         (["--threads", "999"], r"clmfast: threads must be at most the \d+ cores"),
+        (["--measure.threads", "999"], r"clmfast: measure.threads must leave training its threads.* the \d+ cores"),
+        (["--measure.threads", "-2"], r"clmfast: measure.threads must be at least -1"),
         (["--measure.k", "2048"], r"clmfast: measure.k must be less than measure.window = 1024, got 2048"),
         (["--task.n-instructions", "100000"], r"clmfast: task: no 100 disjoint grammars of \d+ or more strings"),
         (["--config", "none.toml"], r"clmfast: config file none.toml must be readable"),

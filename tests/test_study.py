@@ -122,6 +122,7 @@ def test_a_configuration_has_one_place_whatever_the_threads(tmp_path):
     config = quick_config()
     path = run_path(tmp_path, "base", config)
     assert run_path(tmp_path, "base", dataclasses.replace(config, threads=2, out="x")) == path
+    assert run_path(tmp_path, "base", changed(config, "measure", threads=0)) == path
     assert run_path(tmp_path, "base", dataclasses.replace(config, steps=61)) != path
     assert state_of(path, config) == "missing"
     path.mkdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from conftest import changed
 
 from clmfast.config import PRESETS, rides_inside
 from clmfast.data.tasks import make_tasks
+from clmfast.measuring_thread import threads_beside
+from clmfast.ops import forks
 from clmfast.surroundings import Surroundings
 from clmfast.train import EarlyStopping, Training, TrainingDiverged, snapshot_steps, train
 
@@ -110,6 +114,71 @@ def test_other_defaults_of_torch_change_no_bit(small, other):
         assert np.array_equal(x.values, y.values, equal_nan=True), x.step
         if x.answers is not None:
             assert np.array_equal(x.answers, y.answers, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_measuring_beside_the_backward_pass_changes_no_bit(small, small_tasks, n_threads):
+    here = Training(changed(small, "measure", threads=0), small_tasks)
+    beside = Training(changed(small, "measure", threads=n_threads), small_tasks)
+    assert here.beside is None and beside.beside is not None
+    n_threads_before = torch.get_num_threads()
+    for x, y in zip(here, beside, strict=True):
+        assert np.array_equal(x.values, y.values, equal_nan=True), x.step
+        assert (x.answers is None) == (y.answers is None)
+        assert x.answers is None or np.array_equal(x.answers, y.answers, equal_nan=True)
+    assert torch.get_num_threads() == n_threads_before
+    assert all(torch.equal(a, b) for a, b in zip(here.parameters, beside.parameters, strict=True))
+
+
+def test_measuring_runs_in_its_thread_with_its_threads(small, small_tasks, monkeypatch):
+    training = Training(changed(small, "measure", threads=2), small_tasks)
+    seen, measure = [], training.window.measure
+
+    def watched(step):
+        seen.append((threading.current_thread(), torch.get_num_threads()))
+        return measure(step)
+
+    monkeypatch.setattr(training.window, "measure", watched)
+    next(iter(training))
+    [(thread, n_threads)] = seen
+    assert thread is not threading.current_thread() and n_threads == 2
+
+
+def test_an_error_of_measuring_ends_the_step_wherever_it_is_measured(small, small_tasks, monkeypatch):
+    for n_threads in (0, 1):
+        training = Training(changed(small, "measure", threads=n_threads), small_tasks)
+
+        def fails(step):
+            raise FloatingPointError("of the window")
+
+        monkeypatch.setattr(training.window, "measure", fails)
+        with pytest.raises(FloatingPointError, match="of the window"):
+            next(iter(training))
+
+
+def test_who_measures_beside_training(small, monkeypatch, two_threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert threads_beside(small) == (6, "training leaves so many of 8 cores free")
+    assert threads_beside(changed(small, "measure", threads=3)) == (3, "asked for")
+    assert threads_beside(changed(small, "measure", threads=0))[0] == 0
+    assert threads_beside(dataclasses.replace(small, measure_every=0))[0] == 0
+    assert threads_beside(dataclasses.replace(small, device="cuda"))[0] == 0
+    torch.set_num_threads(8)
+    assert threads_beside(small)[0] == 0
+    torch.set_num_threads(1)
+    monkeypatch.setattr(forks, "is_late_fork", True)
+    assert threads_beside(small)[0] == 0  # its process has no threads to give
+    with Surroundings() as surroundings:
+        told = surroundings.set_up_torch(changed(dataclasses.replace(small, threads=1), "measure", threads=3))
+    assert told["threads"]["value"] == 1 and told["measuring_threads"] == {"value": 3, "reason": "asked for"}
+
+
+def test_training_leaves_the_cores_that_measuring_asks_for(small, monkeypatch, two_threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with Surroundings() as surroundings:
+        told = surroundings.set_up_torch(changed(small, "measure", threads=1))
+        assert torch.get_num_threads() == told["threads"]["value"] == 1
+    assert told["measuring_threads"]["value"] == 1
 
 
 def test_same_config_same_bits_other_seed_other_losses(small, two_threads):

@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from clmfast import ops
 from clmfast.capture import spans
 from clmfast.data.tasks import draw
+from clmfast.measure.catalogue import BAND_STEPS
 from clmfast.measure.partition import ari_band
 from clmfast.measure.window import ANSWERS, Window
 from clmfast.model import Transformer
@@ -116,6 +117,23 @@ def test_the_best_partition_is_reported_with_its_band(small, small_tasks, run_wi
         assert of_set["inertia_share"] == pytest.approx(within / total, rel=1e-5, abs=1e-9)
     assert any(v["window/instruction_end/layer2/kmeans_is_cold"] == 0 for v in values[1:])
     assert values[0]["window/instruction_end/layer2/kmeans_is_cold"] == 1
+
+
+def test_the_band_is_over_what_the_last_steps_found(small, small_tasks):
+    window = Window(small_tasks, small, small.model.n_layers + 1)
+    names = [c.name for c in window.columns]
+    found, widened = [], 0
+    for step in range(BAND_STEPS + 8):
+        advance(window, small, small_tasks, step)
+        values = dict(zip(names, window.measure(step)[0].tolist(), strict=True))
+        found.append(window.bands[0].clone())  # of this step alone
+        last = torch.stack(found[-BAND_STEPS:])
+        for s, (layer, readout) in enumerate(sets_of(window)):
+            low, high = (values[f"window/{readout}/layer{layer}/ari_task_{end}"] for end in ("low", "high"))
+            assert (low, high) == (last[:, 0, s].min(), last[:, 1, s].max())
+            assert found[-1][0, s] <= values[f"window/{readout}/layer{layer}/ari_task"] <= found[-1][1, s]
+            widened += low < found[-1][0, s]
+    assert widened
 
 
 def test_the_window_is_as_good_as_a_patient_search(small, small_tasks, run_window):

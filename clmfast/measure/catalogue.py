@@ -15,6 +15,7 @@ from clmfast.config import LABEL_KINDS
 MEASUREMENT_VERSION = 2
 READABLE_VERSIONS = (1, MEASUREMENT_VERSION)  # never mixed in one comparison
 BAND_SHARE = 0.005  # partitions whose inertia is at most so much above the lowest are as good as that
+BAND_STEPS = 14  # measured steps whose good partitions make the window's band
 RIVAL_ARI = 0.05  # a partition whose ARI differs by more is one of another kind
 
 
@@ -45,7 +46,8 @@ MEASURES: dict[str, Measure] = {
         -0.5,
         1,
         "0",
-        f"lowest ari_task of the partitions found whose inertia is within {BAND_SHARE:.1%} of the lowest",
+        f"lowest ari_task of the partitions found whose inertia is within {BAND_SHARE:.1%} of the lowest; in a window, "
+        f"of those of {BAND_STEPS} measured steps",
     ),
     "ari_task_high": Measure("1", -0.5, 1, "0", "highest ari_task of those"),
     "rival_inertia_gap": Measure(

@@ -18,7 +18,7 @@ from clmfast import ops
 from clmfast.capture import Recorder, from_host
 from clmfast.config import LABEL_KINDS, SEARCH_END_ITERATIONS, RunConfig
 from clmfast.data.tasks import TaskSet
-from clmfast.measure.catalogue import Column
+from clmfast.measure.catalogue import BAND_STEPS, Column
 from clmfast.measure.partition import PARTITION_MEASURES, as_partitions, partition_measures
 
 MEASURES_OF_TRAINING = (*PARTITION_MEASURES, "kmeans_is_cold", "neighbour_purity")
@@ -52,6 +52,9 @@ class Window:
         self.memory = ops.search_memory(n_sets, measure.window, width, tasks.n_tasks) if self.has_moves else None
         n_steps = max(self.n_pooled, self.n_pooled_unseen)
         self.answers = torch.zeros(n_steps, len(ANSWERS), 2, n_sets, tasks.n_tasks, dtype=torch.float64, device=device)
+        # Lowest and highest ARI of the good partitions of the last steps.
+        nothing = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=device)
+        self.bands = nothing[:, None].repeat(BAND_STEPS, 1, n_sets)
         self.columns = [  # what `measure` returns, in its order
             Column("window", name, readout, layer, split)
             for measures, split in ((MEASURES_OF_TRAINING, ""), (MEASURES_OF_UNSEEN, SPLIT))
@@ -98,13 +101,23 @@ class Window:
         of_ring, of_unseen_ring = self.answers[: self.n_pooled, :1], self.answers[: self.n_pooled_unseen, 1:]
         pooled = torch.cat([answered.sum(0) for answered in (of_ring, of_unseen_ring)]).sum(-1)
         purity, *of_queries = (pooled[:, 0] / pooled[:, 1]).unbind(0)
+        measured = partition_measures(points, found, labels, self.tasks.label_counts())
+        self._widen_band(measured)
         values = [
-            *partition_measures(points, found, labels, self.tasks.label_counts()),
+            *measured,
             is_cold.double(),
             purity,
             *of_queries,
         ]
         return torch.cat(values), answers.view(self.answers_shape)
+
+    def _widen_band(self, measured: Tensor) -> None:
+        """A step finds few of the partitions that are as good as its best, and the next steps others of nearly the same
+        states: the band is over all that the last steps found."""
+        ends = [PARTITION_MEASURES.index(f"ari_task_{end}") for end in ("low", "high")]
+        self.bands.copy_(self.bands.roll(1, 0))
+        self.bands[0] = measured[ends]
+        measured[ends[0]], measured[ends[1]] = self.bands[:, 0].amin(0), self.bands[:, 1].amax(0)
 
     def labels_of(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[LABEL_KINDS, N] labels of examples [N]; of a row that is empty still (-1), anything."""
@@ -191,6 +204,7 @@ class Window:
             **{f"unseen.{name}": tensor for name, tensor in self.unseen.state().items()},
             "known": self.known,
             "answers": self.answers,
+            "bands": self.bands,
             **(self.memory._asdict() if self.memory else {}),
         }
 
@@ -201,5 +215,6 @@ class Window:
         self.known.copy_(state["known"])
         self.is_first = bool((self.known < 0).all())
         self.answers.copy_(state["answers"])
+        self.bands.copy_(state["bands"])
         for name, tensor in self.memory._asdict().items() if self.memory else ():
             tensor.copy_(state[name])

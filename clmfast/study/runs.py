@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from clmfast import files
-from clmfast.config import ConfigError, RunConfig, from_file, to_dict
+from clmfast.config import ConfigError, MeasureConfig, RunConfig, from_file, to_dict
 from clmfast.directory import is_empty
 from clmfast.files import write_json
 from clmfast.measure.catalogue import MEASUREMENT_VERSION
@@ -65,7 +65,7 @@ class Wanted:
 
 def identity(config: RunConfig) -> RunConfig:
     """The config without what makes no other study of it."""
-    return dataclasses.replace(config, out="", threads=0)
+    return changed(dataclasses.replace(config, out="", threads=0), "measure", threads=MeasureConfig().threads)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -191,7 +191,10 @@ class Job:
 
     def __init__(self, wanted: Wanted, threads: int, lock: int) -> None:
         self.wanted = wanted
-        self.path, self.config = path, config = wanted.path, dataclasses.replace(wanted.config, threads=threads)
+        # None beside them: the cores are the other runs'.
+        config = changed(dataclasses.replace(wanted.config, threads=threads), "measure", threads=0)
+        self.path, self.config = wanted.path, config
+        path = self.path
         command = [sys.executable, "-m", "clmfast.run"]
         if state_of(path, config) == "started":
             command += ["--resume", str(path)]
