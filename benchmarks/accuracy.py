@@ -126,7 +126,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, float]:
         "error of ARI, all cases, mean": float(error.mean()),
         "band narrower than 0.05, share": float(is_narrow.mean()),
         **{
-            f"band, {tolerance} wider on either side, has all restarts within 0.5 % of the lowest, share of cases": float(
+            f"band has all restarts within 0.5 % of the lowest, give or take {tolerance} of ARI, share of cases": float(
                 (of["farthest_outside"][has_close] <= tolerance).mean()
             )
             for tolerance in TOLERANCES

@@ -5,13 +5,14 @@
 Window estimator with its unseen examples, all layers, both readouts. Layers and readouts take turns in beginning a
 partition anew: times are medians at each place of that cycle, averaged over it. The rival measures the same on the
 plain model with forward hooks, `.cpu()` and scikit-learn. The probe is told per probe and per step; its forward pass
-has a contest of its own.
+has a contest of its own. And the same where a core is to spare: one thread trains, another measures beside it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,15 @@ from benchmarks.bench_step import LOSS_TOLERANCE, RUN
 from benchmarks.contest import TORCH, Contender, Process, Times, anchor
 from benchmarks.worker import Call
 
+if TYPE_CHECKING:
+    from clmfast.train import Training
+
 MEASURED, UNMEASURED, PROBED = "clmfast, measured", "clmfast, unmeasured", "clmfast, a probe"
+BESIDE, UNMEASURED_ONE = "clmfast, measured on a second core", "clmfast, unmeasured, one thread"
+PROBED_BESIDE = "clmfast, a probe, one thread and the second core"
 HOOKS, PLAIN = "hooks + scikit-learn, measured", "torch eager, unmeasured"
 HOOKS_PROCESS = Process("torch + scikit-learn")
+ONE_THREAD = Process("clmfast run, one thread", threads=1)
 N_CYCLES = 3
 N_PROBES = 8
 PROBE_EVERY = 50  # steps
@@ -36,17 +43,23 @@ CHUNK = 512  # sequences of one forward pass of the plain probe
 
 def measured(case: dict[str, Any]) -> Call:
     """Training with the window; returns the loss, what neighbours said, by column, and the recorded milliseconds."""
-    return _ours(measure_every=1)
+    return _steps(_ours(case, measure_every=1))
 
 
 def unmeasured(case: dict[str, Any]) -> Call:
-    return _ours(measure_every=0)
+    return _steps(_ours(case, measure_every=0))
 
 
-def _ours(measure_every: int) -> Call:
+def _ours(case: dict[str, Any], **measuring: int) -> Training:
+    """The default run; if it is not to have all cores, another thread measures."""
     from benchmarks.training import our_training, run_config
 
-    training = our_training(run_config(measure_every))
+    config, threads = run_config(**measuring), case.get("threads", 0)
+    measure = dataclasses.replace(config.measure, threads=min(threads, 1))
+    return our_training(dataclasses.replace(config, threads=threads, measure=measure))
+
+
+def _steps(training: Training) -> Call:
     steps = iter(training)
     at = training.column_at("train/loss")
 
@@ -74,13 +87,12 @@ def said(training: Any, answers: NDArray[np.float64] | None) -> dict[str, float]
 
 def probed(case: dict[str, Any]) -> Call:
     """A whole probe: forward pass and measures."""
-    from benchmarks.training import our_training, run_config
-
-    training = our_training(run_config(measure_every=1, probe_every=50))
+    training = _ours(case, measure_every=1, probe_every=PROBE_EVERY)
 
     def call(i: int) -> Any:
         assert training.probe is not None
-        training.probe.measure(training.model)
+        with training.all_threads():
+            training.probe.measure(training.model)
         return {"loss": None}
 
     return call
@@ -112,6 +124,9 @@ CONTENDERS = (
     Contender(MEASURED, measured, RUN),
     Contender(UNMEASURED, unmeasured, RUN),
     Contender(PROBED, probed, RUN),
+    Contender(BESIDE, measured, ONE_THREAD, options={"threads": 1}),
+    Contender(UNMEASURED_ONE, unmeasured, ONE_THREAD, options={"threads": 1}),
+    Contender(PROBED_BESIDE, probed, ONE_THREAD, options={"threads": 1}),
     Contender(PLAIN, plain, HOOKS_PROCESS, ("sklearn",)),
     Contender(HOOKS, hooks, HOOKS_PROCESS, ("sklearn",)),
 )
@@ -122,12 +137,15 @@ def gate(results: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     is left out: at one token, states differ by their position only, and ties decide."""
     wrong = {}
     losses = {
-        name: np.array([answer["loss"] for answer in result]) for name, result in results.items() if name != PROBED
+        name: np.array([answer["loss"] for answer in result])
+        for name, result in results.items()
+        if name not in (PROBED, PROBED_BESIDE)
     }
-    right = np.array([answer["loss"] for answer in anchor(results, UNMEASURED)])
+    same = {MEASURED: UNMEASURED, BESIDE: UNMEASURED_ONE}
     for name, loss in losses.items():
+        right = np.array([answer["loss"] for answer in anchor(results, same.get(name, UNMEASURED))])
         off = np.abs(loss - right)[:5].max()
-        if not off <= (0.0 if name == MEASURED else LOSS_TOLERANCE):
+        if not off <= (0.0 if name in same else LOSS_TOLERANCE):
             wrong[name] = f"a loss is off by {off:.2g}"
     for i, answer in enumerate(results.get(HOOKS, ())):
         if answer.get("values") is None:
@@ -158,10 +176,15 @@ def test_tax(compete: Any, claim: Any) -> None:
         CONTENDERS,
         gate,
         n_checks=N_CHECKS,
-        rounds={MEASURED: n_steps, UNMEASURED: n_steps, PROBED: N_PROBES},
+        rounds={
+            **dict.fromkeys((MEASURED, UNMEASURED, BESIDE, UNMEASURED_ONE), n_steps),
+            **dict.fromkeys((PROBED, PROBED_BESIDE), N_PROBES),
+        },
     )
     times = outcome.times
-    with_s, without_s = (cycle_mean_s(times[name], cycle) for name in (MEASURED, UNMEASURED))
+    with_s, without_s, beside_s, one_thread_s = (
+        cycle_mean_s(times[name], cycle) for name in (MEASURED, UNMEASURED, BESIDE, UNMEASURED_ONE)
+    )
     of_medians = times[MEASURED].median_s / times[UNMEASURED].median_s - 1
     recorded = np.median([_recorded_tax(answer["timing"]) for answer in outcome.checked[MEASURED][N_FULL:]])
     detail = f"of medians {of_medians:.1%}, as recorded, without riders, {recorded:.1%}; step {1e3 * without_s:.0f} ms"
@@ -172,6 +195,11 @@ def test_tax(compete: Any, claim: Any) -> None:
     claim(what, probe_s / PROBE_EVERY / without_s, 0.09, 0.05, unit="%", at_most=True, detail=detail)
     whole = (with_s + probe_s / PROBE_EVERY) / without_s
     claim("default run over an unmeasured one", whole, 1.3, 1.15, at_most=True, detail="calculated from the two taxes")
+    beside = beside_s / one_thread_s - 1
+    of_probe = times[PROBED_BESIDE].median_s / PROBE_EVERY / one_thread_s
+    detail = f"window {beside:.1%}, probe {of_probe:.1%}; step of one thread {1e3 * one_thread_s:.0f} ms"
+    what = "tax of both, one thread trains and a second core measures"
+    claim(what, beside + of_probe, 0.10, 0.05, unit="%", at_most=True, detail=detail)
     what = "tax of hooks + .cpu() + scikit-learn"
     if HOOKS not in times or PLAIN not in times:
         claim(what, None, unit="%", detail=str({**outcome.skipped, **outcome.dropped}))

@@ -179,7 +179,7 @@ class Training:
                 with watch.time("validation_ms"):
                     self._validate(step, values, events, is_last or bool(every and step % every == 0))
             if probe_due:
-                with watch.time("probe_ms"), self._all_threads():
+                with watch.time("probe_ms"), self.all_threads():
                     snapshots = self._probe(step, values)
             answers = None
             loss = 0.0
@@ -336,7 +336,7 @@ class Training:
                     }
                 )
 
-    def _all_threads(self) -> AbstractContextManager[None]:
+    def all_threads(self) -> AbstractContextManager[None]:
         """A probe has training's threads and those that measure the window."""
         return self.beside.lends() if self.beside else nullcontext()
 
