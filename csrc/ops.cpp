@@ -240,6 +240,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(const Tensor& points, int64_t 
 
 // ---- kmeans_search
 
+// Sets that are worked on at the same time, at most.
+double n_at_once(int64_t S) {
+  return static_cast<double>(std::min<int64_t>(S, std::max(1u, std::thread::hardware_concurrency())));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& points, int64_t n_clusters,
                                                          const MaybeTensor& known, const Tensor& n_cold, int64_t keep,
                                                          int64_t moves, int64_t renewals, int64_t max_iter,
@@ -266,11 +271,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_search(const Tensor& p
   require(1 <= keep && P <= keep && keep < int64_t{1} << 20,
           "kmeans_search: keep must be from 1 to 2^20 and at least P, got keep=", keep, " with P=", P);
   const Tensor dense_cold = dense(name, n_cold);
+  int64_t most_cold = 0;
   for (int64_t s = 0; s < S; ++s) {
     const int64_t n = data<int64_t>(dense_cold)[s];
     require(0 <= n && n < int64_t{1} << 20 && P + n > 0,
             "kmeans_search: every set needs a partition to begin with, known or cold, got n_cold=", n, " with P=", P);
+    most_cold = std::max(most_cold, n);
   }
+  // A set's partitions are all kept until the end: a label and a distance of each point, sums of each cluster.
+  const double of_partition = static_cast<double>(N) * 8 + static_cast<double>(K) * (static_cast<double>(D) * 4 + 8);
+  require_memory(name, [&] { return "partitions, n_cold=" + std::to_string(most_cold); },
+                 static_cast<double>(P + most_cold) * of_partition * n_at_once(S), true);
   require(directions.has_value() == projected.has_value(),
           "kmeans_search: directions and projected must be given together or not at all");
   if (directions) {
@@ -407,11 +418,6 @@ Tensor label_shares(const Tensor& index, const Tensor& label, const Tensor& trut
 }
 
 // ---- partition_scores
-
-// Sets that are worked on at the same time, at most.
-double n_at_once(int64_t S) {
-  return static_cast<double>(std::min<int64_t>(S, std::max(1u, std::thread::hardware_concurrency())));
-}
 
 Tensor partition_scores(const Tensor& truth, const Tensor& label, std::optional<int64_t> n_truth,
                         std::optional<int64_t> n_label) {

@@ -292,6 +292,7 @@ INDEX = torch.zeros(2, 9, 3, dtype=torch.int64)
         lambda n: ops.knn(P, n, P),
         lambda n: ops.label_shares(INDEX, LABEL, LABEL, n),
         lambda n: ops.kmeans(P, 2, n_init=2**31 - 1),
+        lambda n: ops.kmeans_search(torch.zeros(1, 2**17, 1), 2, n_cold=2**20 - 1),
         lambda n: ops.separation(P, LABEL, 2**31 - 1),
         lambda n: ops.majority_vote(torch.zeros(1, dtype=torch.int64).expand(2**20, 2**20, 3), LABEL),
         lambda n: ops.attention(torch.zeros(1).expand(2**20, 2**20, 3, 1, 1)),
