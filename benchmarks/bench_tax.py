@@ -29,7 +29,7 @@ BESIDE, UNMEASURED_ONE = "clmfast, measured on a second core", "clmfast, unmeasu
 PROBED_BESIDE = "clmfast, a probe, one thread and the second core"
 HOOKS, PLAIN = "hooks + scikit-learn, measured", "torch eager, unmeasured"
 HOOKS_PROCESS = Process("torch + scikit-learn")
-ONE_THREAD = Process("clmfast run, one thread", threads=1)
+ONE_THREAD = Process("clmfast run, one thread", threads=1, n_cores=2)
 N_CYCLES = 3
 N_PROBES = 8
 PROBE_EVERY = 50  # steps

@@ -69,11 +69,12 @@ class ContenderFailed(RuntimeError):
 @dataclass(frozen=True)
 class Process:
     """Contenders of equal Process share a worker. `environment` holds settings beyond those that every worker has;
-    threads 0: as many as the run has."""
+    threads 0: as many as the run has. n_cores: on how many cores it may run, 0: one for each thread."""
 
     name: str
     environment: tuple[tuple[str, str], ...] = ()
     threads: int = 0
+    n_cores: int = 0
 
 
 CLMFAST, TORCH = Process("clmfast"), Process("torch")
@@ -109,7 +110,7 @@ class Worker:
             **dict(process.environment),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", str(theirs.fileno()), str(threads)],
+            [sys.executable, "-m", "benchmarks.worker", str(theirs.fileno()), str(process.n_cores or threads)],
             cwd=ROOT,
             env=environment,
             pass_fds=[theirs.fileno()],

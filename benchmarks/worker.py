@@ -1,4 +1,4 @@
-"""The process that contenders run in: `python -m benchmarks.worker SOCKET THREADS`, started by contest.py.
+"""The process that contenders run in: `python -m benchmarks.worker SOCKET CORES`, started by contest.py.
 
 Libraries read their settings when they are loaded and bring thread pools of their own, so those of one contender must
 not share a process with those of another. A worker imports nothing but what its contenders import, makes its own inputs
@@ -79,8 +79,8 @@ def as_numpy(result: Any) -> Any:
     return result
 
 
-def main(socket: int, threads: int) -> None:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+def main(socket: int, n_cores: int) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n_cores])
     gc.disable()  # collected before every timed call instead of within it
     connection, server = Connection(socket), Server()
     while True:
