@@ -27,8 +27,11 @@ Result = dict[str, Any]
 
 
 def newest() -> Path:
-    """The result file that was written last."""
-    found = sorted(FOLDER.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+    """The result file of contests that was written last."""
+    found = sorted(
+        (path for path in FOLDER.glob("*/*.json") if path.name != "accuracy.json"),
+        key=lambda path: path.stat().st_mtime,
+    )
     if not found:
         raise SystemExit(f"no results in {FOLDER}: run `pytest benchmarks/` first")
     return found[-1]

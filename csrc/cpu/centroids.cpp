@@ -12,7 +12,6 @@
 #include "lanes.h"
 #include "pair.h"
 #include "tile.h"
-#include "vector.h"
 
 namespace clmfast {
 namespace {
@@ -38,55 +37,59 @@ constexpr float CANCELLED = 0x1p-7f;
 // The coordinates of ROWS points in the frame, p~, interleaved; their squared norms; and the largest bits of |coordinate|
 // of each column, from what they were.
 //   panel [D, ROWS], norm2 [ROWS], reach [D]; next: points that will be asked for soon, on their way from a far cache
+template <int W>
 CLMFAST_BODY void place_body(const float* const* point, const float* const* next, int64_t D, float scale,
                              const float* centre, float* panel, float* norm2, int32_t* reach) {
-  // n columns, d floats behind the beginning of LANES rows; `to` is the first of them in the panel.
+  using Int = typename LanesOf<W>::Int;
+  constexpr int64_t LINE = 64 / sizeof(float);
+  // n columns, d floats behind the beginning of W rows; `to` is the first of them in the panel.
   const auto square = [&](const float* const* from, int64_t d, const float* middle, int64_t n, float* to,
-                          Vector<float>& squares, int32_t* most) __attribute__((always_inline)) {
-    Vector<float> row[LANES];
-    VectorI largest = load(most);
+                          Lanes<W>& squares, int32_t* most) __attribute__((always_inline)) {
+    Lanes<W> row[W];
+    Int largest = *reinterpret_cast<const Int*>(most);
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < LANES; ++r) {
-      row[r] = load(from[r] + d);
-      const VectorI bits = reinterpret_cast<VectorI>(row[r]) & 0x7fffffff;
+    for (int r = 0; r < W; ++r) {
+      row[r] = lanes<W>(from[r] + d);
+      const Int bits = reinterpret_cast<Int>(row[r]) & 0x7fffffff;
       largest = largest > bits ? largest : bits;
-      row[r] = row[r] * scale - load(middle);
+      row[r] = row[r] * scale - lanes<W>(middle);
     }
-    store(most, largest);
-    transpose_square<float>(row);
+    *reinterpret_cast<Int*>(most) = largest;
+    transpose<W>(row);
 #pragma GCC unroll 16
-    for (int64_t e = 0; e < LANES; ++e) {
-      if (e < n) store(to + e * ROWS, row[e]);
+    for (int e = 0; e < W; ++e) {
+      if (e < n) lanes<W>(to + e * ROWS) = row[e];
       squares += row[e] * row[e];
     }
   };
-  const int64_t whole = D / LANES * LANES, n_left = D - whole;
-  for (int64_t half = 0; half < ROWS; half += LANES) {
-    Vector<float> squares = {};
-    for (int64_t d = 0; d < whole; d += LANES) {
-      for (int64_t r = 0; r < LANES; ++r) __builtin_prefetch(next[half + r] + d, 0, 2);
-      square(point + half, d, centre + d, LANES, panel + d * ROWS + half, squares, reach + d);
+  const int64_t whole = D / W * W, n_left = D - whole;
+  for (int64_t part = 0; part < ROWS; part += W) {
+    Lanes<W> squares = {};
+    for (int64_t d = 0; d < whole; d += W) {
+      if (d % LINE == 0)
+        for (int64_t r = 0; r < W; ++r) __builtin_prefetch(next[part + r] + d, 0, 2);
+      square(point + part, d, centre + d, W, panel + d * ROWS + part, squares, reach + d);
     }
     if (n_left > 0) {
-      float last[LANES + 1][LANES] = {};
-      int32_t most[LANES] = {};
-      const float* row[LANES];
-      for (int64_t r = 0; r < LANES; ++r) {
-        std::memcpy(last[r], point[half + r] + whole, n_left * sizeof(float));
+      float last[W + 1][W] = {};
+      int32_t most[W] = {};
+      const float* row[W];
+      for (int64_t r = 0; r < W; ++r) {
+        std::memcpy(last[r], point[part + r] + whole, n_left * sizeof(float));
         row[r] = last[r];
       }
-      std::memcpy(last[LANES], centre + whole, n_left * sizeof(float));
-      square(row, 0, last[LANES], n_left, panel + whole * ROWS + half, squares, most);
+      std::memcpy(last[W], centre + whole, n_left * sizeof(float));
+      square(row, 0, last[W], n_left, panel + whole * ROWS + part, squares, most);
       for (int64_t e = 0; e < n_left; ++e) reach[whole + e] = std::max(reach[whole + e], most[e]);
     }
-    store(norm2 + half, squares);
+    lanes<W>(norm2 + part) = squares;
   }
 }
 
-CLMFAST_PER_ISA(void, place,
-                (const float* const* point, const float* const* next, int64_t D, float scale, const float* centre,
-                 float* panel, float* norm2, int32_t* reach),
-                (point, next, D, scale, centre, panel, norm2, reach))
+CLMFAST_PER_WIDTH(place,
+                  (const float* const* point, const float* const* next, int64_t D, float scale, const float* centre,
+                   float* panel, float* norm2, int32_t* reach),
+                  (point, next, D, scale, centre, panel, norm2, reach))
 
 // What the screen says of ROWS points.
 struct Verdict {

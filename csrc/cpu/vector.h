@@ -67,21 +67,6 @@ CLMFAST_BODY T largest_of(Vector<T> x) {
   return x[0];
 }
 
-// The 16 x 16 numbers in `row` become their transpose: four rounds that interleave the first half of the rows with the
-// second.
-template <class T>
-CLMFAST_BODY void transpose_square(Vector<T>* row) {
-  for (int round = 0; round < 4; ++round) {
-    Vector<T> mixed[LANES];
-    for (int64_t i = 0; i < LANES / 2; ++i) {
-      const Vector<T> a = row[i], b = row[i + LANES / 2];
-      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int64_t i = 0; i < LANES; ++i) row[i] = mixed[i];
-  }
-}
-
 // e^x to 2 ulp for float32 from -87 to 88, and what it is there beyond: 1.6e-38 below, 1.7e38 above; NaN stays NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2. For vectors of any number of lanes, I being the int32 vector of as many.
 template <class V, class I>
