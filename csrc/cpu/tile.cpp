@@ -9,11 +9,10 @@
 namespace clmfast {
 namespace {
 
-// R rows against one panel, W floats to a register.
-template <int W, int R>
+// R rows against C registers' columns of a panel, W floats to a register.
+template <int W, int R, int C>
 CLMFAST_BODY void pass(const float* rows, const float* panel, int64_t D, float* dot) {
   typedef float Vector __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
-  constexpr int C = TILE_COLS / W;
   Vector sum[R][C] = {};
   for (int64_t d = 0; d < D; ++d) {
     const Vector* point = reinterpret_cast<const Vector*>(panel + d * TILE_COLS);
@@ -24,10 +23,13 @@ CLMFAST_BODY void pass(const float* rows, const float* panel, int64_t D, float* 
     for (int c = 0; c < C; ++c) *reinterpret_cast<Vector*>(dot + r * TILE_COLS + c * W) = sum[r][c];
 }
 
-// A narrower machine has fewer registers, so it takes the rows a few at a time; the panel stays in its first cache.
-template <int W, int R>
+// A narrower machine has fewer registers, so it takes rows and columns a few at a time; the panel stays in its first
+// cache.
+template <int W, int R, int C = TILE_COLS / W>
 CLMFAST_BODY void passes(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot) {
-  for (int64_t r = 0; r < n_rows; r += R) pass<W, R>(rows + r, panel, D, dot + r * TILE_COLS);
+  for (int64_t r = 0; r < n_rows; r += R)
+    for (int64_t c = 0; c < TILE_COLS; c += C * W)
+      pass<W, R, C>(rows + r, panel + c, D, dot + r * TILE_COLS + c);
 }
 
 void dot_tile_baseline(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot) {
@@ -39,13 +41,15 @@ void dot_tile_baseline(const float* rows, int64_t n_rows, const float* panel, in
 }
 
 CLMFAST_AVX2 void dot_tile_avx2(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot) {
+  // Twelve sums at a time, or eight, which leave no row over of four.
+  if (n_rows % 4 == 0 && n_rows < TILE_ROWS) return passes<8, 4, 2>(rows, n_rows, panel, D, dot);
   passes<8, 3>(rows, n_rows, panel, D, dot);
 }
 
 CLMFAST_AVX512 void dot_tile_avx512(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot) {
-  if (n_rows > 8) return pass<16, 12>(rows, panel, D, dot);
-  if (n_rows > 4) return pass<16, 8>(rows, panel, D, dot);
-  pass<16, 4>(rows, panel, D, dot);
+  if (n_rows > 8) return passes<16, 12>(rows, n_rows, panel, D, dot);
+  if (n_rows > 4) return passes<16, 8>(rows, n_rows, panel, D, dot);
+  passes<16, 4>(rows, n_rows, panel, D, dot);
 }
 
 }  // namespace
