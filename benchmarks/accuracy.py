@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import cpu_slug, describe
-from benchmarks.results import FOLDER
+from benchmarks.results import ACCURACY, FOLDER
 from clmfast.config import RunConfig
 from clmfast.findings import AMBIGUOUS
 from clmfast.measure.catalogue import BAND_SHARE
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
-    path = FOLDER / cpu_slug() / "accuracy.json"
+    path = FOLDER / cpu_slug() / ACCURACY
     path.parent.mkdir(parents=True, exist_ok=True)
     asked_for = {"seeds": asked.seeds, "every": asked.every, "restarts": asked.restarts, "tolerances": TOLERANCES}
     path.write_text(

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
-from benchmarks.results import FOLDER
+from benchmarks.results import ACCURACY, FOLDER
 
 OURS, RIVAL, LIMIT = "#0b6e4f", "#b8b8b8", "#c1440e"
 Result = dict[str, Any]
@@ -29,7 +29,7 @@ Result = dict[str, Any]
 def newest() -> Path:
     """The result file of contests that was written last."""
     found = sorted(
-        (path for path in FOLDER.glob("*/*.json") if path.name != "accuracy.json"),
+        (path for path in FOLDER.glob("*/*.json") if path.name != ACCURACY),
         key=lambda path: path.stat().st_mtime,
     )
     if not found:

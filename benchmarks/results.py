@@ -15,6 +15,7 @@ from benchmarks.contest import Claim, Outcome
 from benchmarks.machine import Limits, cpu_slug, describe
 
 FOLDER = Path(__file__).with_name("results")
+ACCURACY = "accuracy.json"  # beside the results of contests, of benchmarks.accuracy
 DISTURBED = 0.05  # processor time of waiting processes over the time of a turn, above which a contest is marked
 
 

@@ -17,18 +17,6 @@ namespace clmfast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int64_t WIDTH = 8;  // floats to a register
-
-typedef float Eight __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-
-CLMFAST_BODY Eight eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
-
-CLMFAST_BODY float sum_of(Eight x) {
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
-}
-
 constexpr int64_t ROWS = TILE_COLS;  // points that are compared side by side
 
 // A squared distance that is less than this part of the two squared norms has lost too many digits as their difference.
@@ -175,11 +163,12 @@ CLMFAST_PER_ISA(void, to_distances, (const float* v, const float* offset, float 
 
 // sum_d (a_d - b_d)^2
 CLMFAST_BODY float difference2_body(const float* a, const float* b, int64_t D) {
-  Eight squares[4] = {};
+  constexpr int64_t W = 8;  // on every machine: the order of a sum
+  Lanes<W> squares[4] = {};
   int64_t d = 0;
-  for (; d + 4 * WIDTH <= D; d += 4 * WIDTH) {
+  for (; d + 4 * W <= D; d += 4 * W) {
     for (int64_t e = 0; e < 4; ++e) {
-      const Eight x = eight(a + d + e * WIDTH) - eight(b + d + e * WIDTH);
+      const Lanes<W> x = lanes<W>(a + d + e * W) - lanes<W>(b + d + e * W);
       squares[e] += x * x;
     }
   }

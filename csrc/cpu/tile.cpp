@@ -2,25 +2,21 @@
 
 #include "tile.h"
 
-#include <cstring>
-
 #include "isa.h"
+#include "lanes.h"
 
 namespace clmfast {
 namespace {
 
-// R rows against C registers' columns of a panel, W floats to a register.
+// R rows against C registers of columns, W floats to a register.
 template <int W, int R, int C>
 CLMFAST_BODY void pass(const float* rows, const float* panel, int64_t D, float* dot) {
-  typedef float Vector __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
-  Vector sum[R][C] = {};
-  for (int64_t d = 0; d < D; ++d) {
-    const Vector* point = reinterpret_cast<const Vector*>(panel + d * TILE_COLS);
+  Lanes<W> sum[R][C] = {};
+  for (int64_t d = 0; d < D; ++d)
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) sum[r][c] += rows[d * TILE_ROWS + r] * point[c];
-  }
+      for (int c = 0; c < C; ++c) sum[r][c] += rows[d * TILE_ROWS + r] * lanes<W>(panel + d * TILE_COLS + c * W);
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) *reinterpret_cast<Vector*>(dot + r * TILE_COLS + c * W) = sum[r][c];
+    for (int c = 0; c < C; ++c) lanes<W>(dot + r * TILE_COLS + c * W) = sum[r][c];
 }
 
 // A narrower machine has fewer registers, so it takes rows and columns a few at a time; the panel stays in its first
@@ -41,7 +37,7 @@ void dot_tile_baseline(const float* rows, int64_t n_rows, const float* panel, in
 }
 
 CLMFAST_AVX2 void dot_tile_avx2(const float* rows, int64_t n_rows, const float* panel, int64_t D, float* dot) {
-  // Twelve sums at a time, or eight, which leave no row over of four.
+  // Eight sums keep both multipliers busy, and suit a number of rows that four divides; twelve need fewer loads.
   if (n_rows % 4 == 0 && n_rows < TILE_ROWS) return passes<8, 4, 2>(rows, n_rows, panel, D, dot);
   passes<8, 3>(rows, n_rows, panel, D, dot);
 }
